@@ -1,0 +1,7 @@
+"""`python -m speechtune` is the command line."""
+
+import sys
+
+from speechtune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,288 @@
+"""Audio in and out: the only place where files are decoded and where a sampling rate changes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import soundfile
+import soxr
+
+from speechtune.errors import AudioError
+from speechtune.families.base import Audio, AudioRef
+
+MAX_FILE_BYTES = 4 * 2**30
+"""Largest audio file opened, 4 GiB."""
+MAX_INLINE_BYTES = 128 * 2**20
+"""Largest clip held in memory as bytes (inline base64 or a download), 128 MiB."""
+MAX_DECODED_VALUES = 2**28
+"""Most values (samples x channels) decoded at once: 1 GiB of float32, 93 minutes of mono at 48 kHz."""
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+"""Longest wait for a server to connect or to send the next bytes."""
+DURATION_TOLERANCE_SECONDS = 0.5
+"""By how much a declared duration or the end of a segment may miss the file's end."""
+SILENCE_PEAK = 1e-3
+"""Audio whose deviation from its mean never exceeds this (-60 dBFS) is silent."""
+CLIPPING_LEVEL = 0.999
+"""Absolute value from which a sample counts as full scale."""
+CLIPPING_SHARE = 1e-3
+"""Share of samples equal to their neighbour at full scale from which audio counts as clipped."""
+
+_HASH_CHUNK_BYTES = 2**20
+
+
+class AudioFault(AudioError):
+    """An `AudioError` with a short `code` for tables, such as `missing_file` or `not_audio`."""
+
+    def __init__(self, code: str, ref: AudioRef | Path, reason: str) -> None:
+        super().__init__(f"{ref}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class AudioInfo:
+    """What the header of a file says: duration of the whole file in seconds, sampling rate in Hz."""
+
+    duration_seconds: float
+    sampling_rate: int
+    num_frames: int
+    num_channels: int
+
+
+def audio_info(ref: AudioRef, *, allow_urls: bool = False) -> AudioInfo:
+    """Read the header of the file behind `ref`, whatever segment `ref` means.
+
+    Raises:
+        AudioError: the file is missing, empty, too large or not audio.
+    """
+    with _open(ref, allow_urls) as file:
+        return _info(ref, file)
+
+
+def segment_frames(ref: AudioRef, info: AudioInfo) -> tuple[int, int]:
+    """First frame and number of frames of the segment `ref` means in a file with this header.
+
+    A segment that ends up to `DURATION_TOLERANCE_SECONDS` past the file's end is cut there.
+
+    Raises:
+        AudioError: the segment is empty or lies outside the file.
+    """
+    start = round(ref.offset_seconds * info.sampling_rate)
+    if ref.offset_seconds < 0:
+        raise AudioFault("bad_offset", ref, f"the offset {ref.offset_seconds:g} s is negative")
+    if start >= info.num_frames:
+        reason = f"the offset {ref.offset_seconds:g} s lies past the end of the file ({info.duration_seconds:.2f} s)"
+        raise AudioFault("bad_offset", ref, reason)
+    available = info.num_frames - start
+    if ref.duration_seconds is None:
+        return start, available
+    count = round(ref.duration_seconds * info.sampling_rate)
+    if count <= 0:
+        raise AudioFault("bad_duration", ref, f"the segment is empty ({ref.duration_seconds:g} s)")
+    if count - available > DURATION_TOLERANCE_SECONDS * info.sampling_rate:
+        end = ref.offset_seconds + ref.duration_seconds
+        reason = f"the segment ends at {end:.2f} s, but the file is {info.duration_seconds:.2f} s long"
+        raise AudioFault("duration_mismatch", ref, reason)
+    return start, min(count, available)
+
+
+def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: bool = False) -> Audio:
+    """Decode the segment `ref` means, mixed down to mono float32 and resampled to `sampling_rate`.
+
+    Only the segment is read. `sampling_rate` in Hz; None keeps the file's. URLs are refused unless `allow_urls`.
+
+    Raises:
+        AudioError: the audio cannot be read in full, exceeds a limit, or holds NaN or infinite samples.
+    """
+    with _open(ref, allow_urls) as file:
+        info = _info(ref, file)
+        start, count = segment_frames(ref, info)
+        if count * info.num_channels > MAX_DECODED_VALUES:
+            reason = (
+                f"too large to decode: {count / info.sampling_rate:.0f} s in {info.num_channels} channel(s) exceed "
+                f"{MAX_DECODED_VALUES} values; cut it into shorter clips"
+            )
+            raise AudioFault("too_large", ref, reason)
+        try:
+            file.seek(start)
+            frames = file.read(count, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise AudioFault("not_audio", ref, f"cannot be decoded: {_libsndfile_reason(error)}") from None
+    if len(frames) < count:
+        reason = f"truncated: the header promises {count} frames from {start} on, only {len(frames)} can be decoded"
+        raise AudioFault("truncated", ref, reason)
+    samples = frames[:, 0] if info.num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        raise AudioFault("not_finite", ref, "holds NaN or infinite samples")
+    if sampling_rate is not None and sampling_rate != info.sampling_rate:
+        samples = soxr.resample(samples, info.sampling_rate, sampling_rate)
+    return Audio(np.ascontiguousarray(samples, dtype=np.float32), sampling_rate or info.sampling_rate)
+
+
+def write_wav(path: Path, audio: Audio) -> None:
+    """Write mono 16-bit PCM; values beyond full scale are clipped.
+
+    Raises:
+        AudioError: the samples are not finite, or the file cannot be written.
+    """
+    if not np.isfinite(audio.samples).all():
+        raise AudioFault("not_finite", path, "not written: the samples hold NaN or infinite values")
+    try:
+        with path.open("wb") as file:
+            soundfile.write(file, audio.samples, audio.sampling_rate, format="WAV", subtype="PCM_16")
+    except OSError as error:
+        raise AudioFault("unwritable", path, f"cannot be written: {error.strerror}") from None
+    except soundfile.SoundFileError as error:
+        raise AudioFault("unwritable", path, f"cannot be written: {_libsndfile_reason(error)}") from None
+
+
+def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:
+    """SHA-256 in hex over the file's bytes and the segment; the path does not enter.
+
+    Raises:
+        AudioError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for chunk in _chunks(ref, allow_urls):
+        digest.update(chunk)
+    duration = "end" if ref.duration_seconds is None else f"{ref.duration_seconds:.6f}"
+    digest.update(f"|{ref.offset_seconds:.6f}|{duration}".encode())
+    return digest.hexdigest()
+
+
+def find_defects(audio: Audio) -> list[tuple[str, str]]:
+    """(code, message) for each defect of decoded audio: `not_finite`, `silent`, `clipped`."""
+    samples = audio.samples
+    if len(samples) == 0:
+        return [("silent", "holds no samples")]
+    finite = np.isfinite(samples)
+    if not finite.all():
+        return [("not_finite", f"holds {int((~finite).sum())} NaN or infinite sample(s)")]
+    deviation = float(np.abs(samples - samples.mean()).max())
+    if deviation <= SILENCE_PEAK:
+        return [("silent", f"silent: no sample deviates by more than {deviation:.1e} from the mean")]
+    # a loud peak touches full scale, only a clipped one stays there
+    flat = (np.abs(samples[1:]) >= CLIPPING_LEVEL) & (samples[1:] == samples[:-1])
+    share = float(flat.sum()) / len(samples)
+    if share >= CLIPPING_SHARE:
+        return [("clipped", f"clipped: the signal stands still at full scale for {share:.1%} of the time")]
+    return []
+
+
+def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
+    if ref.path is not None:
+        _check_file(ref, ref.path)
+        source: str | io.BytesIO = str(ref.path)
+    else:
+        source = io.BytesIO(_bytes(ref, allow_urls))
+    try:
+        return soundfile.SoundFile(source)
+    except soundfile.SoundFileError as error:
+        raise AudioFault("not_audio", ref, f"not audio libsndfile can read: {_libsndfile_reason(error)}") from None
+    except TypeError:  # how soundfile refuses headerless *.raw
+        raise AudioFault("not_audio", ref, "not audio libsndfile can read: headerless raw samples") from None
+
+
+def _info(ref: AudioRef, file: soundfile.SoundFile) -> AudioInfo:
+    if file.frames <= 0:
+        raise AudioFault("empty_audio", ref, "holds no audio frames")
+    return AudioInfo(file.frames / file.samplerate, file.samplerate, file.frames, file.channels)
+
+
+def _check_file(ref: AudioRef, path: Path) -> None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise AudioFault("missing_file", ref, "no such file") from None
+    except (OSError, ValueError) as error:
+        raise AudioFault("unreadable_file", ref, f"cannot be opened: {_os_reason(error)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioFault("unreadable_file", ref, "not a regular file")
+    if status.st_size == 0:
+        raise AudioFault("empty_file", ref, "the file is empty (0 bytes)")
+    if status.st_size > MAX_FILE_BYTES:
+        raise AudioFault("too_large", ref, f"{status.st_size} bytes exceed the limit of {MAX_FILE_BYTES} bytes")
+    if not os.access(path, os.R_OK):
+        raise AudioFault("unreadable_file", ref, "cannot be opened: Permission denied")
+
+
+def _bytes(ref: AudioRef, allow_urls: bool) -> bytes:
+    if ref.data is not None:
+        if not ref.data:
+            raise AudioFault("empty_file", ref, "no bytes")
+        if len(ref.data) > MAX_INLINE_BYTES:
+            raise AudioFault("too_large", ref, f"exceeds the limit of {MAX_INLINE_BYTES} bytes for inline audio")
+        return ref.data
+    if ref.url is None:
+        raise AudioFault("missing_file", ref, "names neither a path nor bytes nor a URL")
+    if not allow_urls:
+        raise AudioFault("url_refused", ref, "audio from URLs is refused; set data.allow_urls=true, or download it")
+    return _download(ref, ref.url)
+
+
+def _download(ref: AudioRef, url: str) -> bytes:
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        scheme = ""
+    if scheme not in ("http", "https"):
+        raise AudioFault("url_refused", ref, f"scheme {scheme!r} is refused; only http and https are fetched")
+    try:
+        with _opener().open(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+            data = response.read(MAX_INLINE_BYTES + 1)
+    except (OSError, HTTPException, ValueError) as error:
+        raise AudioFault("download_failed", ref, f"download failed: {_os_reason(error)}") from None
+    if len(data) > MAX_INLINE_BYTES:
+        raise AudioFault("too_large", ref, f"the download exceeds the limit of {MAX_INLINE_BYTES} bytes")
+    if not data:
+        raise AudioFault("empty_file", ref, "the download is empty (0 bytes)")
+    return data
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    # build_opener would add file:, ftp: and data: handlers, and a redirect may lead to ftp:
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _chunks(ref: AudioRef, allow_urls: bool) -> Iterator[bytes]:
+    if ref.path is None:
+        yield _bytes(ref, allow_urls)
+        return
+    _check_file(ref, ref.path)
+    try:
+        with ref.path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise AudioFault("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
+
+
+def _os_reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+    return str(reason or error)
+
+
+def _libsndfile_reason(error: soundfile.SoundFileError) -> str:
+    return getattr(error, "error_string", None) or str(error)

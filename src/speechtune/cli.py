@@ -1,0 +1,239 @@
+"""The verbs of the command line, each a thin call into one function; heavy modules load only when a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from speechtune import __version__
+from speechtune.errors import SpeechtuneError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; errors meant for users become one message and an exit code."""
+    options = build_parser().parse_args(arguments)
+    return guarded(lambda: options.run(options))
+
+
+def guarded(run: Any) -> int:
+    """Call `run`, print our own errors as one message, and return the exit code."""
+    from speechtune.tracking import configure_logging
+
+    configure_logging()
+    try:
+        return int(run() or 0)
+    except SpeechtuneError as error:
+        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("speechtune: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="speechtune", description="Fine-tune speech language models with LoRA, and prove that it happened."
+    )
+    parser.add_argument("--version", action="version", version=f"speechtune {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="the whole pipeline on a small model and real speech, in minutes on a CPU")
+    demo.add_argument(
+        "--dir", type=Path, default=Path("speechtune-demo"), help="folder to work in (default: %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+
+    validate = verbs.add_parser("validate", help="list every fault of a data file with line and reason")
+    validate.add_argument(
+        "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt folder, ..."
+    )
+    validate.add_argument("--metadata-only", action="store_true", help="do not decode the audio")
+    validate.add_argument("--audio-root", type=Path, help="confine every audio path to this folder")
+    validate.add_argument("--allow-urls", action="store_true", help="accept audio given as http(s) URL")
+    validate.add_argument(
+        "--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)"
+    )
+    validate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    validate.set_defaults(run=_validate)
+
+    for name, help_text, function in (
+        ("encode", "encode all clips of a recipe's data into the cache, resumably", _encode),
+        ("train", "train as a recipe says", _train),
+    ):
+        verb = verbs.add_parser(name, help=help_text)
+        verb.add_argument("recipe", type=Path, help="YAML recipe")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+        verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        if name == "encode":
+            verb.add_argument(
+                "--verify", action="store_true", help="read all cached clips and encode damaged ones anew"
+            )
+        else:
+            verb.add_argument(
+                "--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights"
+            )
+        verb.set_defaults(run=function)
+
+    generate = verbs.add_parser("generate", help="speak a text in the voice of a reference, or a whole manifest")
+    generate.add_argument("manifest", type=Path, nargs="?", help="manifest whose texts are spoken; else --text")
+    generate.add_argument("--text", help="what to say")
+    generate.add_argument("--reference", type=Path, help="recording of the voice")
+    generate.add_argument("--reference-text", help="what is said in the recording")
+    generate.add_argument("--system", help="system message, where the training data carried one of their own")
+    generate.add_argument("--scene", help="description of the scene")
+    generate.add_argument("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
+    generate.add_argument("--codec", help="hub id or folder of the codec (default: the released one)")
+    generate.add_argument("--adapter", type=Path, help="PEFT folder")
+    generate.add_argument("--out", type=Path, required=True, help="wav file, or folder for a manifest")
+    generate.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, help="0 is greedy")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
+    generate.add_argument("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
+    generate.add_argument("--max-new-tokens", type=int, help="length cap in rows, 25 a second (default: 2048)")
+    generate.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    generate.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.set_defaults(run=_generate)
+
+    merge = verbs.add_parser("merge", help="merge an adapter into its base, checked before it is written")
+    merge.add_argument("adapter", type=Path, help="PEFT folder")
+    merge.add_argument("output", type=Path, help="new folder of the merged model")
+    merge.add_argument("--model", help="base: hub id or folder (default: the one the adapter names)")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights (default: the base's)"
+    )
+    merge.add_argument("--json", action="store_true", help="print one JSON object")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from speechtune.demo import run_demo
+
+    return run_demo(options.dir)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from speechtune.config import DataConfig
+    from speechtune.validate import print_report, validate
+
+    data = DataConfig(audio_root=options.audio_root, allow_urls=options.allow_urls, max_seconds=options.max_seconds)
+    report = validate(options.manifest, data, deep=not options.metadata_only)
+    if options.json:
+        print(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        print_report(report, Console())
+    return 2 if report.faults else 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from speechtune.cache import encode_samples
+    from speechtune.config import load_config
+    from speechtune.families import create_family
+    from speechtune.run import load_sets
+
+    config = load_config(options.recipe, options.overrides)
+    samples = [sample for part in load_sets(config) for sample in part]
+    encoded = encode_samples(
+        create_family(config),
+        samples,
+        config.cache_dir,
+        allow_urls=config.data.allow_urls,
+        verify=options.verify,
+        quiet=options.json,
+    )
+    report = asdict(encoded.report) | {"cache_dir": str(config.cache_dir)}
+    _show(options.json, report)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from speechtune.config import load_config
+
+    config = load_config(options.recipe, options.overrides)
+    if options.dry_run:
+        from speechtune.run import dry_run
+
+        return dry_run(config)
+    return train(config, as_json=options.json)
+
+
+def train(config: Any, *, as_json: bool = False) -> int:
+    """Train and report; 128 + signal number when a signal ended the run."""
+    from dataclasses import asdict
+
+    from speechtune.run import run_training
+
+    result, proof = run_training(config)
+    if as_json:
+        print(json.dumps({"state": asdict(result.state), "proof": asdict(proof), "signal": result.signal}))
+    if result.signal is not None:
+        print(f"stopped at step {result.state.step}; go on with checkpoint.resume=auto", file=sys.stderr)
+        return 128 + result.signal
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from speechtune.config import DataConfig
+    from speechtune.errors import ConfigError
+    from speechtune.families.base import AudioRef, Clip, GenerationOptions, Sample
+    from speechtune.generate import answer, load_model, model_config, write_output, write_outputs
+    from speechtune.manifest import load_samples
+
+    if (options.manifest is None) == (options.text is None):
+        raise ConfigError("name a manifest, or one text with --text")
+    if (options.reference is None) != (options.reference_text is None):
+        raise ConfigError("--reference and --reference-text belong together")
+    if options.manifest:
+        samples = load_samples(options.manifest, DataConfig())
+    else:
+        clips = (Clip(AudioRef(options.reference), options.reference_text),) if options.reference else ()
+        samples = [Sample(options.out.stem, options.text, None, clips, options.system, options.scene)]
+    names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat", "max_new_tokens", "seed")
+    sampling = GenerationOptions(**{name: getattr(options, name) for name in names})
+    config = model_config(options.model, options.codec, options.adapter)
+    family, model = load_model(config, options.adapter)
+    outputs = answer(family, model, samples, sampling, options.cache_dir, batch_size=options.batch_size)
+    if options.manifest:
+        rows = write_outputs(outputs, options.out)
+    else:
+        rows = [write_output(output, options.out) for output in outputs]
+    _show(options.json, {"outputs": rows})
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from speechtune.generate import model_config
+    from speechtune.merge import merge
+
+    config = model_config(options.model, None, options.adapter)
+    report = asdict(merge(config, options.adapter, options.output, dtype=options.dtype))
+    _show(options.json, report | {"output": str(options.output)})
+    return 0
+
+
+def _show(as_json: bool, values: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+        return
+    for name, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            print(f"{name}: {item}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""`RunConfig`: every option of a run, once; a YAML recipe plus dotted overrides in, a frozen object out."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from speechtune.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model and what belongs to it."""
+
+    path: str
+    """Hub id or local folder of the base model."""
+    revision: str | None = None
+    """Commit or tag on the hub; None takes the default branch."""
+    codec_path: str | None = None
+    """Hub id or local folder of the audio codec (`higgs_audio_v2`)."""
+    codec_revision: str | None = None
+    """Commit or tag of the codec on the hub."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+class DataConfig(Section):
+    """Where the samples come from and what is refused."""
+
+    train: Path | None = None
+    """Training manifest: a ChatML JSON/JSONL file, a folder with metadata.json, wav/txt pairs, or ms-swift JSONL."""
+    eval: Path | None = None
+    """Evaluation manifest; not together with `validation_split`."""
+    validation_split: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training samples held out by seed, at least one when above 0."""
+    audio_root: Path | None = None
+    """Confine every audio path to this folder, symbolic links and `..` resolved."""
+    allow_urls: bool = False
+    """Fetch audio given as http(s) URL; refused by default."""
+    min_seconds: float = Field(default=0.1, gt=0.0)
+    """Shortest clip accepted."""
+    max_seconds: float = Field(default=60.0, gt=0.0)
+    """Longest clip accepted."""
+    on_error: Literal["fail", "quarantine"] = "fail"
+    """Stop at faulty rows, or write them to a quarantine file and train on the rest."""
+    quarantine_limit: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest share of rows that quarantine may set aside before the run stops all the same."""
+    cache_dir: Path | None = None
+    """Folder of the encoded set; None puts it in `speechtune-cache` beside the run directory."""
+
+
+class LoraSettings(Section):
+    """The adapter to train; `enabled: false` trains the full model."""
+
+    enabled: bool = True
+    """Train a LoRA adapter instead of all weights."""
+    rank: int = Field(default=16, ge=1)
+    """r of LoRA."""
+    alpha: float = Field(default=32, gt=0.0)
+    """Scaling numerator; the adapter is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."""
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Dropout before lora_A."""
+    targets: str = "default"
+    """A preset of the family (`attention`, `attention+audio_ffn`, `all`), or a regex over module names."""
+    rslora: bool = False
+    """Rank-stabilised scaling."""
+    dora: bool = False
+    """Weight-decomposed LoRA."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full and stored with the adapter."""
+
+
+class TrainConfig(Section):
+    """Optimisation."""
+
+    epochs: float = Field(default=3.0, gt=0.0)
+    """Passes over the training set; ignored when `max_steps` is set."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(default=4, ge=1)
+    """Samples per device and micro-batch."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step."""
+    learning_rate: float = Field(default=5e-5, gt=0.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps of linear warm-up; shortened to a tenth of the run when the run is short."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW epsilon."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Clip the global gradient norm to this value."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass; saves memory, costs time."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto decides by device; see `speechtune doctor`."""
+    head_weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each head's mean loss; 1.0 where not named."""
+    group_by_length: bool = True
+    """Put samples of like length into the same micro-batch of a global batch (the global batch stays random)."""
+    seed: int = 42
+    """Seeds adapter initialisation, order of samples, dropout and the validation split."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that collate batches ahead of the loop."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation during training."""
+
+    enabled: bool = True
+    """False turns evaluation off even when an evaluation set is given."""
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between evaluations."""
+    batch_size: int = Field(default=1, ge=1)
+    """Samples per device in evaluation."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=3, ge=1)
+    """Checkpoints kept; the best one by evaluation loss is kept besides."""
+    resume: str | None = None
+    """`auto` (newest checkpoint that verifies, or a fresh start), or the path of a checkpoint."""
+
+
+class TrackingConfig(Section):
+    """What is written down."""
+
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between console lines; metrics.jsonl gets every step."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate: tensorboard, wandb, mlflow, ...; empty for none."""
+    logging_dir: Path | None = None
+    """Folder for trackers; None means `logs` in the run directory."""
+
+
+class RunConfig(Section):
+    """One run: a base model, data, an adapter and a training schedule."""
+
+    family: str
+    """Model family: `higgs_audio_v2`."""
+    output_dir: Path = Path("output")
+    """Run directory: checkpoints, adapter, metrics, resolved config."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    lora: LoraSettings = LoraSettings()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _one_evaluation_set(self) -> RunConfig:
+        if self.data.eval is not None and self.data.validation_split > 0:
+            raise ValueError(
+                f"data.eval ({self.data.eval}) and data.validation_split ({self.data.validation_split:g}) are both "
+                "set; they name two evaluation sets: remove one"
+            )
+        return self
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the encoded set."""
+        return self.data.cache_dir or self.output_dir.parent / "speechtune-cache"
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a recipe that `load_config` accepts."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def build_config(values: dict[str, Any], where: str) -> RunConfig:
+    """Validate nested `values`; every fault is listed in one ConfigError that starts with `where`."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_describe(item)}" for item in error.errors(include_url=False)]
+        raise ConfigError(f"{where}: {len(lines)} fault(s) in the configuration\n" + "\n".join(lines)) from None
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file, an override or a value cannot be used; names each one.
+    """
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{recipe}: cannot read the recipe: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{recipe}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{recipe}: a recipe is a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return build_config(values, str(recipe))
+
+
+def option_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all options, in order of definition."""
+    names: list[str] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += option_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=3")
+    known = option_names()
+    if name not in known and not name.startswith("train.head_weights."):
+        raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, known)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *sections, key = name.split(".")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section in the recipe")
+    node[key] = value
+
+
+def _describe(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{name}: no such option{_nearest(name, option_names())}"
+    if item["type"] == "missing":
+        return f"{name}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error" and not name:
+        return message
+    return f"{name}: {message} (got {item['input']!r})"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not matches:  # the right name in the wrong section
+        tail = name.rpartition(".")[2]
+        matches = [full for full in known if full.rpartition(".")[2] == tail]
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def world_size() -> int:
+    """Number of processes of this launch, from the environment torchrun sets."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,211 @@
+"""The seam between the toolkit and a model family: four data types and one protocol.
+
+Everything outside `families/` knows only what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from speechtune.precision import PrecisionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class AudioRef:
+    """Where the audio of one clip lies, and which part of it is meant.
+
+    Exactly one of `path`, `data` and `url` is set. `duration_seconds` None means "to the end".
+    """
+
+    path: Path | None = None
+    data: bytes | None = None
+    url: str | None = None
+    offset_seconds: float = 0.0
+    duration_seconds: float | None = None
+
+    def __str__(self) -> str:
+        place = str(self.path or self.url or f"<{len(self.data or b'')} inline bytes>")
+        if self.offset_seconds or self.duration_seconds is not None:
+            end = "" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g}"
+            place += f"[{self.offset_seconds:g}:{end}]"
+        return place
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """Mono audio in memory: `samples` float32 of shape (num_samples,), `sampling_rate` in Hz."""
+
+    samples: np.ndarray
+    sampling_rate: int
+
+    @property
+    def duration_seconds(self) -> float:
+        return len(self.samples) / self.sampling_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A piece of recorded speech and what is said in it."""
+
+    audio: AudioRef
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One validated row of a manifest.
+
+    `text` is what is spoken in `audio`. For voice cloning `audio` is the target to learn and `references` are the
+    clips of the voice that come before it; for assessment `audio` is the utterance and `extra` holds its labels.
+    `audio` is None only for generation. `source` is "file:line", for messages.
+    """
+
+    id: str
+    text: str
+    audio: AudioRef | None
+    references: tuple[Clip, ...] = ()
+    system: str | None = None
+    scene: str | None = None
+    speaker: str | None = None
+    language: str | None = None
+    source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A sample ready for the collator: the family's arrays, and what batching must know about them.
+
+    `num_tokens` is the number of sequence positions the sample takes; `audio_seconds` the target's duration.
+    """
+
+    sample_id: str
+    arrays: Mapping[str, np.ndarray]
+    num_tokens: int
+    audio_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors for one forward pass, and per head the number of targets the loss is divided by.
+
+    `target_counts` is known before the forward pass, so that a step can be normalised over all its micro-batches and
+    ranks. `num_tokens` counts real positions, without padding.
+    """
+
+    sample_ids: tuple[str, ...]
+    inputs: Mapping[str, torch.Tensor]
+    target_counts: Mapping[str, int]
+    num_tokens: int
+    audio_seconds: float
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Summed (not averaged) loss per head, each a float32 scalar with gradient. Only the loop divides."""
+
+    sums: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How to sample. Temperature 0 means greedy; None means what the model's generation config says."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    ras_win_len: int | None = None
+    ras_win_max_num_repeat: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a model answered to one sample.
+
+    `stopped` is False when the length cap ended the output, `num_tokens` counts generated positions.
+    """
+
+    sample_id: str
+    audio: Audio | None
+    text: str | None
+    stopped: bool
+    num_tokens: int
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Family(Protocol):
+    """What one model family must provide; see `docs/decisions/0006-the-seam.md`."""
+
+    name: str
+    heads: tuple[str, ...]
+    """Names of the losses, in the order they are shown."""
+    sampling_rate: int
+    """Rate in Hz at which `encode_audio` wants its audio."""
+    lora_presets: Mapping[str, str]
+    """Preset name -> regex over module names; the key "default" names the one used when none is given."""
+
+    @property
+    def encode_key(self) -> str:
+        """Identity of the audio encoding: codec or feature extractor, revision, and all that changes its result."""
+        ...
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base model in the plan's dtype, frozen or not left to the caller."""
+        ...
+
+    def skeleton(self) -> nn.Module:
+        """Build the model from its configuration alone, on the meta device, for counting and matching."""
+        ...
+
+    def tower(self, parameter_name: str) -> str:
+        """Name the part of the model a parameter belongs to, for tables."""
+        ...
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """The audio of a sample in the order `encode` wants its features."""
+        ...
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Turn clips into features (codec codes, log-mel); the only expensive step, cached on disk."""
+        ...
+
+    def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
+        """Assemble prompt ids and features; the same code path as inference."""
+        ...
+
+    def collate(self, items: Sequence[Encoded]) -> Batch:
+        """Pad and stack on the CPU; pure, never changes its items."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Forward pass and summed loss per head; `model` is the base, or the base with adapters injected."""
+        ...
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> list[Output]:
+        """Answer a batch of prompts, each a sample without target and the features of its clips."""
+        ...
+
+    def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Answer a fixed input: float32 logits on the CPU, and `greedy_steps` greedily generated positions."""
+        ...
+
+    def save_assets(self, directory: Path) -> None:
+        """Write all that a full model folder needs besides weights and config (tokenizer, codec reference)."""
+        ...

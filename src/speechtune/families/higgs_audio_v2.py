@@ -1,0 +1,398 @@
+"""Higgs Audio v2, zero-shot voice cloning: text and a reference clip in, speech in that voice out.
+
+Shapes: B samples, S sequence positions, R audio rows, K codebooks, F frames, P positions that carry a target,
+V codebook size.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+from speechtune.config import RunConfig
+from speechtune.errors import AudioError, ConfigError, ManifestError
+from speechtune.families.base import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample
+from speechtune.families.higgs_codec import HiggsCodec
+from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, render_prompt, row_labels, undelay
+from speechtune.families.higgs_legacy import is_legacy, legacy_config, load_legacy
+from speechtune.precision import PrecisionPlan
+
+log = logging.getLogger("speechtune")
+
+RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
+RELEASED_CODEC = "bosonai/higgs-audio-v2-tokenizer"
+SPECIAL = re.compile(r"<\|[^|<>]+\|>")
+FRAMES_PER_SECOND = 25
+MAX_NEW_TOKENS = 2048  # 82 seconds
+FORWARD_INPUTS = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
+ASSET_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*processor_config.json",
+    "chat_template*",
+)
+
+
+class HiggsAudioV2Family:
+    """The seam's implementation for Higgs Audio v2, on transformers' native classes."""
+
+    name = "higgs_audio_v2"
+    heads: tuple[str, ...] = ("audio", "text")
+    sampling_rate = 24_000
+    lora_presets: Mapping[str, str] = {
+        "default": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
+        "attention": r".*\.self_attn\.(q|k|v|o)_proj",
+        "attention+audio_ffn": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
+        "all": r".*\.(self_attn\.(q|k|v|o)_proj|(audio_)?mlp\.(gate|up|down)_proj)",
+    }
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._prompts_seen: set[str | None] = set()
+
+    # -- parts, loaded when first needed ---------------------------------------------------------------------------
+
+    @cached_property
+    def model_config(self) -> HiggsAudioV2Config:
+        """Configuration of the base model; the released one is known without asking the hub."""
+        model = self.config.model
+        path = Path(model.path)
+        if is_legacy(path):
+            return legacy_config(path)
+        if model.path == RELEASED_MODEL and model.revision is None:
+            return HiggsAudioV2Config(codebook_size=1026)
+        try:
+            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}") from None
+        if not isinstance(loaded, HiggsAudioV2Config):
+            raise ConfigError(f"model.path={model.path}: model_type is {loaded.model_type!r}, not higgs_audio_v2")
+        return loaded
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The text tokenizer; its special ids must be those of the model's configuration."""
+        model = self.config.model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={model.path}: no usable tokenizer there: {error}") from None
+        for token, field in ((AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
+            found, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
+            if found != wanted:
+                raise ConfigError(
+                    f"model.path={model.path}: the tokenizer gives {token} the id {found}, the model's {field} is "
+                    f"{wanted}; tokenizer and model do not belong together"
+                )
+        return tokenizer
+
+    @cached_property
+    def codec(self) -> HiggsCodec:
+        """The audio codec, on the GPU where there is one."""
+        model = self.config.model
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            codec = HiggsCodec(self.codec_path, model.codec_revision, device)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.codec_path={self.codec_path}: no usable codec there: {error}") from None
+        if codec.num_codebooks != self.model_config.num_codebooks:
+            raise ConfigError(
+                f"model.codec_path={self.codec_path}: {codec.num_codebooks} codebooks, the model has "
+                f"{self.model_config.num_codebooks}"
+            )
+        return codec
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        return cast(int, self.model_config.pad_token_id)
+
+    @property
+    def codec_path(self) -> str:
+        """Hub id or folder of the codec."""
+        return self.config.model.codec_path or RELEASED_CODEC
+
+    @cached_property
+    def encode_key(self) -> str:
+        """Identity of the codes: class, weights (by content where local) and rate."""
+        from speechtune.fingerprint import folder_fingerprint
+
+        path = Path(self.codec_path)
+        identity = (
+            folder_fingerprint(path) if path.is_dir() else f"{self.codec_path}@{self.config.model.codec_revision}"
+        )
+        return f"higgs_audio_v2 codes v1 {identity} {self.sampling_rate} Hz"
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base with its text head (a default load would drop it) onto the plan's device."""
+        settings = self.config.model
+        if is_legacy(Path(settings.path)):
+            model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
+            return model.to(plan.device)
+        try:
+            model, info = cast(Any, HiggsAudioV2ForConditionalGeneration).from_pretrained(
+                settings.path,
+                revision=settings.revision,
+                use_text_head=True,
+                dtype=plan.base_dtype,
+                attn_implementation=settings.attention,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
+        missing = set(info["missing_keys"])
+        if missing == {"text_lm_head.weight"}:
+            log.warning("%s has no text head: it was saved without one; the text loss is left out", settings.path)
+            model.text_lm_head = None
+            missing.clear()
+        if missing or info["mismatched_keys"] or info["unexpected_keys"]:
+            raise ConfigError(
+                f"model.path={settings.path}: the weights do not fit the model: missing {sorted(missing)[:5]}, "
+                f"mismatched {list(info['mismatched_keys'])[:5]}, unexpected {list(info['unexpected_keys'])[:5]}"
+            )
+        return cast(nn.Module, model).to(plan.device)
+
+    def skeleton(self) -> nn.Module:
+        """The base without weights, on the meta device."""
+        with torch.device("meta"):
+            return HiggsAudioV2ForConditionalGeneration(self.model_config, use_text_head=True)
+
+    def tower(self, parameter_name: str) -> str:
+        """Part of the model a parameter belongs to."""
+        for part, tower in (
+            ("self_attn", "attention"),
+            ("audio_mlp", "audio FFN"),
+            (".mlp.", "text FFN"),
+            ("embed", "embeddings"),
+            ("lm_head", "heads"),
+        ):
+            if part in parameter_name:
+                return tower
+        return "norms"
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """References first, then the target, as they stand in the prompt."""
+        references = tuple(reference.audio for reference in sample.references)
+        return references if sample.audio is None else (*references, sample.audio)
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Codec codes, int16 of shape (F, K) per clip."""
+        for audio in audios:
+            if audio.sampling_rate != self.sampling_rate:
+                raise AudioError(f"the codec wants {self.sampling_rate} Hz, got {audio.sampling_rate} Hz")
+        return self.codec.encode(audios)
+
+    def prompt_arrays(
+        self, sample: Sample, features: Sequence[np.ndarray], *, with_target: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (S,) with placeholders expanded, and the delayed rows (R, K) of all clips, in order."""
+        texts = [sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)]
+        for text in texts:
+            if text and (found := SPECIAL.search(text)):
+                raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {found.group()!r}")
+        parts = render_prompt(sample, with_target=with_target).split(AUDIO)
+        if len(parts) != len(features) + 1:
+            raise ManifestError(f"sample {sample.id}: {len(features)} clips for {len(parts) - 1} places in the prompt")
+        config = self.model_config
+        if sample.system not in self._prompts_seen:
+            self._prompts_seen.add(sample.system)
+            if sample.system is not None:
+                log.info("prompts carry the system message %r: generate with --system to match", sample.system)
+        ids: list[int] = []
+        rows: list[np.ndarray] = [np.zeros((0, config.num_codebooks), np.int64)]
+        for part, codes_FK in zip(parts, [*features, None], strict=True):
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            if codes_FK is not None:
+                rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
+                fillers = config.num_codebooks - 1
+                ids += [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
+                rows.append(rows_RK)
+        return np.asarray(ids, np.int32), np.concatenate(rows)
+
+    def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
+        """Prompt ids, rows, and the targets with the positions whose hidden states predict them."""
+        if sample.audio is None:
+            raise ManifestError(f"sample {sample.id}: no target audio to train on")
+        ids_S, rows_RK = self.prompt_arrays(sample, features, with_target=True)
+        num_frames = len(features[-1])
+        num_rows = num_frames + self.model_config.num_codebooks + 1
+        after_rows = len(ids_S) - len(self.tokenizer("<|audio_eos|><|eot_id|>", add_special_tokens=False)["input_ids"])
+        first_row = after_rows - num_rows
+        labels_RK = row_labels(rows_RK[-num_rows:], num_frames)
+        text_targets = np.asarray([first_row - 1, *range(after_rows, len(ids_S))])
+        arrays = {
+            "input_ids": ids_S,
+            "audio_rows": rows_RK.astype(np.int16),
+            "audio_positions": np.arange(first_row, after_rows - 1),  # row t predicts row t + 1; row 0 is all BOS
+            "audio_targets": labels_RK[1:].astype(np.int16),
+            "text_positions": text_targets - 1,
+            "text_targets": ids_S[text_targets],
+        }
+        return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
+
+    def collate(self, items: Sequence[Encoded]) -> Batch:
+        """Right-pad ids and rows; positions of targets become indices into the flattened (B * S) batch."""
+        if not items:
+            raise ValueError("an empty batch")
+        config = self.model_config
+        lengths = torch.tensor([item.num_tokens for item in items])
+        row_counts = torch.tensor([len(item.arrays["audio_rows"]) for item in items])
+        width, max_rows = int(lengths.max()), int(row_counts.max())
+        ids_BS = torch.full((len(items), width), self.pad_id, dtype=torch.long)
+        rows_BRK = torch.full((len(items), max_rows, config.num_codebooks), config.audio_stream_eos_id)
+        for b, item in enumerate(items):
+            ids_BS[b, : item.num_tokens] = torch.from_numpy(item.arrays["input_ids"].astype(np.int64))
+            rows_BRK[b, : row_counts[b]] = torch.from_numpy(item.arrays["audio_rows"].astype(np.int64))
+        inputs = {
+            "input_ids": ids_BS,
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "audio_input_ids": rows_BRK,
+            "audio_input_ids_mask": torch.arange(max_rows) < row_counts[:, None],
+        }
+        for head in self.heads:
+            inputs[f"{head}_positions"] = torch.from_numpy(
+                np.concatenate([b * width + item.arrays[f"{head}_positions"] for b, item in enumerate(items)])
+            )
+            inputs[f"{head}_targets"] = torch.from_numpy(
+                np.concatenate([item.arrays[f"{head}_targets"] for item in items]).astype(np.int64)
+            )
+        # Per codebook: the audio loss is the sum over codebooks of mean cross-entropies, as in the native class.
+        counts = {
+            "audio": int((inputs["audio_targets"][:, 0] != IGNORE).sum()),
+            "text": int((inputs["text_targets"] != IGNORE).sum()),
+        }
+        ids = tuple(item.sample_id for item in items)
+        return Batch(ids, inputs, counts, int(lengths.sum()), sum(item.audio_seconds for item in items))
+
+    # -- model -----------------------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Summed cross-entropy per head, with the heads applied only where a target is."""
+        base = base_model(model)
+        inputs = batch.inputs
+        hidden_ND = base.model(
+            **{name: inputs[name] for name in FORWARD_INPUTS}, use_cache=False
+        ).last_hidden_state.flatten(0, 1)
+        audio_PKV = base.audio_lm_head(hidden_ND[inputs["audio_positions"]])
+        audio_PKV = audio_PKV.unflatten(-1, (self.model_config.num_codebooks, self.model_config.codebook_size))
+        sums = {"audio": _summed_cross_entropy(audio_PKV, inputs["audio_targets"])}
+        if base.text_lm_head is not None:
+            text_PV = base.text_lm_head(hidden_ND[inputs["text_positions"]])
+            sums["text"] = _summed_cross_entropy(text_PV, inputs["text_targets"])
+        return Losses(sums)
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> list[Output]:
+        """Speak a batch of prompts; clips and text as in training, rows cut where the stream ended."""
+        rows_BRK = self.generate_rows(model, prompts, options)
+        return [self._output(sample.id, rows_BRK[b]) for b, (sample, _) in enumerate(prompts)]
+
+    @torch.no_grad()
+    def generate_rows(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> np.ndarray:
+        """Generated rows of shape (B, R, K), the prompts' own rows left out; ended samples go on with EOS."""
+        config = self.model_config
+        encoded = [self.prompt_arrays(sample, features, with_target=False) for sample, features in prompts]
+        width = max(len(ids) for ids, _ in encoded)
+        max_rows = max(len(rows) for _, rows in encoded)
+        ids_BS = torch.full((len(encoded), width), self.pad_id, dtype=torch.long)
+        rows_BRK = torch.full((len(encoded), max_rows, config.num_codebooks), config.audio_stream_eos_id)
+        mask_BR = torch.zeros(len(encoded), max_rows, dtype=torch.bool)
+        mask_BS = torch.zeros(len(encoded), width, dtype=torch.long)
+        for b, (ids_S, rows_RK) in enumerate(encoded):  # text on the right edge, where generation goes on
+            ids_BS[b, width - len(ids_S) :] = torch.from_numpy(ids_S.astype(np.int64))
+            mask_BS[b, width - len(ids_S) :] = 1
+            rows_BRK[b, : len(rows_RK)] = torch.from_numpy(rows_RK)
+            mask_BR[b, : len(rows_RK)] = True
+        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        if max_rows:
+            inputs |= {"audio_input_ids": rows_BRK, "audio_input_ids_mask": mask_BR}
+        generator = cast(Any, model)
+        torch.manual_seed(options.seed)
+        cap = options.max_new_tokens or MAX_NEW_TOKENS
+        rows = generator.generate(
+            **{k: v.to(generator.device) for k, v in inputs.items()}, max_new_tokens=cap, **_sampling(options)
+        )
+        return rows[:, max_rows:].cpu().numpy()
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Audio logits on a fixed prompt with made-up codes, and greedy rows of shape (1, R, K)."""
+        config = self.model_config
+        codes_FK = (np.arange(12 * config.num_codebooks) * 37 % (config.codebook_size - 2)).astype(np.int16)
+        codes_FK = codes_FK.reshape(12, config.num_codebooks)
+        clip = AudioRef(data=b"probe")
+        sample = Sample("probe", "A fixed sentence.", clip, (Clip(clip, "Another fixed sentence."),))
+        inputs = self.collate([self.encode(sample, [codes_FK, codes_FK])]).to(cast(Any, model).device).inputs
+        logits = model(**{name: inputs[name] for name in FORWARD_INPUTS}).logits.float().cpu()
+        if not greedy_steps:
+            return logits, np.zeros((1, 0, config.num_codebooks), np.int64)
+        options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
+        return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK])], options)
+
+    def _output(self, sample_id: str, rows_RK: np.ndarray) -> Output:
+        eos = self.model_config.audio_stream_eos_id
+        finished = np.flatnonzero((rows_RK == eos).all(axis=1))
+        if len(finished):
+            rows_RK = rows_RK[: finished[0] + 1]
+        codes_FK, stopped = undelay(rows_RK, eos, self.codec.codebook_size)
+        audio = self.codec.decode(codes_FK)
+        return Output(sample_id, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
+
+    def save_assets(self, directory: Path) -> None:
+        """Copy tokenizer, processor and chat template files of the base as they are."""
+        source = Path(self.config.model.path)
+        if not source.is_dir():
+            from huggingface_hub import snapshot_download
+
+            revision = self.config.model.revision
+            source = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(ASSET_PATTERNS)))
+        for pattern in ASSET_PATTERNS:
+            for file in sorted(source.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, directory / file.name)
+
+
+def base_model(model: nn.Module) -> Any:
+    """The native model inside a PEFT wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def _sampling(options: GenerationOptions) -> dict[str, Any]:
+    if options.temperature == 0:
+        return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
+    named = {
+        name: getattr(options, name)
+        for name in ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
+        if getattr(options, name) is not None
+    }
+    return {"do_sample": True, **named}

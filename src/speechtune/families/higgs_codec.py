@@ -1,0 +1,111 @@
+"""The native Higgs Audio v2 codec, loaded with or without torchaudio."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import types
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from speechtune.families.base import Audio
+
+CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
+
+
+@cache
+def _sinc_kernels(orig: int, new: int, filter_width: int = 6, rolloff: float = 0.99) -> tuple[torch.Tensor, int]:
+    cutoff = min(orig, new) * rolloff
+    half_width = math.ceil(filter_width * orig / cutoff)
+    taps = torch.arange(-half_width, half_width + orig, dtype=torch.float64) / orig
+    phases = torch.arange(0, -new, -1, dtype=torch.float64)[:, None] / new
+    t = ((phases + taps) * cutoff).clamp(-filter_width, filter_width)
+    window = torch.cos(t * math.pi / filter_width / 2) ** 2
+    kernels = torch.sinc(t) * window * (cutoff / orig)
+    return kernels[:, None].to(torch.float32), half_width
+
+
+def sinc_resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
+    """Resample by a Hann-windowed sinc; equals `torchaudio.functional.resample` with its defaults.
+
+    The codec's semantic branch was trained behind that filter, so another resampler would change the codes.
+
+    Args:
+        waveform: float tensor of shape (..., num_samples).
+        orig_freq: rate of `waveform` in Hz.
+        new_freq: wanted rate in Hz.
+
+    Returns:
+        tensor of shape (..., ceil(num_samples * new_freq / orig_freq)).
+    """
+    if orig_freq == new_freq:
+        return waveform
+    divisor = math.gcd(int(orig_freq), int(new_freq))
+    orig, new = int(orig_freq) // divisor, int(new_freq) // divisor
+    kernels, half_width = _sinc_kernels(orig, new)
+    shape = waveform.shape
+    flat = torch.nn.functional.pad(waveform.reshape(-1, 1, shape[-1]), (half_width, half_width + orig))
+    resampled = torch.nn.functional.conv1d(flat, kernels.to(waveform), stride=orig)
+    resampled = resampled.transpose(1, 2).reshape(flat.shape[0], -1)
+    return resampled[:, : math.ceil(new * shape[-1] / orig)].reshape(*shape[:-1], -1)
+
+
+@cache
+def codec_class() -> Any:
+    """The native codec class.
+
+    Its module imports torchaudio for one pure-Python function; where torchaudio is absent, or built for another torch,
+    a stand-in with that function serves while the module is imported, and is taken away again.
+    """
+    try:
+        import torchaudio  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except (ImportError, OSError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+    else:
+        return importlib.import_module(CODEC_MODULE).HiggsAudioV2TokenizerModel
+    stand_in = types.ModuleType("torchaudio")
+    stand_in.functional = types.SimpleNamespace(resample=sinc_resample)  # type: ignore[attr-defined]
+    sys.modules["torchaudio"] = stand_in
+    try:
+        return importlib.import_module(CODEC_MODULE).HiggsAudioV2TokenizerModel
+    finally:
+        del sys.modules["torchaudio"]
+
+
+class HiggsCodec:
+    """Audio to codes and back; float32, in evaluation mode."""
+
+    def __init__(self, path: str, revision: str | None = None, device: torch.device | str = "cpu") -> None:
+        self.model = codec_class().from_pretrained(path, revision=revision, dtype=torch.float32).eval().to(device)
+        self.sampling_rate: int = self.model.config.sample_rate
+        self.codebook_size: int = self.model.config.codebook_size
+        self.num_codebooks: int = self.model.config.num_quantizers
+
+    @torch.no_grad()
+    def encode(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Encode clips one by one, as inference does: padding clips to a common length would change their codes.
+
+        Returns:
+            per clip an int16 array of shape (num_frames, num_codebooks).
+        """
+        encoded = []
+        for audio in audios:
+            wave_11T = torch.from_numpy(audio.samples).to(self.model.device)[None, None]
+            codes_1KF = self.model.encode(wave_11T).audio_codes
+            encoded.append(codes_1KF[0].T.to("cpu", torch.int16).numpy())
+        return encoded
+
+    @torch.no_grad()
+    def decode(self, codes_FK: np.ndarray) -> Audio:
+        """Decode codes of shape (num_frames, num_codebooks) to audio at the codec's rate."""
+        if len(codes_FK) == 0:
+            return Audio(np.zeros(0, np.float32), self.sampling_rate)
+        codes_1KF = torch.from_numpy(codes_FK.astype(np.int64).T)[None].to(self.model.device)
+        wave = self.model.decode(codes_1KF).audio_values[0, 0]
+        return Audio(wave.float().cpu().numpy(), self.sampling_rate)

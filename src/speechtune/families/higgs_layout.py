@@ -1,0 +1,82 @@
+"""Layout of Higgs Audio v2: the prompt's text, the delay pattern of the rows, their labels, and the way back.
+
+Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from speechtune.families.base import Sample
+
+DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+AUDIO = "<|AUDIO_OUT|>"
+IGNORE = -100
+
+
+def render_prompt(sample: Sample, *, with_target: bool) -> str:
+    """The conversation as one string with a placeholder per clip; training and generation both come through here.
+
+    Every reference is an earlier user/assistant turn. With `with_target` the target's turn follows in full, else the
+    string ends where the model goes on with audio.
+    """
+    system = DEFAULT_SYSTEM if sample.system is None else sample.system.strip()
+    scene = sample.scene.strip() if sample.scene is not None else DEFAULT_SCENE if sample.system is None else None
+    scene_part = "" if scene is None else f"\n\n<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
+    turns = [f"<|begin_of_text|>{_header('system')}{system}{scene_part}<|eot_id|>"]
+    spoken = f"<|audio_out_bos|>{AUDIO}<|audio_eos|><|eot_id|>"
+    for reference in sample.references:
+        turns.append(f"{_header('user')}{reference.text.strip()}<|eot_id|>{_header('assistant')}{spoken}")
+    answer = spoken if with_target else "<|audio_out_bos|>"
+    turns.append(f"{_header('user')}{sample.text.strip()}<|eot_id|>{_header('assistant')}{answer}")
+    return "".join(turns)
+
+
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+def delay_rows(codes_FK: np.ndarray, bos: int, eos: int) -> np.ndarray:
+    """Put [BOS | codes | EOS] into the delay pattern: codebook k is shifted k rows down.
+
+    Returns:
+        int64 array of shape (F + K + 1, K), BOS above and EOS below each codebook's shifted column.
+    """
+    num_frames, num_codebooks = codes_FK.shape
+    rows_RK = np.full((num_frames + num_codebooks + 1, num_codebooks), eos, dtype=np.int64)
+    for k in range(num_codebooks):
+        rows_RK[: k + 1, k] = bos
+        rows_RK[k + 1 : k + 1 + num_frames, k] = codes_FK[:, k]
+    return rows_RK
+
+
+def row_labels(rows_RK: np.ndarray, num_frames: int) -> np.ndarray:
+    """Labels of the rows of a target clip: its codes, and EOS exactly once per codebook; all else -100.
+
+    An EOS that is never supervised gives a voice that never stops; one supervised in every later row drowns the codes.
+    """
+    labels_RK = np.full_like(rows_RK, IGNORE)
+    for k in range(rows_RK.shape[1]):
+        supervised = slice(k + 1, k + num_frames + 2)
+        labels_RK[supervised, k] = rows_RK[supervised, k]
+    return labels_RK
+
+
+def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarray, bool]:
+    """Recover the codes from generated rows, whose first row is all BOS.
+
+    The clip ends where codebook 0 says EOS, or at the last complete frame where the length cap cut the rows.
+    Stream ids drawn by a later codebook inside the clip are clipped to the last code, as the native decoder does.
+
+    Returns:
+        codes of shape (F, K), and whether an EOS ended them.
+    """
+    num_rows, num_codebooks = rows_RK.shape
+    ends = np.flatnonzero(rows_RK[:, 0] == eos)
+    complete_frames = max(num_rows - num_codebooks, 0)
+    stopped = len(ends) > 0
+    num_frames = min(int(ends[0]) - 1, complete_frames) if stopped else complete_frames
+    num_frames = max(num_frames, 0)
+    codes_FK = np.stack([rows_RK[k + 1 : k + 1 + num_frames, k] for k in range(num_codebooks)], axis=1)
+    return np.clip(codes_FK, 0, codebook_size - 1), stopped

@@ -1,0 +1,335 @@
+"""Arrays on disk by content key: append-only, memory-mapped, and safe to kill at any moment.
+
+A store is a folder of append-only parts, one per writer: `part-0000.bin` holds raw arrays, `part-0000.jsonl` one line
+per array, written after its data. So a line that is whole names data that are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from speechtune.errors import AudioError, ConfigError
+
+ALIGNMENT = 64  # bytes; a cache line, and enough for any dtype
+SYNC_ARRAYS = 256
+SYNC_SECONDS = 10.0
+
+
+class _Entry(NamedTuple):
+    part: str
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: str
+    crc32: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class FeatureStore:
+    """Arrays by key for one way of encoding; several processes may read and write at once.
+
+    Args:
+        root: cache folder; the store is a folder in it, named after `encode_key`.
+        encode_key: identity of the encoding; another key is another store.
+
+    Raises:
+        ConfigError: the folder cannot be made, or belongs to another key.
+    """
+
+    def __init__(self, root: Path, encode_key: str) -> None:
+        self.root = Path(root)
+        self.encode_key = encode_key
+        self.folder = self.root / hashlib.sha256(encode_key.encode()).hexdigest()[:16]
+        self._entries: dict[str, _Entry] = {}
+        self._positions: dict[str, tuple[int, int]] = {}  # part -> inode and bytes read of its index
+        self._maps: dict[str, np.memmap] = {}
+        self._checked: set[str] = set()
+        self._writer: _Writer | None = None
+        self._claim_folder()
+        self.refresh()
+
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, str]]:
+        return FeatureStore, (self.root, self.encode_key)
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def refresh(self) -> None:
+        """Read what other processes have added since the last look."""
+        for index in sorted(self.folder.glob("part-*.jsonl")):
+            part = index.stem
+            stat = index.stat()
+            inode, position = self._positions.get(part, (stat.st_ino, 0))
+            if inode != stat.st_ino or stat.st_size < position:  # rewritten by a writer that dropped entries
+                self._entries.clear()
+                self._positions.clear()
+                return self.refresh()
+            if stat.st_size > position:
+                entries, position = _read_index(index, position)
+                # Measured after the index was read: a line is never older than its data.
+                size = _size(index.with_suffix(".bin"))
+                self._entries.update((key, entry) for key, entry in entries if entry.end <= size)
+            self._positions[part] = (stat.st_ino, position)
+
+    def get(self, key: str) -> np.ndarray:
+        """Return the array of `key` as a read-only view into the memory-mapped part.
+
+        Raises:
+            KeyError: no such key.
+            AudioError: the bytes on disk are not those written (checked once per process).
+        """
+        if key not in self._entries:
+            self.refresh()
+        entry = self._entries[key]
+        data = self._bytes(entry)
+        if key not in self._checked:
+            if zlib.crc32(data.data) != entry.crc32:
+                raise AudioError(
+                    f"{self.folder / entry.part}.bin: the encoded clip {key} is damaged at byte {entry.offset}; "
+                    "encode again with verification, or delete this folder"
+                )
+            self._checked.add(key)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def put(self, key: str, array: np.ndarray) -> None:
+        """Store `array` under `key`; a key that is there already keeps its array.
+
+        The array survives the death of this process when put returns, and a power cut after the next sync (256 arrays,
+        10 seconds, or close).
+
+        Raises:
+            ConfigError: the disk is full or not writable.
+        """
+        if array.size == 0 or array.dtype.kind not in "biufc":
+            raise ValueError(f"{key}: cannot store an array of shape {array.shape} and dtype {array.dtype}")
+        if key in self._entries:
+            return
+        try:
+            if self._writer is None:
+                self._writer = _open_writer(self.folder)
+            self._entries[key] = self._writer.append(key, array)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot write encoded audio: {error.strerror}; make room, or set data.cache_dir to a "
+                "local disk; clips already encoded are kept"
+            ) from error
+
+    def verify(self) -> list[str]:
+        """Return the keys whose bytes on disk are not those written; reads everything."""
+        self.refresh()
+        in_file_order = sorted(self._entries.items(), key=lambda item: item[1][:2])
+        return [key for key, entry in in_file_order if zlib.crc32(self._bytes(entry).data) != entry.crc32]
+
+    def discard(self, keys: Collection[str]) -> None:
+        """Forget `keys`, so that they are encoded anew.
+
+        Raises:
+            ConfigError: another process is writing the part one of them lies in.
+        """
+        self.close()
+        for part in sorted({self._entries[key].part for key in keys if key in self}):
+            try:
+                _Writer(self.folder, part, drop=frozenset(keys)).close()
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.folder / part}.bin: cannot drop damaged clips: {error.strerror}; another process may be "
+                    "encoding into it: wait for its end"
+                ) from error
+        self._checked.difference_update(keys)
+        self.refresh()
+
+    def close(self) -> None:
+        """Sync and release the part written; reading goes on working."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _claim_folder(self) -> None:
+        path = self.folder / "encode_key.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                draft = path.with_name(f"encode_key.{uuid.uuid4().hex}.tmp")
+                _write_synced(draft, self.encode_key.encode())
+                draft.replace(path)
+            found = path.read_bytes().decode(errors="replace")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot open the cache: {error.strerror}; set data.cache_dir to a writable folder"
+            ) from error
+        if found != self.encode_key:
+            raise ConfigError(
+                f"{path}: holds {found!r}, expected {self.encode_key!r}; this folder was made for another encoding: "
+                "delete it, or set data.cache_dir to another folder"
+            )
+
+    def _bytes(self, entry: _Entry) -> np.ndarray:
+        """The uint8 data of an entry; too short when the file was cut off since."""
+        mapped = self._maps.get(entry.part)
+        if mapped is None or len(mapped) < entry.end:
+            path = self.folder / f"{entry.part}.bin"
+            if _size(path) < entry.end:
+                return np.empty(0, np.uint8)
+            mapped = self._maps[entry.part] = np.memmap(path, np.uint8, mode="r")
+        return np.asarray(mapped[entry.offset : entry.end])
+
+
+class _Writer:
+    """The only writer of one part, as long as it holds the lock on the part's data file."""
+
+    def __init__(self, folder: Path, part: str, drop: frozenset[str] = frozenset()) -> None:
+        self._part = part
+        self._index_path = folder / f"{part}.jsonl"
+        self._data = os.open(folder / f"{part}.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._data)
+            raise
+        self._end = self._recover(drop)
+        self._index = os.open(self._index_path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._index_end = os.fstat(self._index).st_size
+        self._unsynced = 0
+        self._synced_at = time.monotonic()
+
+    def _recover(self, drop: frozenset[str]) -> int:
+        """Cut off what a killed writer left half done; return the end of the data in bytes."""
+        if not self._index_path.exists():
+            os.ftruncate(self._data, 0)
+            return 0
+        entries, position = _read_index(self._index_path, 0)
+        size = os.fstat(self._data).st_size
+        kept = [(key, entry) for key, entry in entries if entry.end <= size and key not in drop]
+        # Only arrays since the last sync can have lost their bytes to a power cut while the file kept its length.
+        kept = kept[:-SYNC_ARRAYS] + [item for item in kept[-SYNC_ARRAYS:] if self._is_whole(item[1])]
+        if len(kept) < len(entries):
+            # Left in place, the line of a lost array would name whatever is written there next.
+            draft = self._index_path.with_suffix(".tmp")
+            _write_synced(draft, b"".join(_index_line(key, entry) for key, entry in kept))
+            draft.replace(self._index_path)
+        else:
+            os.truncate(self._index_path, position)
+        end = max((entry.end for _, entry in kept), default=0)
+        os.ftruncate(self._data, end)
+        return end
+
+    def _is_whole(self, entry: _Entry) -> bool:
+        return zlib.crc32(os.pread(self._data, entry.end - entry.offset, entry.offset)) == entry.crc32
+
+    def append(self, key: str, array: np.ndarray) -> _Entry:
+        data = array.tobytes()
+        offset = math.ceil(self._end / ALIGNMENT) * ALIGNMENT
+        entry = _Entry(self._part, offset, array.shape, array.dtype.str, zlib.crc32(data))
+        line = _index_line(key, entry)
+        _write_at(self._data, data, offset)
+        _write_at(self._index, line, self._index_end)
+        self._end, self._index_end = entry.end, self._index_end + len(line)
+        self._unsynced += 1
+        if self._unsynced >= SYNC_ARRAYS or time.monotonic() - self._synced_at >= SYNC_SECONDS:
+            self._sync()
+        return entry
+
+    def close(self) -> None:
+        try:
+            self._sync()
+        finally:
+            fcntl.flock(self._data, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
+            os.close(self._data)
+            os.close(self._index)
+
+    def _sync(self) -> None:
+        os.fsync(self._data)
+        os.fsync(self._index)
+        self._unsynced, self._synced_at = 0, time.monotonic()
+
+
+def _open_writer(folder: Path) -> _Writer:
+    """Take the first part that no living process writes."""
+    for number in itertools.count():
+        with contextlib.suppress(BlockingIOError):
+            return _Writer(folder, f"part-{number:04d}")
+    raise AssertionError
+
+
+def _index_line(key: str, entry: _Entry) -> bytes:
+    row = {"key": key, "offset": entry.offset, "shape": entry.shape, "dtype": entry.dtype, "crc32": entry.crc32}
+    return json.dumps(row).encode() + b"\n"
+
+
+def _read_index(path: Path, start: int) -> tuple[list[tuple[str, _Entry]], int]:
+    """Entries from byte `start`, and the position after the last complete line; what does not parse is no entry."""
+    rows, position = read_json_lines(path, start)
+    entries: list[tuple[str, _Entry]] = []
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            np.dtype(row["dtype"])
+            entry = _Entry(path.stem, int(row["offset"]), tuple(row["shape"]), row["dtype"], int(row["crc32"]))
+            entries.append((str(row["key"]), entry))
+    return entries, position
+
+
+def read_json_lines(path: Path, start: int = 0) -> tuple[list[dict], int]:
+    """Parse the complete lines of `path` from byte `start`; return them and the position after the last one.
+
+    Lines that are no JSON object are left out: they are what a power cut leaves.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    rows = []
+    for line in data[:end].split(b"\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)], start + end
+
+
+def _write_at(descriptor: int, data: bytes, start: int) -> None:
+    """Write all of `data` at byte `start`, or leave the file ending there."""
+    view = memoryview(data)
+    try:
+        while view:
+            written = os.pwrite(descriptor, view, start + len(data) - len(view))
+            view = view[written:]
+    except OSError:
+        os.ftruncate(descriptor, start)
+        raise
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,107 @@
+"""Speech from text and a reference clip, with the base, an adapter, or a merged model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from speechtune.adapter import load_adapter, stored_base
+from speechtune.audio import write_wav
+from speechtune.cache import encode_samples
+from speechtune.config import RunConfig, build_config
+from speechtune.errors import ConfigError
+from speechtune.families import create_family, family_of
+from speechtune.families.base import Family, GenerationOptions, Output, Sample
+from speechtune.precision import PrecisionPlan, plan_precision
+
+log = logging.getLogger("speechtune")
+
+
+def model_config(model: str | None, codec: str | None, adapter: Path | None = None) -> RunConfig:
+    """A configuration for using a model; the base defaults to the one the adapter names.
+
+    Raises:
+        ConfigError: neither a model nor an adapter that names one.
+    """
+    path = model or (stored_base(adapter) if adapter else None)
+    if path is None:
+        raise ConfigError("name the base with --model; there is no adapter that could name it")
+    return build_config({"family": family_of(path), "model": {"path": path, "codec_path": codec}}, f"model {path}")
+
+
+def load_model(config: RunConfig, adapter: Path | None, plan: PrecisionPlan | None = None) -> tuple[Family, nn.Module]:
+    """Family and model in evaluation mode, the adapter on it where one is given.
+
+    Raises:
+        ConfigError: the base does not load.
+        AdapterError: the adapter does not fit it.
+    """
+    plan = plan or plan_precision()
+    family = create_family(config)
+    model = family.load(plan)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return family, model.eval()
+
+
+def answer(
+    family: Family,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    options: GenerationOptions,
+    cache_dir: Path,
+    *,
+    batch_size: int = 8,
+    allow_urls: bool = False,
+) -> Iterator[Output]:
+    """Generate for samples in batches; their own target audio is not looked at."""
+    prompts = [replace(sample, audio=None) for sample in samples]
+    encoded = encode_samples(family, prompts, cache_dir, allow_urls=allow_urls)
+    for first in range(0, len(prompts), batch_size):
+        started = time.monotonic()
+        chosen = range(first, min(first + batch_size, len(prompts)))
+        outputs = family.generate(model, [(prompts[i], encoded.features(i)) for i in chosen], options)
+        seconds = time.monotonic() - started
+        spoken = sum(output.audio.duration_seconds for output in outputs if output.audio)
+        log.info("%d/%d generated, %.2f s of audio in %.2f s", chosen[-1] + 1, len(prompts), spoken, seconds)
+        yield from outputs
+
+
+def write_outputs(outputs: Iterator[Output], directory: Path) -> list[dict[str, object]]:
+    """Write one wav per output and `outputs.jsonl`; an output that met the length cap is reported by name."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    with (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:
+        for output in outputs:
+            row = write_output(output, directory / f"{file_name(output.sample_id)}.wav")
+            index.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows.append(row)
+    return rows
+
+
+def write_output(output: Output, path: Path) -> dict[str, object]:
+    """Write one output and describe it."""
+    seconds = 0.0
+    if output.audio is not None:
+        seconds = output.audio.duration_seconds
+        write_wav(path, output.audio)
+    if not output.stopped:
+        log.warning("%s: no end of speech within %d rows: cut at the cap", output.sample_id, output.num_tokens)
+    return {
+        "id": output.sample_id,
+        "audio": str(path),
+        "seconds": round(seconds, 3),
+        "rows": output.num_tokens,
+        "stopped": output.stopped,
+    }
+
+
+def file_name(sample_id: str) -> str:
+    """A sample id as a file name that stays inside its folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in sample_id).lstrip(".") or "_"

@@ -1,0 +1,122 @@
+"""Guards: pure checks that stop a run whose training would not be real. Each names what it saw and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from speechtune.errors import TrainingError
+from speechtune.families.base import Batch
+
+SHOWN = 5
+ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
+
+
+def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> None:
+    """Before training: something is trainable, with LoRA only the adapter is, and all of it in float32.
+
+    Raises:
+        TrainingError: one of the three does not hold.
+    """
+    if not parameters:
+        raise TrainingError("nothing is trainable: every parameter is frozen, so the run would change nothing")
+    if lora:
+        accidental = [name for name in parameters if not any(mark in name for mark in ADAPTER_MARKS)]
+        if accidental:
+            raise TrainingError(
+                f"{len(accidental)} parameters of the base are trainable beside the adapter ({_some(accidental)}); "
+                "freeze them, or name their module in lora.modules_to_save"
+            )
+    half = [f"{name} is {p.dtype}" for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise TrainingError(
+            f"{len(half)} trainable parameters are half precision ({_some(half)}): AdamW turns float16 weights into "
+            "NaN and loses bfloat16 updates; keep trainable parameters in float32"
+        )
+
+
+def check_targets(batch: Batch, where: str) -> None:
+    """A batch must have targets for at least its first head, or its loss is a constant.
+
+    Raises:
+        TrainingError: no target in the batch.
+    """
+    empty = [head for head, count in batch.target_counts.items() if count == 0]
+    if empty:
+        raise TrainingError(f"{where}: no target for {_some(empty)} in the batch of samples {_some(batch.sample_ids)}")
+
+
+def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[str]) -> None:
+    """Every head's mean loss is finite and above zero.
+
+    Raises:
+        TrainingError: NaN, infinity or exactly zero.
+    """
+    for head, value in losses.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"{where}: the {head} loss is {value}; samples of the step: {_some(sample_ids)}")
+        if value == 0.0:
+            raise TrainingError(
+                f"{where}: the {head} loss is exactly 0.0, which real data never gives; samples: {_some(sample_ids)}"
+            )
+
+
+def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: str, sample_ids: Sequence[str]) -> None:
+    """The gradient norm is finite and above zero.
+
+    Raises:
+        TrainingError: names the parameters with non-finite gradients, or says that none arrived.
+    """
+    if not math.isfinite(norm):
+        broken = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        raise TrainingError(
+            f"{where}: the gradient norm is {norm}; non-finite gradients in {len(broken)} parameters "
+            f"({_some(broken)}); samples of the step: {_some(sample_ids)}"
+        )
+    if norm == 0.0:
+        raise TrainingError(
+            f"{where}: all gradients are zero: the loss does not reach any trainable parameter; samples: "
+            f"{_some(sample_ids)}"
+        )
+
+
+def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+    """At the first step every lora_B gets a gradient; lora_A cannot yet, for lora_B starts at zero.
+
+    Raises:
+        TrainingError: names each lora_B that none reached.
+    """
+    unreached = [
+        name for name, p in parameters.items() if "lora_B" in name and (p.grad is None or not bool(p.grad.any()))
+    ]
+    if unreached:
+        raise TrainingError(
+            f"{where}: no gradient reached {len(unreached)} lora_B ({_some(unreached)}): these adapters are attached "
+            "where the loss does not pass; narrow lora.targets"
+        )
+
+
+def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str) -> None:
+    """The optimizer step changed something.
+
+    Args:
+        before: checksum per trainable parameter before the step.
+        after: the same after it.
+        where: step, for the message.
+
+    Raises:
+        TrainingError: not one parameter changed.
+    """
+    if before == after:
+        raise TrainingError(
+            f"{where}: the optimizer step changed none of the {len(after)} trainable parameters; is the learning rate "
+            "zero, or does the optimizer hold other parameters than the model?"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,30 @@
+"""SIGTERM and SIGINT end a run after the step they fall into, with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+log = logging.getLogger("speechtune")
+
+
+class Interruption:
+    """Catches SIGTERM and SIGINT while a run trains; the loop finishes its step, saves and leaves."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> Interruption:
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal:  # asked twice: leave at once
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: finishing this step, then saving and stopping", signal.Signals(number).name)

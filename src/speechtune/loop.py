@@ -1,0 +1,288 @@
+"""The training loop: one `Objective`, the only `backward()`, and a guard wherever training can be unreal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+
+from speechtune import guards
+from speechtune.adapter import trainable
+from speechtune.batching import BatchPlan, MicroBatches, evaluation_batches
+from speechtune.cache import EncodedSet
+from speechtune.checkpoint import prune
+from speechtune.config import RunConfig
+from speechtune.errors import TrainingError
+from speechtune.families.base import Batch, Family
+from speechtune.fingerprint import checksums
+from speechtune.interruption import Interruption
+from speechtune.precision import PrecisionPlan
+from speechtune.saving import RunState, choose_checkpoint, restore, rng_state, save_checkpoint
+from speechtune.schedule import learning_rate
+from speechtune.tracking import EvaluationRecord, Record, Tracker, log
+
+MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that DDP sees the whole forward pass; calling past it lets ranks drift apart."""
+
+    def __init__(self, model: nn.Module, family: Family, plan: PrecisionPlan, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.model, self.family, self.plan, self.weights = model, family, plan, dict(weights)
+
+    def forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted loss of a batch, each head's sum divided by `counts`, and the sums without gradient."""
+        with torch.autocast(self.plan.device.type, self.plan.autocast, enabled=self.plan.autocast is not None):
+            sums = self.family.losses(self.model, batch).sums
+        terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
+        return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged."""
+
+    config: RunConfig
+    family: Family
+    model: nn.Module
+    precision: PrecisionPlan
+    train_set: EncodedSet
+    eval_set: EncodedSet | None
+    identity: Mapping[str, Any]
+    model_card: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Outcome of a run; `signal` is the number of the signal that ended it early, or None."""
+
+    state: RunState
+    first_losses: Mapping[str, float]
+    seconds: float
+    signal: int | None
+    best_checkpoint: Path | None
+
+
+class Run:
+    """One run of the loop over one `Job`."""
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        config = job.config
+        self.job, self.accelerator, self.config = job, accelerator, config
+        self.parameters = trainable(job.model)
+        guards.check_trainable(self.parameters, lora=config.lora.enabled)
+        self.plan = BatchPlan(
+            lengths=job.train_set.lengths,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            world_size=accelerator.num_processes,
+            seed=config.train.seed,
+            group_by_length=config.train.group_by_length,
+        )
+        self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
+        settings = config.train
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=job.precision.device.type == "cuda",
+        )
+        self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
+        objective = Objective(job.model, job.family, job.precision, settings.head_weights)
+        self.objective = accelerator.prepare(objective)
+        self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
+        self.skipped = 0
+
+    def train(self) -> TrainResult:
+        """Train to the last step, or to a signal; saves on the way and at the end."""
+        job, config = self.job, self.config
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)
+        resumed = choose_checkpoint(config.output_dir, config.checkpoint.resume)
+        if resumed is not None:
+            state = restore(
+                resumed, job.model, self.optimizer, self.scaler, self.state.identity, self.accelerator.process_index
+            )
+            self.state = replace(state, total_steps=self.total_steps)
+        tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
+        job.model.train()
+        started, first_losses = time.monotonic(), {}
+        first_step = self.state.step
+        loader = self._loader(first_step)
+        with Interruption() as interruption:
+            for step in range(first_step, self.total_steps):
+                step_started = time.monotonic()
+                batches = [next(loader) for _ in range(self.plan.accumulation)]
+                waited = time.monotonic() - step_started
+                record = self._step(step, batches, step_started, waited, started, first_step)
+                first_losses = first_losses or record.losses
+                tracker.write(record, self.total_steps)
+                self.state = replace(self.state, step=step + 1, epoch=record.epoch, losses=dict(record.losses))
+                stop = self._any_rank(interruption.signal)
+                last = stop or step + 1 == self.total_steps
+                if job.eval_set is not None and (last or (step + 1) % config.evaluate.every_steps == 0):
+                    self._evaluate(tracker, job.eval_set)
+                if last or (step + 1) % config.checkpoint.every_steps == 0:
+                    self._save()
+                if stop:
+                    break
+        tracker.close()
+        return TrainResult(
+            self.state, first_losses, time.monotonic() - started, interruption.signal or None, self._best()
+        )
+
+    def _loader(self, first_step: int) -> Iterator[Batch]:
+        order = range(first_step * self.plan.accumulation, self.total_steps * self.plan.accumulation)
+        dataset = MicroBatches(self.plan, self.job.train_set, self.job.family, self.accelerator.process_index)
+        workers = self.config.train.workers
+        # A generator of its own: the loader would draw from the global one and change dropout on resume.
+        return iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=order,
+                num_workers=workers,
+                generator=torch.Generator(),
+                pin_memory=self.job.precision.device.type == "cuda",
+            )
+        )
+
+    def _step(
+        self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int
+    ) -> Record:
+        where = f"step {step + 1}"
+        for batch in batches:
+            guards.check_targets(batch, where)
+        counts = self._sum_over_ranks([{head: float(n) for head, n in b.target_counts.items()} for b in batches])
+        self.optimizer.zero_grad(set_to_none=True)
+        per_batch = [self._backward(batch, counts, last=batch is batches[-1]) for batch in batches]
+        sums = self._sum_over_ranks([{h: float(v) for h, v in sums.items()} for sums in per_batch])
+        losses = {head: value / counts[head] for head, value in sums.items()}
+        suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
+        ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
+        guards.check_losses(losses, where, ids)
+        rate = learning_rate(step, self.total_steps, self.config.train)
+        grad_norm = self._update(where, ids, rate, first=step == 0)
+        sizes = self._sum_over_ranks([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
+        now = time.monotonic()
+        seconds = now - step_started
+        weights = self.config.train.head_weights
+        return Record(
+            step=step + 1,
+            epoch=self.plan.epoch_at(step + 1),
+            loss=sum(weights.get(head, 1.0) * value for head, value in losses.items()),
+            losses=losses,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            audio_seconds_per_second=sizes["audio"] / seconds,
+            tokens_per_second=sizes["tokens"] / seconds,
+            data_wait_share=waited / seconds,
+            eta_seconds=(now - started) / (step + 1 - first_step) * (self.total_steps - step - 1),
+        )
+
+    def _backward(self, batch: Batch, counts: Mapping[str, float], *, last: bool) -> dict[str, torch.Tensor]:
+        ranks = self.accelerator.num_processes
+        batch = batch.to(self.job.precision.device)
+        with nullcontext() if last else self.accelerator.no_sync(self.objective):
+            loss, sums = self.objective(batch, counts)
+            self.scaler.scale(loss * ranks).backward()  # DDP averages over ranks; the counts already span them
+        return sums
+
+    def _update(self, where: str, ids: Sequence[str], rate: float, *, first: bool) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.train.max_grad_norm))
+        self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
+        if self.skipped > MAX_SKIPPED_STEPS or not self.job.precision.scaler:
+            guards.check_gradients(self.parameters, norm, where, ids)
+        before = {}
+        if first:
+            if self.config.lora.enabled and not self.skipped:
+                guards.check_reached(self.parameters, where)
+            before = checksums(self.parameters)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if first and not self.skipped:
+            guards.check_moved(before, checksums(self.parameters), where)
+        return norm
+
+    @torch.no_grad()
+    def _evaluate(self, tracker: Tracker, eval_set: EncodedSet) -> None:
+        started = time.monotonic()
+        self.job.model.eval()
+        objective = self.accelerator.unwrap_model(self.objective)
+        per_batch = []
+        for indices in evaluation_batches(
+            eval_set.lengths,
+            self.config.evaluate.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        ):
+            batch = self.job.family.collate([eval_set[i] for i in indices]).to(self.job.precision.device)
+            _, sums = objective(batch, {head: 1.0 for head in batch.target_counts})
+            values = {head: float(value) for head, value in sums.items()}
+            per_batch.append(values | {f"{head} count": float(n) for head, n in batch.target_counts.items()})
+        names = [*self.job.family.heads, *(f"{head} count" for head in self.job.family.heads)]
+        totals = self._sum_over_ranks(per_batch, names)
+        self.job.model.train()
+        losses = {h: totals[h] / totals[f"{h} count"] for h in self.job.family.heads if totals[h]}
+        loss = sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
+        record = EvaluationRecord(self.state.step, loss, losses, time.monotonic() - started)
+        tracker.write(record, self.total_steps)
+        if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
+            self.state = replace(self.state, best_step=self.state.step, best_eval_loss=loss)
+
+    def _save(self) -> None:
+        states = gather_object([rng_state()])
+        directory = self.config.output_dir / f"checkpoint-{self.state.step}"
+        if self.accelerator.is_main_process and not directory.exists():
+            save_checkpoint(
+                directory,
+                self.job.model,
+                self.optimizer,
+                self.scaler,
+                states,
+                self.state,
+                self.config.to_yaml(),
+                self.job.family.save_assets,
+                self.job.model_card,
+            )
+            best = self._best()
+            prune(self.config.output_dir, self.config.checkpoint.keep_last, [best] if best else [])
+            log.info("saved and verified %s", directory)
+        self.accelerator.wait_for_everyone()
+
+    def _best(self) -> Path | None:
+        step = self.state.best_step
+        path = self.config.output_dir / f"checkpoint-{step}"
+        return path if step is not None and path.is_dir() else None
+
+    def _any_rank(self, number: int) -> bool:
+        if self.accelerator.num_processes == 1:
+            return number > 0
+        return bool(self._sum_over_ranks([{"signal": float(number)}])["signal"])
+
+    def _sum_over_ranks(
+        self, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        names = list(values[0]) if names is None else names
+        local = [math.fsum(value.get(name, 0.0) for value in values) for name in names]
+        if self.accelerator.num_processes == 1:
+            return dict(zip(names, local, strict=True))
+        total = self.accelerator.reduce(torch.tensor(local, dtype=torch.float64, device=self.accelerator.device), "sum")
+        if not isinstance(total, torch.Tensor):
+            raise TrainingError("accelerate returned no tensor from a reduction")
+        return dict(zip(names, total.tolist(), strict=True))

@@ -1,0 +1,272 @@
+"""A training run from its configuration: data, base, adapter, loop, and the proof of what was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from speechtune import __version__
+from speechtune.adapter import (
+    adapter_state,
+    apply_lora,
+    count_by_tower,
+    describe_settings,
+    frozen,
+    lora_b_norms,
+    target_pattern,
+    trainable,
+)
+from speechtune.cache import EncodedSet, encode_samples
+from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints, write_verified
+from speechtune.config import RunConfig, world_size
+from speechtune.errors import ConfigError, TrainingError
+from speechtune.families import create_family
+from speechtune.families.base import Family, Sample
+from speechtune.fingerprint import tensors_fingerprint
+from speechtune.loop import Job, Run, TrainResult
+from speechtune.manifest import load_samples, split_samples
+from speechtune.precision import plan_precision
+from speechtune.saving import model_tensors, save_weights, write_state
+from speechtune.tracking import configure_logging, flatten
+
+log = logging.getLogger("speechtune")
+
+SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait for one another while clips are encoded
+ADAM_STATES = 2
+BYTES_FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What shows that a run trained what it was to train, measured on the model in memory."""
+
+    lora_b_total: int
+    lora_b_moved: int
+    base_unchanged: bool
+    trainable_parameters: int
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Join the other ranks, if any, and make sure that it really happened.
+
+    Raises:
+        TrainingError: accelerate runs another kind of job than was launched.
+    """
+    tracking = config.tracking
+    accelerator = Accelerator(
+        log_with=list(tracking.trackers) or None,
+        project_dir=tracking.logging_dir or config.output_dir / "logs",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=SETUP_TIMEOUT),
+        ],
+    )
+    expected = {DistributedType.NO} if world_size() == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in expected or accelerator.num_processes != world_size():
+        raise TrainingError(
+            f"{world_size()} processes were launched, accelerate runs {accelerator.distributed_type.value} with "
+            f"{accelerator.num_processes}; check ACCELERATE_* in the environment"
+        )
+    configure_logging(accelerator.is_main_process)
+    return accelerator
+
+
+def load_sets(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    """Read, check and split the data of a run into training and evaluation samples.
+
+    Raises:
+        ConfigError: no training data named.
+        ManifestError: faults in the data.
+    """
+    data = config.data
+    if data.train is None:
+        raise ConfigError("data.train: required for this, but not given")
+    samples = load_samples(data.train, data, config.output_dir)
+    if not config.evaluate.enabled:
+        if data.validation_split or data.eval:
+            log.info("evaluation is off: all %d samples are trained on, data.eval is not read", len(samples))
+        return samples, []
+    if data.validation_split > 0:
+        training, held_out = split_samples(samples, data.validation_split, config.train.seed)
+        log.info("validation_split %g holds out %d of %d samples", data.validation_split, len(held_out), len(samples))
+        return training, held_out
+    return samples, load_samples(data.eval, data, config.output_dir) if data.eval else []
+
+
+def encode_sets(
+    config: RunConfig, family: Family, sets: Sequence[Sequence[Sample]], shard: tuple[int, int] | None = None
+) -> list[EncodedSet]:
+    """Encode every set through the run's cache."""
+    urls = config.data.allow_urls
+    encoded = [encode_samples(family, samples, config.cache_dir, allow_urls=urls, shard=shard) for samples in sets]
+    clips = sum(one.report.num_encoded for one in encoded)
+    log.info("%d clips encoded, %d reused", clips, sum(one.report.num_reused for one in encoded))
+    return encoded
+
+
+def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
+    """Load data, base and adapter, and show what will be trained.
+
+    Raises:
+        SpeechtuneError: anything that would make the run fail or unreal later.
+    """
+    if accelerator.is_main_process:
+        check_writable(config.output_dir, 0)
+        if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
+                "checkpoint.resume=auto, or choose another folder"
+            )
+        clear_leftovers(config.output_dir)
+        (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    family = create_family(config)
+    lora = config.lora
+    plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
+    training, evaluation = load_sets(config)
+    ranks = accelerator.num_processes
+    shard = (accelerator.process_index, ranks) if ranks > 1 else None
+    train_set, *eval_sets = encode_sets(config, family, [training, evaluation] if evaluation else [training], shard)
+    accelerator.wait_for_everyone()
+    model = family.load(plan)
+    base_fingerprint = tensors_fingerprint(model.named_parameters())
+    if lora.enabled:
+        model = apply_lora(model, family, lora, config.train.seed)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+    identity = {
+        "family": config.family,
+        "dataset": train_set.fingerprint,
+        "base": base_fingerprint,
+        "lora": describe_settings(lora, target_pattern(family, lora)) if lora.enabled else None,
+        "seed": config.train.seed,
+    }
+    if accelerator.is_main_process:
+        log.info("precision: %s", plan.describe())
+        show_counts(model, family)
+        trained = sum(p.numel() for p in trainable(model).values())
+        check_writable(config.output_dir, trained * BYTES_FLOAT32 * (1 + ADAM_STATES))
+        accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
+    card = model_card(config, train_set)
+    return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, card)
+
+
+def run_training(config: RunConfig) -> tuple[TrainResult, Proof]:
+    """Train as configured, then save the adapter, prove it, and write the run's summary.
+
+    Raises:
+        SpeechtuneError: with the reason; checkpoints saved before it stay.
+    """
+    accelerator = start_accelerator(config)
+    job = prepare(config, accelerator)
+    frozen_before = tensors_fingerprint(frozen(job.model))
+    result = Run(job, accelerator).train()
+    proof = prove(job.model, tensors_fingerprint(frozen(job.model)) == frozen_before)
+    if accelerator.is_main_process and result.signal is None:
+        finish(job, result, proof)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result, proof
+
+
+def prove(model: nn.Module, base_unchanged: bool) -> Proof:
+    """Measure the proof on a trained model.
+
+    Raises:
+        TrainingError: the frozen base changed, or no lora_B moved.
+    """
+    norms = lora_b_norms(adapter_state(model)) if isinstance(model, PeftModel) else {}
+    moved = sum(norm > 0 for norm in norms.values())
+    if norms and not moved:
+        raise TrainingError(f"all {len(norms)} lora_B are still zero after training: the adapter does nothing")
+    if not base_unchanged:
+        raise TrainingError("the frozen base changed during training: the adapter would not fit the original base")
+    return Proof(len(norms), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
+
+
+def finish(job: Job, result: TrainResult, proof: Proof) -> None:
+    """Write `lora_adapters/` (with LoRA) and the run's trainer state."""
+    output_dir = job.config.output_dir
+    if isinstance(job.model, PeftModel):
+        adapters = output_dir / "lora_adapters"
+        log.info("LoRA flag is set, attempting to save LoRA adapters...")
+        log.info("Model to save type: %s", type(job.model).__name__)
+        write_verified(
+            adapters,
+            lambda aside: save_weights(job.model, aside, job.model_card),
+            model_tensors(job.model),
+            replace=True,
+        )
+        for path in sorted(adapters.iterdir()):
+            log.info("  %s  %d bytes", path.name, path.stat().st_size)
+        log.info("LoRA adapters saved and verified in %s", adapters)
+    write_state(output_dir / STATE_NAME, result.state)
+    summary = {
+        "speechtune": __version__,
+        "first_losses": dict(result.first_losses),
+        "last_losses": dict(result.state.losses),
+        "seconds": result.seconds,
+        "proof": asdict(proof),
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def show_counts(model: nn.Module, family: Family, console: Console | None = None) -> None:
+    """Print what is trainable, by part of the model."""
+    table = Table("part", "base parameters", "trainable")
+    rows = count_by_tower(model, family)
+    for row in rows:
+        table.add_row(row.tower, f"{row.total:,}", f"{row.trainable:,}")
+    total, trained = sum(row.total for row in rows), sum(row.trainable for row in rows)
+    table.add_section()
+    table.add_row("all", f"{total:,}", f"{trained:,} ({trained / total:.2%})")
+    (console or Console(stderr=True)).print(table)
+
+
+def model_card(config: RunConfig, train_set: EncodedSet) -> str:
+    """README.md of an adapter in the hub's form."""
+    lora, base = config.lora, config.model.path
+    local = Path(base).exists()
+    speakers = len({sample.speaker for sample in train_set.samples})
+    hours = train_set.audio_seconds / 3600
+    lines = [
+        "---",
+        "library_name: peft",
+        *([] if local else [f"base_model: {base}"]),
+        "pipeline_tag: text-to-speech",
+        "tags:",
+        "- lora",
+        "- speechtune",
+        "---",
+        f"# LoRA adapter for {Path(base).name if local else base}",
+        "",
+        f"Trained with speechtune {__version__} on {len(train_set)} samples ({hours:.2f} h, {speakers} speakers):",
+        f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets `{lora.targets}`,",
+        f"learning rate {config.train.learning_rate:g}, seed {config.train.seed}.",
+        "",
+        "Load it with `PeftModel.from_pretrained(base, folder)`. Clone a voice only with its owner's consent.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def dry_run(config: RunConfig) -> int:
+    """Resolve a recipe without weights or data: print it, then what its adapter would train on the real dimensions."""
+    family = create_family(config)
+    model = family.skeleton()
+    if config.lora.enabled:
+        model = apply_lora(model, family, config.lora, config.train.seed)
+    print(config.to_yaml())
+    show_counts(model, family, Console())
+    return 0

@@ -1,0 +1,138 @@
+"""What a run writes down: one `Record` per step into metrics.jsonl, a console line, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("speechtune")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Measurements of one optimizer step over all ranks.
+
+    `losses` are means over the step's targets, per head; rates count the real targets' audio and real positions.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    losses: Mapping[str, float]
+    learning_rate: float
+    grad_norm: float
+    audio_seconds_per_second: float
+    tokens_per_second: float
+    data_wait_share: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """Mean losses over the evaluation set after `step` steps."""
+
+    step: int
+    eval_loss: float
+    eval_losses: Mapping[str, float]
+    eval_seconds: float
+
+
+class Tracker:
+    """Writes records on the main process; on other ranks it does nothing."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, log_every_steps: int, resume_step: int) -> None:
+        self.accelerator = accelerator
+        self.log_every_steps = log_every_steps
+        self.path = output_dir / "metrics.jsonl"
+        self._file = None
+        if accelerator.is_main_process:
+            keep_until(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Record | EvaluationRecord, total_steps: int) -> None:
+        """Write one record everywhere it goes."""
+        if self._file is None:
+            return
+        values = asdict(record)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        self.accelerator.log(flatten(values), step=record.step)
+        if isinstance(record, EvaluationRecord):
+            log.info("step %d evaluation: loss %.4f (%s)", record.step, record.eval_loss, heads(record.eval_losses))
+        elif record.step % self.log_every_steps == 0 or record.step in (1, total_steps):
+            log.info(
+                "step %d/%d  loss %.4f (%s)  lr %.2e  grad %.3g  %.0f audio s/s  %s left",
+                record.step,
+                total_steps,
+                record.loss,
+                heads(record.losses),
+                record.learning_rate,
+                record.grad_norm,
+                record.audio_seconds_per_second,
+                duration(record.eta_seconds),
+            )
+
+    def close(self) -> None:
+        """Flush trackers and the metrics file."""
+        self.accelerator.end_training()
+        if self._file is not None:
+            self._file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a torn last line: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, object]]:
+    """All records of a metrics file, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def flatten(values: Mapping[str, object]) -> dict[str, object]:
+    """Nested mappings become `name/key`, which trackers show as a group."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}/{key}": inner for key, inner in value.items()})
+        elif name != "step":
+            flat[name] = value
+    return flat
+
+
+def heads(losses: Mapping[str, float]) -> str:
+    """Losses per head for a console line."""
+    return " ".join(f"{head} {value:.4f}" for head, value in losses.items())
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def configure_logging(main_process: bool = True) -> None:
+    """Send the `speechtune` logger to the console: plain lines, from the main process only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if main_process else logging.ERROR)
+    log.propagate = False
