@@ -88,6 +88,23 @@ def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: i
         raise AdapterError(f"lora: PEFT cannot apply the adapter: {error}") from None
 
 
+def freeze(model: nn.Module, pattern: str) -> list[str]:
+    """Freeze the parameters whose whole name matches, and return their names.
+
+    Raises:
+        AdapterError: the pattern is no regex, or matches nothing.
+    """
+    try:
+        names = [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise AdapterError(f"train.freeze={pattern!r}: not a valid regex: {error}") from None
+    if not names:
+        raise AdapterError(f"train.freeze={pattern!r} matches no parameter of the model")
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

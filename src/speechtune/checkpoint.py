@@ -76,7 +76,7 @@ def write_verified(
         _publish(aside, directory)
     except OSError as error:
         raise _save_error(directory, error) from error
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(f"{directory}: writing the weights failed: {error}; check space on the disk") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -87,19 +87,20 @@ def verify_folder(directory: Path) -> list[Problem]:
     """Compare a published folder with its MANIFEST.json; an empty list means every byte is as it was written."""
     try:
         listed = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        entries = [(str(entry["name"]), entry["bytes"], entry["sha256"]) for entry in listed]
     except OSError:
         return [Problem(MANIFEST_NAME, "missing: the folder was never finished")]
     except (ValueError, KeyError, TypeError):
         return [Problem(MANIFEST_NAME, "not readable as a manifest")]
     problems = []
-    for entry in listed:
-        file = directory / entry["name"]
+    for name, num_bytes, sha256 in entries:
+        file = directory / name
         if not file.is_file():
-            problems.append(Problem(entry["name"], "missing"))
-        elif (size := file.stat().st_size) != entry["bytes"]:
-            problems.append(Problem(entry["name"], f"{size} bytes, {entry['bytes']} were written"))
-        elif file_sha256(file) != entry["sha256"]:
-            problems.append(Problem(entry["name"], "changed since it was written (sha256 differs)"))
+            problems.append(Problem(name, "missing"))
+        elif (size := file.stat().st_size) != num_bytes:
+            problems.append(Problem(name, f"{size} bytes, {num_bytes} were written"))
+        elif file_sha256(file) != sha256:
+            problems.append(Problem(name, "changed since it was written (sha256 differs)"))
     return problems
 
 
@@ -222,7 +223,7 @@ def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             f"left over {extra[:3]}; the object saved is not the model trained"
         )
     for name, tensor in tensors.items():
-        if not torch.equal(stored[name], tensor.detach().to("cpu")):
+        if stored[name].dtype != tensor.dtype or not torch.equal(stored[name], tensor.detach().to("cpu")):
             raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
 
 
@@ -244,7 +245,12 @@ def _publish(aside: Path, directory: Path) -> None:
     if directory.exists():
         old = aside.with_name(f"{aside.name}-old")
         directory.rename(old)
-    aside.rename(directory)
+    try:
+        aside.rename(directory)
+    except OSError:
+        if old is not None:
+            old.rename(directory)
+        raise
     _sync_directory(directory.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -130,7 +130,7 @@ def _validate(options: argparse.Namespace) -> int:
     data = DataConfig(audio_root=options.audio_root, allow_urls=options.allow_urls, max_seconds=options.max_seconds)
     report = validate(options.manifest, data, deep=not options.metadata_only)
     if options.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        print(report.to_json())
     else:
         print_report(report, Console())
     return 2 if report.faults else 0
@@ -176,7 +176,8 @@ def train(config: Any, *, as_json: bool = False) -> int:
 
     from speechtune.run import run_training
 
-    result, proof = run_training(config)
+    outcome = run_training(config)
+    result, proof = outcome.result, outcome.proof
     if as_json:
         print(json.dumps({"state": asdict(result.state), "proof": asdict(proof), "signal": result.signal}))
     if result.signal is not None:

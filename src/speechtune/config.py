@@ -114,6 +114,8 @@ class TrainConfig(Section):
     """Weight of each head's mean loss; 1.0 where not named."""
     group_by_length: bool = True
     """Put samples of like length into the same micro-batch of a global batch (the global batch stays random)."""
+    freeze: str | None = None
+    """Regex over parameter names kept frozen in full fine-tuning; with LoRA the whole base is frozen anyway."""
     seed: int = 42
     """Seeds adapter initialisation, order of samples, dropout and the validation split."""
     workers: int = Field(default=0, ge=0)
@@ -147,6 +149,8 @@ class TrackingConfig(Section):
 
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between console lines; metrics.jsonl gets every step."""
+    detail_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between console lines that name the samples of the step, their positions and targets; None for none."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate: tensorboard, wandb, mlflow, ...; empty for none."""
     logging_dir: Path | None = None
@@ -169,11 +173,15 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _one_evaluation_set(self) -> RunConfig:
+    def _no_contradictions(self) -> RunConfig:
         if self.data.eval is not None and self.data.validation_split > 0:
             raise ValueError(
                 f"data.eval ({self.data.eval}) and data.validation_split ({self.data.validation_split:g}) are both "
                 "set; they name two evaluation sets: remove one"
+            )
+        if self.train.freeze is not None and self.lora.enabled:
+            raise ValueError(
+                "train.freeze is for full fine-tuning; with lora.enabled the whole base is frozen: remove it"
             )
         return self
 
@@ -235,14 +243,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if name not in known and not name.startswith("train.head_weights."):
         raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, known)}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text)  # reads 2e-5 as a text; pydantic makes the number of it where one is wanted
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    if isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
-        try:
-            value = float(value)
-        except ValueError:
-            pass
     *sections, key = name.split(".")
     node = values
     for section in sections:

@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,15 +17,16 @@ from torch.utils.data import DataLoader
 
 from speechtune import guards
 from speechtune.adapter import trainable
-from speechtune.batching import BatchPlan, MicroBatches, evaluation_batches
+from speechtune.batching import BatchPlan, MicroBatches
 from speechtune.cache import EncodedSet
 from speechtune.checkpoint import prune
-from speechtune.config import RunConfig
-from speechtune.errors import TrainingError
+from speechtune.eval_loss import evaluation_losses
 from speechtune.families.base import Batch, Family
 from speechtune.fingerprint import checksums
 from speechtune.interruption import Interruption
+from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
+from speechtune.ranks import sum_over_ranks
 from speechtune.saving import RunState, choose_checkpoint, restore, rng_state, save_checkpoint
 from speechtune.schedule import learning_rate
 from speechtune.tracking import EvaluationRecord, Record, Tracker, log
@@ -47,31 +47,6 @@ class Objective(nn.Module):
             sums = self.family.losses(self.model, batch).sums
         terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
         return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged."""
-
-    config: RunConfig
-    family: Family
-    model: nn.Module
-    precision: PrecisionPlan
-    train_set: EncodedSet
-    eval_set: EncodedSet | None
-    identity: Mapping[str, Any]
-    model_card: str
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """Outcome of a run; `signal` is the number of the signal that ended it early, or None."""
-
-    state: RunState
-    first_losses: Mapping[str, float]
-    seconds: float
-    signal: int | None
-    best_checkpoint: Path | None
 
 
 class Run:
@@ -105,6 +80,7 @@ class Run:
         self.objective = accelerator.prepare(objective)
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0
+        self.saved_step = -1
 
     def train(self) -> TrainResult:
         """Train to the last step, or to a signal; saves on the way and at the end."""
@@ -165,24 +141,29 @@ class Run:
         where = f"step {step + 1}"
         for batch in batches:
             guards.check_targets(batch, where)
-        counts = self._sum_over_ranks([{head: float(n) for head, n in b.target_counts.items()} for b in batches])
+        counts = self._sum([{head: float(n) for head, n in b.target_counts.items()} for b in batches])
         self.optimizer.zero_grad(set_to_none=True)
         per_batch = [self._backward(batch, counts, last=batch is batches[-1]) for batch in batches]
-        sums = self._sum_over_ranks([{h: float(v) for h, v in sums.items()} for sums in per_batch])
+        sums = self._sum([{h: float(v) for h, v in sums.items()} for sums in per_batch])
         losses = {head: value / counts[head] for head, value in sums.items()}
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
         ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
         guards.check_losses(losses, where, ids)
+        every = self.config.tracking.detail_every_steps
+        if every is not None and (step + 1) % every == 0:
+            for batch in batches:
+                log.info(
+                    "%s: %d positions, targets %s: %s", where, batch.num_tokens, batch.target_counts, batch.sample_ids
+                )
         rate = learning_rate(step, self.total_steps, self.config.train)
         grad_norm = self._update(where, ids, rate, first=step == 0)
-        sizes = self._sum_over_ranks([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
+        sizes = self._sum([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
         now = time.monotonic()
         seconds = now - step_started
-        weights = self.config.train.head_weights
         return Record(
             step=step + 1,
             epoch=self.plan.epoch_at(step + 1),
-            loss=sum(weights.get(head, 1.0) * value for head, value in losses.items()),
+            loss=self._weighted(losses),
             losses=losses,
             learning_rate=rate,
             grad_norm=grad_norm,
@@ -219,46 +200,34 @@ class Run:
             guards.check_moved(before, checksums(self.parameters), where)
         return norm
 
-    @torch.no_grad()
     def _evaluate(self, tracker: Tracker, eval_set: EncodedSet) -> None:
         started = time.monotonic()
-        self.job.model.eval()
         objective = self.accelerator.unwrap_model(self.objective)
-        per_batch = []
-        for indices in evaluation_batches(
-            eval_set.lengths,
-            self.config.evaluate.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        ):
-            batch = self.job.family.collate([eval_set[i] for i in indices]).to(self.job.precision.device)
-            _, sums = objective(batch, {head: 1.0 for head in batch.target_counts})
-            values = {head: float(value) for head, value in sums.items()}
-            per_batch.append(values | {f"{head} count": float(n) for head, n in batch.target_counts.items()})
-        names = [*self.job.family.heads, *(f"{head} count" for head in self.job.family.heads)]
-        totals = self._sum_over_ranks(per_batch, names)
-        self.job.model.train()
-        losses = {h: totals[h] / totals[f"{h} count"] for h in self.job.family.heads if totals[h]}
-        loss = sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
-        record = EvaluationRecord(self.state.step, loss, losses, time.monotonic() - started)
-        tracker.write(record, self.total_steps)
+        losses = evaluation_losses(objective, eval_set, self.config.evaluate.batch_size, self.accelerator)
+        loss = self._weighted(losses)
+        tracker.write(EvaluationRecord(self.state.step, loss, losses, time.monotonic() - started), self.total_steps)
         if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
             self.state = replace(self.state, best_step=self.state.step, best_eval_loss=loss)
+            self._save()
 
     def _save(self) -> None:
+        if self.saved_step == self.state.step:
+            return
+        self.saved_step = self.state.step
         states = gather_object([rng_state()])
-        directory = self.config.output_dir / f"checkpoint-{self.state.step}"
-        if self.accelerator.is_main_process and not directory.exists():
+        if self.accelerator.is_main_process:
+            directory = self.config.output_dir / f"checkpoint-{self.state.step}"
+            job = self.job
             save_checkpoint(
                 directory,
-                self.job.model,
+                job.model,
                 self.optimizer,
                 self.scaler,
                 states,
                 self.state,
                 self.config.to_yaml(),
-                self.job.family.save_assets,
-                self.job.model_card,
+                job.family.save_assets,
+                job.model_card,
             )
             best = self._best()
             prune(self.config.output_dir, self.config.checkpoint.keep_last, [best] if best else [])
@@ -271,18 +240,10 @@ class Run:
         return path if step is not None and path.is_dir() else None
 
     def _any_rank(self, number: int) -> bool:
-        if self.accelerator.num_processes == 1:
-            return number > 0
-        return bool(self._sum_over_ranks([{"signal": float(number)}])["signal"])
+        return bool(self._sum([{"signal": float(number)}])["signal"])
 
-    def _sum_over_ranks(
-        self, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
-    ) -> dict[str, float]:
-        names = list(values[0]) if names is None else names
-        local = [math.fsum(value.get(name, 0.0) for value in values) for name in names]
-        if self.accelerator.num_processes == 1:
-            return dict(zip(names, local, strict=True))
-        total = self.accelerator.reduce(torch.tensor(local, dtype=torch.float64, device=self.accelerator.device), "sum")
-        if not isinstance(total, torch.Tensor):
-            raise TrainingError("accelerate returned no tensor from a reduction")
-        return dict(zip(names, total.tolist(), strict=True))
+    def _weighted(self, losses: Mapping[str, float]) -> float:
+        return sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
+
+    def _sum(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return sum_over_ranks(self.accelerator, values)

@@ -24,8 +24,8 @@ from speechtune.audio import (
 from speechtune.config import DataConfig
 from speechtune.errors import ManifestError
 from speechtune.families.base import AudioRef, Clip, Sample
-from speechtune.readers import Context, printable, read_row
-from speechtune.rows import UNREADABLE_REST, Fault, Row, iterate_rows
+from speechtune.readers import Context, read_row
+from speechtune.rows import UNREADABLE_REST, Fault, Row, iterate_rows, printable
 
 __all__ = ["AudioCheck", "Fault", "ReadResult", "check_audio", "load_samples", "read_samples", "split_samples"]
 
@@ -69,7 +69,8 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     """Read a manifest without touching its audio; rows with faults give no sample.
 
     Samples without a named reference in folder layouts borrow one of the same speaker, see `borrow_references`.
-    `Sample.extra` holds `row` (from 1) and `layout`, and where they apply `declared_seconds` (target first), `reference_from`.
+    `Sample.extra` holds `row` (from 1) and `layout`; where they apply, `declared_seconds` (target first) and
+    `reference_from` (id of the lender).
 
     Raises:
         ManifestError: there is no such file, or it is of no known layout.

@@ -17,7 +17,7 @@ from typing import Any
 from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
 from speechtune.families.base import AudioRef, Clip, Sample
-from speechtune.rows import Fault, Row
+from speechtune.rows import Fault, Row, printable
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
 """What the original pipeline writes before the target text in the user's message."""
@@ -26,10 +26,15 @@ MAX_TRANSCRIPT_BYTES = 2**20
 
 _NOT_TEXT = re.compile("[\ud800-\udfff\0]")
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
+_METADATA_KEYS = {"id", "audio_file", "transcript_file", "transcript", "text", "duration", "offset", "speaker_id"} | {
+    "speaker", "language", "ref_audio_file", "ref_transcript", "ref_text", "ref_transcript_file"
+}  # fmt: skip
 _RESERVED = ("row", "layout", "declared_seconds", "reference_from")  # what we put into Sample.extra ourselves
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://|(file|data):", re.IGNORECASE)
 _SCENE = re.compile(r"<\|scene_desc_start\|>\n?(.*?)\n?<\|scene_desc_end\|>", re.DOTALL)
 _AUDIO_TAG = re.compile(r"<audio>\n?")
+
+_Spoken = tuple[AudioRef, float | None, str]  # clip, declared duration in seconds, what is said
 
 
 @dataclass(slots=True)
@@ -167,7 +172,7 @@ def read_row(context: Context) -> Sample | None:
 
 def metadata_sample(context: Context, value: dict[str, Any]) -> Sample | None:
     """Read one entry of metadata.json, or one wav/txt pair."""
-    clips: list[tuple[AudioRef, float | None, str]] = []
+    clips: list[_Spoken] = []
     text = _transcript(context, value, "the transcript", "empty_text", ("transcript", "text"), "transcript_file")
     if (named := context.audio(value, "audio_file")) is not None:
         clips.append((*named, text))
@@ -178,9 +183,7 @@ def metadata_sample(context: Context, value: dict[str, Any]) -> Sample | None:
             clips.append((*named, text))
     if context.faults:
         return None
-    used = ("id", "audio_file", "transcript_file", "transcript", "text", "duration", "offset", "speaker_id", "speaker")
-    used += ("ref_audio_file", "ref_transcript", "ref_text", "ref_transcript_file", "language")
-    extra = {k: v for k, v in value.items() if v is not None and k not in used}
+    extra = {key: item for key, item in value.items() if item is not None and key not in _METADATA_KEYS}
     return _sample(context, clips, value, extra, "folder")
 
 
@@ -206,7 +209,7 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
         context.fault("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {found}")
         return None
     _check_start_index(context, value, len(messages) - 1)
-    clips: list[tuple[AudioRef, float | None, str]] = []
+    clips: list[_Spoken] = []
     for index in range(0, len(body), 2):
         clips += _pair(context, body[index], body[index + 1], misc if index == len(body) - 2 else {})
     if context.faults:
@@ -292,9 +295,7 @@ def _check_start_index(context: Context, value: dict[str, Any], last: int) -> No
         context.fault("bad_start_index", reason)
 
 
-def _pair(
-    context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]
-) -> list[tuple[AudioRef, float | None, str]]:
+def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]) -> list[_Spoken]:
     """References of the user's message, then the assistant's clip with the text spoken in it."""
     if len(assistant.audios) != 1:
         found = f"{len(assistant.audios)} audio parts, expected one" if assistant.audios else "holds no audio part"
@@ -302,7 +303,7 @@ def _pair(
         return []
     target = context.optional_text(misc, "target_transcript")
     spoken = target or (assistant.text if assistant.text.strip() else None)
-    references: list[tuple[AudioRef, float | None, str]] = []
+    references: list[_Spoken] = []
     tail = ""
     for part in user.parts:
         if isinstance(part, str):
@@ -331,7 +332,7 @@ def _pair(
 
 def _sample(
     context: Context,
-    clips: list[tuple[AudioRef, float | None, str]],
+    clips: list[_Spoken],
     value: Mapping[str, Any],
     extra: dict[str, Any],
     layout: str,
@@ -388,11 +389,6 @@ def _transcript(
         # the line end closes the file, it is not spoken
         return context.text(re.sub(r"\r?\n\Z", "", text), f"{what} in {path}", code)
     return ""
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates escaped, fit for terminals and UTF-8 files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 @lru_cache(maxsize=4096)

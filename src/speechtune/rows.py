@@ -58,6 +58,11 @@ class Row:
     raw: str = ""
 
 
+def printable(text: str) -> str:
+    """`text` with control characters and lone surrogates escaped, fit for terminals and UTF-8 files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def iterate_rows(path: Path) -> Iterator[Row]:
     """Stream the rows of a manifest of any layout.
 

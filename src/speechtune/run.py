@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from speechtune.adapter import (
     apply_lora,
     count_by_tower,
     describe_settings,
+    freeze,
     frozen,
     lora_b_norms,
     target_pattern,
@@ -57,6 +59,15 @@ class Proof:
     trainable_parameters: int
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: what the loop says, what was proven, and the trained model with all that belongs to it."""
+
+    result: TrainResult
+    proof: Proof
+    job: Job
+
+
 def start_accelerator(config: RunConfig) -> Accelerator:
     """Join the other ranks, if any, and make sure that it really happened.
 
@@ -65,12 +76,10 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     """
     tracking = config.tracking
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
         log_with=list(tracking.trackers) or None,
         project_dir=tracking.logging_dir or config.output_dir / "logs",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=SETUP_TIMEOUT),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SETUP_TIMEOUT)],
     )
     expected = {DistributedType.NO} if world_size() == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in expected or accelerator.num_processes != world_size():
@@ -108,8 +117,10 @@ def encode_sets(
     config: RunConfig, family: Family, sets: Sequence[Sequence[Sample]], shard: tuple[int, int] | None = None
 ) -> list[EncodedSet]:
     """Encode every set through the run's cache."""
-    urls = config.data.allow_urls
-    encoded = [encode_samples(family, samples, config.cache_dir, allow_urls=urls, shard=shard) for samples in sets]
+    urls, quiet = config.data.allow_urls, shard is not None and shard[0] > 0
+    encoded = [
+        encode_samples(family, samples, config.cache_dir, allow_urls=urls, shard=shard, quiet=quiet) for samples in sets
+    ]
     clips = sum(one.report.num_encoded for one in encoded)
     log.info("%d clips encoded, %d reused", clips, sum(one.report.num_reused for one in encoded))
     return encoded
@@ -143,6 +154,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     base_fingerprint = tensors_fingerprint(model.named_parameters())
     if lora.enabled:
         model = apply_lora(model, family, lora, config.train.seed)
+    elif config.train.freeze:
+        freeze(model, config.train.freeze)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
     identity = {
@@ -162,7 +175,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, card)
 
 
-def run_training(config: RunConfig) -> tuple[TrainResult, Proof]:
+def run_training(config: RunConfig) -> Outcome:
     """Train as configured, then save the adapter, prove it, and write the run's summary.
 
     Raises:
@@ -177,7 +190,7 @@ def run_training(config: RunConfig) -> tuple[TrainResult, Proof]:
         finish(job, result, proof)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return result, proof
+    return Outcome(result, proof, job)
 
 
 def prove(model: nn.Module, base_unchanged: bool) -> Proof:

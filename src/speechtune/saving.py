@@ -76,7 +76,8 @@ def save_checkpoint(
         if not isinstance(model, PeftModel):
             write_extras(aside)
 
-    return write_verified(directory, write, model_tensors(model))
+    # Only a folder that did not verify can stand at a step that is reached again: it gives way.
+    return write_verified(directory, write, model_tensors(model), replace=True)
 
 
 def write_state(path: Path, state: RunState) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,8 +83,7 @@ class Tracker:
             )
 
     def close(self) -> None:
-        """Flush trackers and the metrics file."""
-        self.accelerator.end_training()
+        """Close the metrics file; `Accelerator.end_training` ends the trackers, and with them the process group."""
         if self._file is not None:
             self._file.close()
 
@@ -130,7 +131,13 @@ def duration(seconds: float) -> str:
 
 
 def configure_logging(main_process: bool = True) -> None:
-    """Send the `speechtune` logger to the console: plain lines, from the main process only."""
+    """Send the `speechtune` logger to the console: plain lines, from the main process only.
+
+    Progress bars of libraries are left to terminals, and a notice about transformers' own attribute names to nobody.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]

@@ -30,6 +30,8 @@ LAYERS = [
         "speechtune.feature_store",
         "speechtune.cache",
         "speechtune.batching",
+        "speechtune.eval_loss",
+        "speechtune.ranks",
         "speechtune.schedule",
         "speechtune.saving",
         "speechtune.checkpoint",
@@ -37,7 +39,7 @@ LAYERS = [
         "speechtune.tracking",
     ],
     ["speechtune.families", "speechtune.families.*"],
-    ["speechtune.loop"],
+    ["speechtune.job", "speechtune.loop"],
     ["speechtune.run"],
     [
         "speechtune.merge",
@@ -49,7 +51,7 @@ LAYERS = [
         "speechtune.demo",
         "speechtune.integrations.*",
     ],
-    ["speechtune.cli", "speechtune.__main__"],
+    ["speechtune.cli", "speechtune.original", "speechtune.__main__"],
 ]
 
 

@@ -153,10 +153,13 @@ def test_segment_slightly_past_the_end_is_cut(ramp: AudioRef) -> None:
     assert heard.duration_seconds == 1.0
 
 
-def test_truncated_flac_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["flac", "mp3"])
+def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Guards against a cut file passing as a shorter one: FLAC fails to decode, MP3 just ends early."""
     noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE).astype(np.float32)
-    ref = write(tmp_path / "a.flac", noise)
+    ref = AudioRef(path=tmp_path / f"a.{suffix}")
     assert ref.path is not None
+    soundfile.write(ref.path, noise, RATE)
     content = ref.path.read_bytes()
     ref.path.write_bytes(content[: len(content) // 2])
     assert audio_info(ref).duration_seconds == 4.0  # the header still promises all of it

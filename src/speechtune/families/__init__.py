@@ -6,8 +6,6 @@ import importlib
 import json
 from pathlib import Path
 
-from transformers.utils.hub import cached_file
-
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families.base import Family
@@ -36,6 +34,8 @@ def family_of(model_path: str) -> str:
     Raises:
         ConfigError: no configuration there, or a model type of no family.
     """
+    from transformers.utils.hub import cached_file
+
     try:
         file = cached_file(model_path, "config.json")
         model_type = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("model_type")

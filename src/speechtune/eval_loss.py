@@ -1,0 +1,38 @@
+"""Mean loss per head over an evaluation set, on all ranks together."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from speechtune.batching import evaluation_batches
+from speechtune.cache import EncodedSet
+from speechtune.ranks import sum_over_ranks
+
+
+@torch.no_grad()
+def evaluation_losses(
+    objective: nn.Module, eval_set: EncodedSet, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Summed losses over target counts, so that the batch size does not change the result.
+
+    Args:
+        objective: returns a loss and the summed losses per head; put into evaluation mode meanwhile.
+        eval_set: each sample is taken once.
+        batch_size: samples per rank and forward pass.
+        accelerator: knows the ranks and the device.
+    """
+    family = eval_set.family
+    was_training = objective.training
+    objective.eval()
+    per_batch = []
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    for indices in evaluation_batches(eval_set.lengths, batch_size, rank, ranks):
+        batch = family.collate([eval_set[i] for i in indices]).to(accelerator.device)
+        _, sums = objective(batch, dict.fromkeys(batch.target_counts, 1.0))
+        values = {head: float(value) for head, value in sums.items()}
+        per_batch.append(values | {f"{head} count": float(batch.target_counts[head]) for head in sums})
+    objective.train(was_training)
+    totals = sum_over_ranks(accelerator, per_batch, [n for head in family.heads for n in (head, f"{head} count")])
+    return {head: totals[head] / totals[f"{head} count"] for head in family.heads if totals[f"{head} count"]}

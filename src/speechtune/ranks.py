@@ -1,0 +1,28 @@
+"""Sums over the micro-batches of a step and over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+
+
+def sum_over_ranks(
+    accelerator: Accelerator, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Add up named numbers over a list and over all ranks, in float64.
+
+    Args:
+        accelerator: knows the ranks.
+        values: this rank's numbers; a missing name counts as zero.
+        names: the same on every rank; None takes those of the first entry.
+    """
+    names = list(values[0]) if names is None else names
+    local = [math.fsum(value.get(name, 0.0) for value in values) for name in names]
+    if accelerator.num_processes > 1:
+        total = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
+        local = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
+    return dict(zip(names, local, strict=True))

@@ -1,0 +1,8 @@
+"""The same on several GPUs: `torchrun --nproc_per_node=N trainer/train_v2_ddp.py --model_path ... --use_lora`."""
+
+import sys
+
+from speechtune.original import main
+
+if __name__ == "__main__":
+    sys.exit(main())
