@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
+from speechtune.checkpoint import MANIFEST_NAME, verify_folder
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError
 from speechtune.families.base import Family
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
+KEY_PREFIX = "base_model.model."
+LORA_PART = re.compile(r"\.lora_(embedding_)?([AB]|magnitude_vector)\b")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what .bin files put around their tensors
+# torch.load meets damage at any depth of zip, pickle and tensor storage
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError)
+UNREADABLE += (RuntimeError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +149,16 @@ def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = Fals
     """Put a saved adapter onto its base, and refuse what PEFT only warns about.
 
     Raises:
-        AdapterError: files are missing or unreadable, keys are missing or left over, shapes differ, or every lora_B
-            is zero.
+        AdapterError: whatever `read_adapter` refuses; another key layout than the base's (the message names the command
+            that converts it); keys missing or left over; shapes that differ.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise AdapterError(f"{directory}: no {name}; not a PEFT adapter folder")
+    stored = read_adapter(directory)
+    modules = {name for name, _ in model.named_modules()}
+    if hint := layout_hint(stored, modules):
+        raise AdapterError(f"{directory}: {hint}")
     try:
-        stored = load_file(directory / WEIGHTS_NAME)
         loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)  # pyright: ignore[reportArgumentType]
-    except SafetensorError as error:
-        raise AdapterError(f"{directory}/{WEIGHTS_NAME}: not a readable safetensors file: {error}") from None
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(f"{directory}: the adapter does not load: {error}") from None
     wanted = adapter_state(loaded)
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
@@ -160,10 +167,135 @@ def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = Fals
             f"{directory}: the adapter does not belong to this base: {len(missing)} tensors missing "
             f"(first {missing[:2]}), {len(extra)} left over (first {extra[:2]})"
         )
-    norms = lora_b_norms(stored)
-    if norms and not any(norms.values()):
-        raise AdapterError(f"{directory}: every lora_B is zero: this adapter was never trained")
     return loaded
+
+
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a saved adapter; refuses one that no base could make good.
+
+    Raises:
+        AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
+            never trained, weights that are not those MANIFEST.json lists.
+    """
+    read_config(directory)
+    weights = weights_file(directory)
+    tensors = read_tensors(weights)
+    faults = value_faults(tensors)
+    if not faults and (directory / MANIFEST_NAME).exists():
+        faults = [str(problem) for problem in verify_folder(directory) if problem.file in (weights.name, MANIFEST_NAME)]
+    if faults:
+        raise AdapterError(f"{directory}: " + "; ".join(faults))
+    return tensors
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """Configuration of a saved adapter.
+
+    Raises:
+        AdapterError: it is missing, unreadable, or not of a LoRA.
+    """
+    file = directory / CONFIG_NAME
+    if not file.is_file():
+        raise AdapterError(f"{directory}: no {CONFIG_NAME}; not a PEFT adapter folder")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{file}: not readable as a PEFT configuration: {type(error).__name__}: {error}") from None
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{file}: peft_type is {getattr(config.peft_type, 'value', None)!r}, not 'LORA'")
+    if not isinstance(config.r, int) or config.r < 1 or not isinstance(config.lora_alpha, int | float):
+        raise AdapterError(f"{file}: r={config.r!r}, lora_alpha={config.lora_alpha!r}: no rank and scale of a LoRA")
+    return config
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's tensors: safetensors before .bin, as PEFT chooses.
+
+    Raises:
+        AdapterError: neither is there.
+    """
+    for name in (WEIGHTS_NAME, BIN_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    raise AdapterError(f"{directory}: no {WEIGHTS_NAME} and no {BIN_NAME}: the adapter's weights are missing")
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors or torch file whose names are `wanted`; no pickled code is run.
+
+    Raises:
+        AdapterError: the file is not readable, with what it holds instead where that can be told.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+        if not head:
+            raise AdapterError(f"{path}: empty (0 bytes of weights)")
+        if head.startswith(b"version https://git-lfs"):
+            raise AdapterError(f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+            raise AdapterError(f"{path}: a web page, not weights: the download failed; fetch the file again")
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+        # Memory-mapped: of a full checkpoint only the wanted tensors are read.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = _unwrapped(loaded)
+        return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{path}: truncated or not a weights file: {reason}") from None
+
+
+def _unwrapped(loaded: Any) -> dict[str, torch.Tensor]:
+    for name in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError("no tensors by name in it")
+    return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is wrong with an adapter's numbers, whatever its base: not finite, or nothing was trained."""
+    lora = {name: tensor for name, tensor in tensors.items() if LORA_PART.search(name)}
+    if not lora:
+        return ["no LoRA tensor in the weights"]
+    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    broken = [name for name, tensor in tensors.items() if name not in odd and not bool(tensor.isfinite().all())]
+    zero_a = [name for name, tensor in lora.items() if re.search(r"lora_(embedding_)?A", name) and not tensor.any()]
+    b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(embedding_)?B", name)]
+    faults = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
+    if broken:
+        faults.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
+    if zero_a:
+        faults.append(f"{len(zero_a)} lora_A hold only zeros (first {zero_a[0]}): lost in saving, they start random")
+    if b_parts and not any(bool(tensor.any()) for tensor in b_parts):
+        faults.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
+    return faults
+
+
+def lora_module(name: str) -> str | None:
+    """Name of the module in the base that a tensor of an adapter belongs to; None when it is no LoRA tensor."""
+    found = LORA_PART.search(name)
+    return name[: found.start()].removeprefix(KEY_PREFIX) if found else None
+
+
+def layout_hint(names: Iterable[str], modules: set[str]) -> str | None:
+    """What to do when an adapter's names differ from the base's modules by a leading `model.` alone."""
+    stored = {module for name in names if (module := lora_module(name))}
+    if not stored or stored & modules:
+        return None
+    for to, moved in (
+        ("native", {f"model.{name}" for name in stored}),
+        ("boson", {name.removeprefix("model.") for name in stored}),
+    ):
+        if moved <= modules:
+            return (
+                f"its keys have another layout than the base's (it says {min(stored)}, the base has {min(moved)}): "
+                f"convert it with `speechtune adapters convert PATH OUTPUT --to {to}`"
+            )
+    return None
 
 
 def read_keys(directory: Path) -> dict[str, tuple[int, ...]]:

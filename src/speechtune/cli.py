@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speechtune import __version__
-from speechtune.errors import SpeechtuneError
+from speechtune.errors import CheckpointError, SpeechtuneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +30,9 @@ def guarded(run: Any) -> int:
     except SpeechtuneError as error:
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
+        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
+        return CheckpointError.exit_code
     except KeyboardInterrupt:
         print("speechtune: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

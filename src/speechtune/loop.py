@@ -27,7 +27,7 @@ from speechtune.interruption import Interruption
 from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
 from speechtune.ranks import sum_over_ranks
-from speechtune.saving import RunState, choose_checkpoint, restore, rng_state, save_checkpoint
+from speechtune.saving import RunState, choose_checkpoint, restore, rng_state, save_checkpoint, twice
 from speechtune.schedule import learning_rate
 from speechtune.tracking import EvaluationRecord, Record, Tracker, log
 
@@ -114,7 +114,6 @@ class Run:
                     self._save()
                 if stop:
                     break
-        tracker.close()
         return TrainResult(
             self.state, first_losses, time.monotonic() - started, interruption.signal or None, self._best()
         )
@@ -218,17 +217,8 @@ class Run:
         if self.accelerator.is_main_process:
             directory = self.config.output_dir / f"checkpoint-{self.state.step}"
             job = self.job
-            save_checkpoint(
-                directory,
-                job.model,
-                self.optimizer,
-                self.scaler,
-                states,
-                self.state,
-                self.config.to_yaml(),
-                job.family.save_assets,
-                job.model_card,
-            )
+            parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
+            twice(lambda: save_checkpoint(directory, *parts, job.family.save_assets, job.model_card))
             best = self._best()
             prune(self.config.output_dir, self.config.checkpoint.keep_last, [best] if best else [])
             log.info("saved and verified %s", directory)

@@ -39,14 +39,12 @@ from speechtune.fingerprint import tensors_fingerprint
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.manifest import load_samples, split_samples
 from speechtune.precision import plan_precision
-from speechtune.saving import model_tensors, save_weights, write_state
+from speechtune.saving import ADAM_MOMENTS, model_tensors, save_weights, write_state
 from speechtune.tracking import configure_logging, flatten
 
 log = logging.getLogger("speechtune")
 
 SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait for one another while clips are encoded
-ADAM_STATES = 2
-BYTES_FLOAT32 = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +166,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if accelerator.is_main_process:
         log.info("precision: %s", plan.describe())
         show_counts(model, family)
-        trained = sum(p.numel() for p in trainable(model).values())
-        check_writable(config.output_dir, trained * BYTES_FLOAT32 * (1 + ADAM_STATES))
+        trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
+        check_writable(config.output_dir, trained * (1 + ADAM_MOMENTS))
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
     card = model_card(config, train_set)
     return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, card)

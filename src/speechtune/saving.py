@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speechtune.adapter import WEIGHTS_NAME, adapter_state
-from speechtune.checkpoint import STATE_NAME, newest_valid, read_state, verify_folder, write_verified
+from speechtune.checkpoint import STATE_NAME, check_writable, newest_valid, read_state, verify_folder, write_verified
 from speechtune.errors import CheckpointError
 
 log = logging.getLogger("speechtune")
 
 OPTIMIZER_NAME = "optimizer.pt"
 RNG_NAME = "rng_state.pt"
+ADAM_MOMENTS = 2
+RETRY_SECONDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,31 @@ def save_checkpoint(
         if not isinstance(model, PeftModel):
             write_extras(aside)
 
+    tensors = model_tensors(model)
+    check_writable(directory.parent, bytes_of_save(tensors.values(), optimizer))
     # Only a folder that did not verify can stand at a step that is reached again: it gives way.
-    return write_verified(directory, write, model_tensors(model), replace=True)
+    return write_verified(directory, write, tensors, replace=True)
+
+
+def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that weights and optimizer states take on disk, once the optimizer has both moments."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    return weights + ADAM_MOMENTS * trained
+
+
+def twice(save: Callable[[], Path]) -> Path:
+    """Call `save`, and once more if it fails: a full queue or a lagging network disk may pass.
+
+    Raises:
+        CheckpointError: the second attempt failed too.
+    """
+    try:
+        return save()
+    except CheckpointError as error:
+        log.error("%s; trying once more in %d s", error, RETRY_SECONDS)
+        time.sleep(RETRY_SECONDS)
+        return save()
 
 
 def write_state(path: Path, state: RunState) -> None:
@@ -143,7 +169,7 @@ def _restore_weights(model: nn.Module, directory: Path) -> None:
     for path in sorted(directory.glob("*.safetensors")):
         stored.update(load_file(path))
     live = model_tensors(model)
-    if set(stored) != set(live):
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: t.shape for name, t in live.items()}:
         raise CheckpointError(f"{directory}/{WEIGHTS_NAME}: its tensors are not those of this run's model")
     with torch.no_grad():
         for name, tensor in live.items():

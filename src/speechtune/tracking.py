@@ -54,18 +54,20 @@ class Tracker:
         self.accelerator = accelerator
         self.log_every_steps = log_every_steps
         self.path = output_dir / "metrics.jsonl"
-        self._file = None
         if accelerator.is_main_process:
             keep_until(self.path, resume_step)
-            self._file = self.path.open("a", encoding="utf-8")
+            self.path.touch()
 
     def write(self, record: Record | EvaluationRecord, total_steps: int) -> None:
         """Write one record everywhere it goes."""
-        if self._file is None:
+        if not self.accelerator.is_main_process:
             return
+        if not self.path.exists():
+            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         values = asdict(record)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
         self.accelerator.log(flatten(values), step=record.step)
         if isinstance(record, EvaluationRecord):
             log.info("step %d evaluation: loss %.4f (%s)", record.step, record.eval_loss, heads(record.eval_losses))
@@ -82,22 +84,17 @@ class Tracker:
                 duration(record.eta_seconds),
             )
 
-    def close(self) -> None:
-        """Close the metrics file; `Accelerator.end_training` ends the trackers, and with them the process group."""
-        if self._file is not None:
-            self._file.close()
-
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`, and a torn last line: a resumed run writes them again."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     path.write_text("".join(kept), encoding="utf-8")
 

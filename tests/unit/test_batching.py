@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ from speechtune.families.base import Batch, Encoded, Family
 CUTS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)]
 
 
-def plan(size: int = 21, batch_size: int = 8, accumulation: int = 1, world_size: int = 1, **values: object) -> BatchPlan:
+def plan(size: int = 21, batch_size: int = 8, accumulation: int = 1, world_size: int = 1, **values: Any) -> BatchPlan:
     lengths = np.random.default_rng(size).integers(50, 500, size)
-    return BatchPlan(lengths, batch_size, accumulation, world_size, **values)  # type: ignore[arg-type]
+    return BatchPlan(lengths, batch_size, accumulation, world_size, **values)
 
 
 def cut(plan: BatchPlan, step: int) -> list[list[int]]:
@@ -99,7 +99,7 @@ def test_number_of_steps(size: int, epochs: float, expected: int) -> None:
     assert expected == 1 or batches.epoch_at(expected - 1) < epochs
 
 
-class Family_:
+class CollatesIds:
     def collate(self, items: list[Encoded]) -> Batch:
         return Batch(tuple(item.sample_id for item in items), {}, {"audio": 1}, 1, 1.0)
 
@@ -109,7 +109,7 @@ def test_micro_batches_count_on_over_steps(rank: int) -> None:
     """Item k is micro-step k of the run, so that a loader can start anywhere."""
     encoded = [Encoded(f"s{i}", {}, 1, 1.0) for i in range(21)]
     batches = plan(21, batch_size=2, accumulation=3, world_size=2)
-    items = MicroBatches(batches, encoded, cast(Family, Family_()), rank)
+    items = MicroBatches(batches, encoded, cast(Family, CollatesIds()), rank)
     for index in range(30):
         expected = batches.micro_batch(index // 3, index % 3, rank)
         assert items[index].sample_ids == tuple(f"s{i}" for i in expected)

@@ -183,8 +183,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     good = publish(disk, 1)
     with pytest.raises(CheckpointError) as caught:
         write_verified(disk / "checkpoint-2", write, {"a": torch.zeros(600_000)})
-    message = str(caught.value)
-    assert str(disk / "checkpoint-2") in message and "disk" in message.rpartition(";")[2] and caught.value.exit_code == 3
+    where, _, cure = str(caught.value).rpartition(";")
+    assert str(disk / "checkpoint-2") in where and "disk" in cure and caught.value.exit_code == 3
     assert names(disk) == ["checkpoint-1"] and verify_folder(good) == []
 
 
@@ -240,20 +240,33 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "file missing": ("model.safetensors", lambda path: path.unlink(), "missing"),
-    "file in a subfolder missing": ("sub/note.txt", lambda path: path.unlink(), "missing"),
-    "a folder in its place": ("sub/note.txt", lambda path: (path.unlink(), path.mkdir()) and None, "missing"),
-    "truncated": ("model.safetensors", lambda path: os.truncate(path, 50), "50 bytes"),
-    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "0 bytes"),
-    "longer": ("sub/note.txt", lambda path: path.write_text("step 1 and more") and None, "15 bytes, 6 were written"),
+def put(content: str | bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def cut_to(size: int) -> Callable[[Path], object]:
+    return lambda path: os.truncate(path, size)
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "file missing": ("model.safetensors", Path.unlink, "missing"),
+    "file in a subfolder missing": ("sub/note.txt", Path.unlink, "missing"),
+    "a folder in its place": ("sub/note.txt", replace_by_a_folder, "missing"),
+    "truncated": ("model.safetensors", cut_to(50), "50 bytes"),
+    "emptied": ("model.safetensors", cut_to(0), "0 bytes"),
+    "longer": ("sub/note.txt", put("step 1 and more"), "15 bytes, 6 were written"),
     "one bit flipped": ("model.safetensors", flip_a_byte, "sha256"),
-    "no manifest": ("MANIFEST.json", lambda path: path.unlink(), "never finished"),
-    "torn manifest": ("MANIFEST.json", lambda path: os.truncate(path, 60), "not readable"),
-    "not text": ("MANIFEST.json", lambda path: path.write_bytes(b"\xff\xfe") and None, "not readable"),
-    "another JSON": ("MANIFEST.json", lambda path: path.write_text("[]") and None, "not readable"),
-    "entries of no use": ("MANIFEST.json", lambda path: path.write_text('{"files": [{"name": "x"}]}') and None, "not r"),
-    "entries of no kind": ("MANIFEST.json", lambda path: path.write_text('{"files": 3}') and None, "not readable"),
+    "no manifest": ("MANIFEST.json", Path.unlink, "never finished"),
+    "torn manifest": ("MANIFEST.json", cut_to(60), "not readable"),
+    "not text": ("MANIFEST.json", put(b"\xff\xfe"), "not readable"),
+    "another JSON": ("MANIFEST.json", put("[]"), "not readable"),
+    "entries of no use": ("MANIFEST.json", put('{"files": [{"name": "x"}]}'), "not readable"),
+    "no entries": ("MANIFEST.json", put('{"files": 3}'), "not readable"),
 }
 
 

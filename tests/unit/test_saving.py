@@ -1,0 +1,198 @@
+"""What a checkpoint holds, bit for bit there and back; what a resume refuses; and how a signal ends a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from speechtune.adapter import apply_lora, trainable
+from speechtune.checkpoint import verify_folder
+from speechtune.config import RunConfig
+from speechtune.errors import CheckpointError
+from speechtune.families import create_family
+from speechtune.interruption import Interruption
+from speechtune.precision import plan_precision
+from speechtune.saving import RunState, choose_checkpoint, model_tensors, restore, rng_state, save_checkpoint
+
+IDENTITY = {"dataset": "d1", "base": "b1", "lora": {"rank": 4, "targets": "x"}, "seed": 42, "global_batch": 8}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "rslora": {"rank": 4, "rslora": True},
+    "dora": {"rank": 4, "dora": True},
+    "with a module in full": {"rank": 4, "modules_to_save": ("audio_lm_head",)},
+    "full fine-tuning": {"enabled": False},
+}
+
+
+class Trained:
+    """A model with an optimizer that has taken a few steps of made-up gradients."""
+
+    def __init__(self, config: RunConfig, steps: int = 0) -> None:
+        family = create_family(config)
+        plan = plan_precision(full_finetune=not config.lora.enabled, device=torch.device("cpu"))
+        self.model: nn.Module = family.load(plan)
+        if config.lora.enabled:
+            self.model = apply_lora(self.model, family, config.lora, seed=1)
+        self.optimizer = torch.optim.AdamW(list(trainable(self.model).values()), lr=1e-3)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        for parameter in trainable(self.model).values():
+            parameter.grad = torch.randn_like(parameter)
+        self.optimizer.step()
+
+    def save(self, directory: Path, **state: Any) -> Path:
+        run_state = RunState(**{"step": 3, "total_steps": 9, "epoch": 0.5, "identity": IDENTITY, **state})
+        optimizer, scaler = self.optimizer, self.scaler
+        states = [rng_state()]
+        return save_checkpoint(
+            directory, self.model, optimizer, scaler, states, run_state, "family: x\n", lambda folder: None, "card"
+        )
+
+    def restore(self, directory: Path, identity: dict[str, Any] = IDENTITY, rank: int = 0) -> RunState:
+        return restore(directory, self.model, self.optimizer, self.scaler, identity, rank)
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        """Copies of all weights and of the optimizer's state."""
+        tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{number} {name}": value.clone() for name, value in state.items()}
+        return tensors
+
+
+@pytest.fixture
+def trained(make_config: Callable[..., RunConfig]) -> Callable[..., Trained]:
+    return lambda steps=0, **lora: Trained(make_config(lora=lora or {"rank": 4}), steps)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_checkpoint_comes_back_bit_for_bit(kind: str, tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    """Weights of every kind of adapter, Adam's moments and step, and the random state: the next step is the same."""
+    torch.manual_seed(5)
+    first = trained(3, **ADAPTERS[kind])
+    folder = first.save(tmp_path / "checkpoint-3")
+    saved = first.everything()
+    first.step()
+    second = trained(0, **ADAPTERS[kind])
+    assert any(not torch.equal(second.everything()[name], saved[name]) for name in second.model.state_dict())
+    torch.manual_seed(99)
+    state = second.restore(folder)
+    assert state.step == 3 and dict(state.identity) == IDENTITY
+    restored = second.everything()
+    assert restored.keys() == saved.keys()
+    assert [name for name in saved if not torch.equal(restored[name], saved[name])] == []
+    second.step()
+    expected, found = first.everything(), second.everything()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_checkpoint_verifies_and_holds_what_is_trained(
+    kind: str, tmp_path: Path, trained: Callable[..., Trained]
+) -> None:
+    """With LoRA no part of the base is stored: a checkpoint of a 5 B model must not take 11 GB."""
+    one = trained(1, **ADAPTERS[kind])
+    folder = one.save(tmp_path / "checkpoint-3")
+    assert verify_folder(folder) == []
+    expected = {id(parameter) for parameter in one.model.parameters() if parameter.requires_grad}
+    pointers = {parameter.data_ptr(): id(parameter) for parameter in one.model.parameters()}
+    stored = {pointers[tensor.data_ptr()] for tensor in model_tensors(one.model).values() if tensor.numel()}
+    assert stored == expected
+    weights = "model.safetensors" if kind == "full fine-tuning" else "adapter_model.safetensors"
+    assert {weights, "trainer_state.json", "optimizer.pt", "rng_state.pt", "config.yaml"} <= set(os.listdir(folder))
+
+
+def test_what_a_resume_refuses(tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    folder = trained(1).save(tmp_path / "checkpoint-3")
+    for name, value in (("dataset", "d2"), ("base", "b2"), ("lora", {"rank": 8}), ("global_batch", 16)):
+        fresh = trained()
+        before = fresh.everything()
+        with pytest.raises(CheckpointError) as caught:
+            fresh.restore(folder, {**IDENTITY, name: value})
+        message = str(caught.value)
+        assert str(folder) in message and f"{name}: checkpoint {IDENTITY[name]!r}, this run {value!r}" in message
+        assert caught.value.exit_code == 3
+        after = fresh.everything()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_all_differences_are_named_at_once(tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    folder = trained(1).save(tmp_path / "checkpoint-3")
+    with pytest.raises(CheckpointError, match=r"dataset: checkpoint 'd1', this run 'd2'; seed: checkpoint 42, this"):
+        trained().restore(folder, {**IDENTITY, "dataset": "d2", "seed": 1})
+
+
+def test_tensors_of_another_adapter_are_refused(tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    """Also where the identity does not tell: an adapter of other modules, or of another rank."""
+    folder = trained(1, rank=4, targets="attention").save(tmp_path / "checkpoint-3")
+    with pytest.raises(CheckpointError, match="its tensors are not those of this run's model"):
+        trained(0, rank=4, targets="all").restore(folder)
+    with pytest.raises(CheckpointError):
+        trained(0, rank=8, targets="attention").restore(folder)
+
+
+def test_a_rank_that_was_not_there_is_told(
+    tmp_path: Path, trained: Callable[..., Trained], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    folder = trained(1).save(tmp_path / "checkpoint-3")
+    trained().restore(folder, rank=1)
+    assert "random states of 1 ranks: dropout differs" in caplog.text
+
+
+def test_which_checkpoint_a_run_goes_on_from(
+    tmp_path: Path, trained: Callable[..., Trained], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    caplog.set_level(logging.INFO, "speechtune")
+    assert choose_checkpoint(tmp_path, None) is None and choose_checkpoint(tmp_path, "auto") is None
+    assert f"nothing to resume in {tmp_path}" in caplog.text
+    good, torn = trained(1).save(tmp_path / "checkpoint-3"), trained(1).save(tmp_path / "checkpoint-6")
+    assert choose_checkpoint(tmp_path, "auto") == torn
+    (torn / "optimizer.pt").unlink()
+    assert choose_checkpoint(tmp_path, "auto") == good
+    assert f"resume passes over {torn}: optimizer.pt: missing" in caplog.text
+    assert choose_checkpoint(tmp_path, str(good)) == good
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: cannot resume from it: optimizer\.pt: missing"):
+        choose_checkpoint(tmp_path, str(torn))
+    with pytest.raises(CheckpointError, match=r"nowhere: cannot resume from it"):
+        choose_checkpoint(tmp_path, str(tmp_path / "nowhere"))
+
+
+# -- signals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    with Interruption() as interruption:
+        assert interruption.signal == 0
+        signal.raise_signal(number)
+        assert interruption.signal == number
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second signal was swallowed")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_handlers_come_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError), Interruption():
+        raise ValueError
+    assert signal.getsignal(signal.SIGTERM) == before
