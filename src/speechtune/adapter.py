@@ -16,10 +16,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from speechtune.checkpoint import MANIFEST_NAME, verify_folder
+from speechtune.checkpoint import MANIFEST_NAME, Problem, verify_folder
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError
 from speechtune.families.base import Family
+from speechtune.save_adapters import save_lora_adapters as save_lora_adapters  # the public place of it
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -182,10 +183,22 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
     tensors = read_tensors(weights)
     faults = value_faults(tensors)
     if not faults and (directory / MANIFEST_NAME).exists():
-        faults = [str(problem) for problem in verify_folder(directory) if problem.file in (weights.name, MANIFEST_NAME)]
+        faults = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
     if faults:
         raise AdapterError(f"{directory}: " + "; ".join(faults))
     return tensors
+
+
+def manifest_problems(directory: Path) -> list[Problem]:
+    """Differences between an adapter's config and weights and what its folder's MANIFEST.json says of them."""
+    own = {CONFIG_NAME, weights_file(directory).name}
+    try:
+        problems = verify_folder(directory)
+        listed = {entry["name"] for entry in json.loads((directory / MANIFEST_NAME).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
+    unlisted = [Problem(name, f"not in {MANIFEST_NAME}") for name in sorted(own - listed)]
+    return [problem for problem in problems if problem.file in own | {MANIFEST_NAME}] + unlisted
 
 
 def read_config(directory: Path) -> LoraConfig:

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,12 @@ def write_verified(
     try:
         aside.chmod(0o777 & ~_umask())
         write(aside)
-        _sync_files(aside)
-        _compare(aside, tensors)
-        _write_manifest(aside)
+        with ThreadPoolExecutor() as pool:  # the disk, the hash and the comparison work at the same time
+            hashes = pool.submit(_file_hashes, aside)
+            compared = pool.submit(_compare, aside, tensors)
+            _sync_files(aside)
+            compared.result()
+            _write_manifest(aside, hashes.result())
         _sync_directory(aside)
         _publish(aside, directory)
     except OSError as error:
@@ -227,12 +231,15 @@ def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
 
 
-def _write_manifest(directory: Path) -> None:
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    entries = [
+def _file_hashes(directory: Path) -> list[dict[str, Any]]:
+    return [
         {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     ]
+
+
+def _write_manifest(directory: Path, entries: list[dict[str, Any]]) -> None:
     manifest = directory / MANIFEST_NAME
     with manifest.open("w", encoding="utf-8") as file:
         json.dump({"files": entries}, file, indent=1)

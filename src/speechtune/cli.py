@@ -106,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_generate)
 
+    doctor = verbs.add_parser("doctor", help="check machine, files, data and one real training step; says the cure")
+    doctor.add_argument("recipe", type=Path, nargs="?", help="YAML recipe; without one the environment only")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+    doctor.add_argument("--json", action="store_true", help="print a JSON list")
+    doctor.set_defaults(run=_doctor)
+
     merge = verbs.add_parser("merge", help="merge an adapter into its base, checked before it is written")
     merge.add_argument("adapter", type=Path, help="PEFT folder")
     merge.add_argument("output", type=Path, help="new folder of the merged model")
@@ -216,6 +222,14 @@ def _generate(options: argparse.Namespace) -> int:
         rows = [write_output(output, options.out) for output in outputs]
     _show(options.json, {"outputs": rows})
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from speechtune.config import load_config
+    from speechtune.doctor import run_doctor
+
+    config = load_config(options.recipe, options.overrides) if options.recipe else None
+    return run_doctor(config, as_json=options.json)
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -120,3 +120,15 @@ def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str)
 def _some(names: Sequence[str]) -> str:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def check_equal(difference: float, tolerance: float, what: str) -> None:
+    """Two answers to the same input agree.
+
+    Raises:
+        TrainingError: they differ by more than the tolerance, or the difference is NaN.
+    """
+    if not difference <= tolerance:
+        raise TrainingError(
+            f"{what} answers differently: logits differ by {difference:.2e}, allowed is {tolerance:.0e}"
+        )

@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import peft
 import torch
 import transformers
 from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import AutoTokenizer
 
 from speechtune import __version__
-from speechtune.adapter import WEIGHTS_NAME, load_adapter
-from speechtune.checkpoint import write_verified
+from speechtune.adapter import CONFIG_NAME, load_adapter, weights_file
+from speechtune.adapter_files import adapter_folder, training_step
+from speechtune.checkpoint import check_writable, write_verified
 from speechtune.config import RunConfig
-from speechtune.errors import AdapterError
+from speechtune.convert import native_adapter
+from speechtune.errors import AdapterError, CheckpointError, ConfigError
 from speechtune.families import create_family
-from speechtune.fingerprint import file_sha256
+from speechtune.families.base import Family
+from speechtune.fingerprint import file_sha256, folder_fingerprint
+from speechtune.generate import model_config
 from speechtune.precision import PrecisionPlan
 
 log = logging.getLogger("speechtune")
 
 GREEDY_STEPS = 24
 TOLERANCE = 1e-5
+TEST_INPUT = "The quick brown fox jumps over the lazy dog."
+MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MERGE_PLAN = PrecisionPlan(
+    "fp32", torch.device("cpu"), torch.float32, None, False, "merging in bfloat16 loses the adapter"
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Greatest logit differences on a text: what the adapter does, and what merging changed."""
+
+    test_input: str
+    adapter_effect: float
+    merged_difference: float
+    changed_positions: int
+    positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +64,7 @@ class MergeReport:
     merged_difference: float
     greedy_equal: bool
     output: Path
+    comparison: Comparison | None = None
 
 
 def merge(
@@ -44,53 +72,130 @@ def merge(
     adapter: Path,
     output: Path,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Dtype | None = None,
     save_tokenizer: bool = True,
+    compare_on: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> MergeReport:
     """Write a full model folder that plain transformers loads.
 
     Args:
         config: names the base.
-        adapter: PEFT folder.
+        adapter: PEFT folder: safetensors or .bin, native or boson layout, also a checkpoint's folder.
         output: a folder that does not exist yet.
         dtype: of the stored weights; None keeps the base's.
         save_tokenizer: copy tokenizer and processor files too.
+        compare_on: a text on which base, base with adapter and merged model are compared besides the fixed input.
+        max_shard_size: size of a safetensors file from which the weights are split.
+
+    Raises:
+        AdapterError: the adapter does not fit, has no effect, or the merged model answers differently.
+        CheckpointError: the folder exists or cannot be written.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")
+    family = create_family(config)
+    base = family.load(MERGE_PLAN)
+    stored_dtype = DTYPES[dtype] if dtype else _base_dtype(base)
+    count = sum(parameter.numel() for parameter in base.parameters())
+    check_writable(output.parent, count * stored_dtype.itemsize)
+    facts = provenance(config, base, adapter, family)
+    with native_adapter(adapter) as native:
+        model = load_adapter(base, native).eval()
+    merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
+    merged = cast(Any, merged.to(stored_dtype))
+    facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), "adapter_effect": report.adapter_effect}
+    facts |= {"merged_difference_float32": report.merged_difference, "greedy_equal": report.greedy_equal}
+    facts |= {"comparison": asdict(report.comparison) if report.comparison else None}
+
+    def write(aside: Path) -> None:
+        merged.save_pretrained(aside, max_shard_size=max_shard_size)
+        if save_tokenizer:
+            family.save_assets(aside)
+        (aside / "merge_info.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    write_verified(output, write, merged.state_dict())
+    log.info(
+        "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g",
+        output,
+        report.merged_difference,
+        report.adapter_effect,
+    )
+    return report
+
+
+def merge_checked(
+    family: Family, model: PeftModel, output: Path, text: tuple[str, dict[str, torch.Tensor]] | None
+) -> tuple[nn.Module, MergeReport]:
+    """Merge in place, and compare the merged model with the adapter switched on.
 
     Raises:
         AdapterError: the adapter has no effect, or the merged model answers differently.
-        CheckpointError: the folder exists or cannot be written.
     """
-    family = create_family(config)
-    cpu = torch.device("cpu")
-    base = family.load(PrecisionPlan("fp32", cpu, torch.float32, None, False, "merging in bfloat16 loses the adapter"))
-    stored_dtype = DTYPES[dtype] if dtype else _base_dtype(base)
-    model = load_adapter(base, adapter).eval()
     logits, rows = family.probe(model, GREEDY_STEPS)
+    on = _text_logits(model, text[1]) if text else None
     with model.disable_adapter():
         effect = float((family.probe(model)[0] - logits).abs().max())
-    if effect == 0.0:
-        raise AdapterError(f"{adapter}: the adapter changes no logit on the base {config.model.path}; nothing to merge")
-    merged = cast(PeftModel, model).merge_and_unload().eval()
+        off = _text_logits(model, text[1]) if text else None
+    if not effect > 0.0:  # also NaN
+        raise AdapterError("the adapter changes no logit on its base: nothing to merge")
+    merged = cast(nn.Module, model.merge_and_unload()).eval()
     merged_logits, merged_rows = family.probe(merged, GREEDY_STEPS)
     difference = float((merged_logits - logits).abs().max())
     scale = float(logits.abs().max())
-    equal = bool((rows == merged_rows).all()) if rows.shape == merged_rows.shape else False
-    if difference > TOLERANCE * max(1.0, scale) or not equal:
+    equal = bool(np.array_equal(rows, merged_rows))
+    if not difference <= TOLERANCE * max(1.0, scale) or not equal:
         raise AdapterError(
-            f"{adapter}: the merged model answers differently: logits by {difference:.2e} (scale {scale:.2g}), greedy "
+            f"the merged model answers differently: logits by {difference:.2e} (scale {scale:.2g}), greedy "
             f"output {'equal' if equal else 'different'}; nothing was written"
         )
-    merged = cast(Any, merged.to(stored_dtype))
-    info = {
+    comparison = None
+    if text and on is not None and off is not None:
+        comparison = compare(text[0], on, off, _text_logits(merged, text[1]))
+    return merged, MergeReport(effect, difference, equal, output, comparison)
+
+
+def compare(text: str, on: torch.Tensor, off: torch.Tensor, merged: torch.Tensor) -> Comparison:
+    """Differences of logits (1, S, V) on a text: adapter on against off, and merged against on."""
+    changed = int((on.argmax(-1) != off.argmax(-1)).sum())
+    return Comparison(
+        text, float((on - off).abs().max()), float((merged - on).abs().max()), changed, on[..., 0].numel()
+    )
+
+
+def tokenize(config: RunConfig, text: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """A text with its token ids and mask.
+
+    Raises:
+        ConfigError: the base has no usable tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.model.path}: no usable tokenizer there: {error}") from None
+    encoded = tokenizer(text, return_tensors="pt")
+    return text, {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits.float()
+
+
+def provenance(config: RunConfig, base: nn.Module, adapter: Path, family: Family) -> dict[str, Any]:
+    """What a merged model was made of: base by revision or content, adapter by content, codec, versions."""
+    directory = adapter_folder(adapter)
+    folder = Path(config.model.path)
+    return {
         "base_model_path": config.model.path,
-        "base_revision": config.model.revision,
-        "lora_adapter_path": str(adapter),
-        "lora_adapter_sha256": file_sha256(adapter / WEIGHTS_NAME),
+        "base_revision": config.model.revision or getattr(cast(Any, base).config, "_commit_hash", None),
+        "base_sha256": folder_fingerprint(folder) if folder.is_dir() else None,
+        "lora_adapter_path": str(directory),
+        "lora_adapter_sha256": file_sha256(weights_file(directory)),
+        "lora_config_sha256": file_sha256(directory / CONFIG_NAME),
+        "lora_step": training_step(directory),
         "codec_path": config.model.codec_path,
-        "merged_dtype": str(stored_dtype).removeprefix("torch."),
-        "adapter_effect": effect,
-        "merged_difference_float32": difference,
-        "greedy_equal": equal,
+        "codec_identity": family.encode_key,
         "versions": {
             "speechtune": __version__,
             "transformers": transformers.__version__,
@@ -99,22 +204,46 @@ def merge(
         },
     }
 
-    def write(aside: Path) -> None:
-        merged.save_pretrained(aside)
-        if save_tokenizer:
-            family.save_assets(aside)
-        (aside / "merge_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-
-    write_verified(output, write, merged.state_dict())
-    log.info(
-        "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g",
-        output,
-        difference,
-        effect,
-    )
-    return MergeReport(effect, difference, equal, output)
-
 
 def _base_dtype(base: torch.nn.Module) -> torch.dtype:
     stored = getattr(cast(Any, base).config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def run_merge(
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    codec: str | None = None,
+    dtype: Dtype | None = None,
+    save_tokenizer: bool = True,
+    compare_models: bool = False,
+    test_input: str = TEST_INPUT,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    as_json: bool = False,
+) -> int:
+    """Merge an adapter into the base it names, or into `base`, and print what was measured; 0."""
+    config = model_config(base, codec, adapter_folder(adapter))
+    text = test_input if compare_models else None
+    report = merge(
+        config,
+        adapter,
+        output,
+        dtype=dtype,
+        save_tokenizer=save_tokenizer,
+        compare_on=text,
+        max_shard_size=max_shard_size,
+    )
+    if as_json:
+        print(json.dumps(asdict(report) | {"output": str(output)}, ensure_ascii=False))
+        return 0
+    say = Console(highlight=False).print
+    say(f"{adapter} + {config.model.path} -> {output}", markup=False)
+    say(f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}")
+    say(f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal")
+    if found := report.comparison:
+        say(f"on {found.test_input!r}: adapter on and off differ by up to {found.adapter_effect:.3g},", markup=False)
+        say(f"  another first choice at {found.changed_positions} of {found.positions} positions;")
+        say(f"  merged and adapter on differ by up to {found.merged_difference:.1e}")
+    return 0

@@ -26,11 +26,12 @@ from speechtune.adapter import (
     freeze,
     frozen,
     lora_b_norms,
+    save_lora_adapters,
     target_pattern,
     trainable,
 )
 from speechtune.cache import EncodedSet, encode_samples
-from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints, write_verified
+from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import create_family
@@ -39,7 +40,7 @@ from speechtune.fingerprint import tensors_fingerprint
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.manifest import load_samples, split_samples
 from speechtune.precision import plan_precision
-from speechtune.saving import ADAM_MOMENTS, model_tensors, save_weights, write_state
+from speechtune.saving import ADAM_MOMENTS, write_state
 from speechtune.tracking import configure_logging, flatten
 
 log = logging.getLogger("speechtune")
@@ -210,18 +211,9 @@ def finish(job: Job, result: TrainResult, proof: Proof) -> None:
     """Write `lora_adapters/` (with LoRA) and the run's trainer state."""
     output_dir = job.config.output_dir
     if isinstance(job.model, PeftModel):
-        adapters = output_dir / "lora_adapters"
-        log.info("LoRA flag is set, attempting to save LoRA adapters...")
-        log.info("Model to save type: %s", type(job.model).__name__)
-        write_verified(
-            adapters,
-            lambda aside: save_weights(job.model, aside, job.model_card),
-            model_tensors(job.model),
-            replace=True,
+        save_lora_adapters(
+            job.model, output_dir / "lora_adapters", model_card=job.model_card, save_embedding_layers=False
         )
-        for path in sorted(adapters.iterdir()):
-            log.info("  %s  %d bytes", path.name, path.stat().st_size)
-        log.info("LoRA adapters saved and verified in %s", adapters)
     write_state(output_dir / STATE_NAME, result.state)
     summary = {
         "speechtune": __version__,

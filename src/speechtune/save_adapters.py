@@ -64,11 +64,11 @@ def save_lora_adapters(
         inside = f", found inside {type(model).__name__}" if peft_model is not model else ""
         log.info("Model to save type: %s%s", type(peft_model).__name__, inside)
         name = trained_adapter(peft_model)
-        state = complete_state(peft_model, name, save_embedding_layers)
+        state = named_state(peft_model, name, save_embedding_layers)
+        embeddings = len(state) > len(named_state(peft_model, name, False))
         _check_state(state, allow_untrained)
         _prepare_place(directory, state, replace)
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
-        embeddings = len(state) > len(adapter_state(peft_model, name))
         write_verified(
             directory,
             lambda aside: _write(peft_model, name, aside, embeddings, model_card),
@@ -129,22 +129,16 @@ def trained_adapter(model: PeftModel) -> str:
     return names[0]
 
 
-def adapter_state(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
-    """An adapter's tensors under the names they have on disk; they share memory with the model."""
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-
-
-def complete_state(
-    model: PeftModel, name: str, save_embedding_layers: bool | Literal["auto"]
+def named_state(
+    model: PeftModel, name: str, save_embedding_layers: bool | Literal["auto"] = False
 ) -> dict[str, torch.Tensor]:
-    """All tensors a save must hold, embeddings of a resized vocabulary included.
+    """One adapter's tensors under the names they have on disk; they share memory with the model.
 
     Raises:
         AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
     """
-    sharded = [
-        key for key, p in model.named_parameters() if type(p).__name__ in SHARDED_TYPES or p.is_meta or hasattr(p, "ds_id")
-    ]
+    own = [(key, p) for key, p in model.named_parameters() if f".{name}." in f"{key}."]
+    sharded = [key for key, p in own if type(p).__name__ in SHARDED_TYPES or p.is_meta or hasattr(p, "ds_id")]
     if sharded:
         raise AdapterError(
             f"{len(sharded)} parameters are sharded or not in memory ({sharded[0]}): FSDP and DeepSpeed ZeRO-3 are not "
@@ -154,11 +148,6 @@ def complete_state(
         return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=save_embedding_layers)
     except (KeyError, ValueError, RuntimeError) as error:
         raise AdapterError(f"PEFT cannot collect the tensors of adapter {name!r}: {error}") from error
-
-
-def lora_b_norms(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of every lora_B: zero means never trained."""
-    return {name: float(tensor.float().norm()) for name, tensor in state.items() if "lora_B" in name}
 
 
 def _reachable(model: nn.Module) -> Iterator[nn.Module]:
@@ -180,8 +169,8 @@ def _check_state(state: Mapping[str, torch.Tensor], allow_untrained: bool) -> No
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise AdapterError(
-            f"{len(broken)} of {len(state)} adapter tensors hold NaN or infinity (first {broken[0]}): the training broke "
-            "down before this save; keep the adapter's weights in float32 and go back to an earlier checkpoint"
+            f"{len(broken)} of {len(state)} adapter tensors hold NaN or infinity (first {broken[0]}): the training "
+            "broke down before this save; keep the adapter's weights in float32 and go back to an earlier checkpoint"
         )
     moved = sum(bool(tensor.any()) for tensor in born_zero.values())
     if not moved and not allow_untrained:

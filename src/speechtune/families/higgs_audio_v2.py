@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,8 +31,9 @@ from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample
 from speechtune.families.higgs_codec import HiggsCodec
-from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, render_prompt, row_labels, undelay
+from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, pad_inputs, render_prompt, row_labels, undelay
 from speechtune.families.higgs_legacy import is_legacy, legacy_config, load_legacy
+from speechtune.model_files import require_sound
 from speechtune.precision import PrecisionPlan
 
 log = logging.getLogger("speechtune")
@@ -91,6 +93,7 @@ class HiggsAudioV2Family:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text tokenizer; its special ids must be those of the model's configuration."""
         model = self.config.model
+        require_sound(Path(model.path), "model.path")
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
         except (OSError, ValueError) as error:
@@ -108,10 +111,11 @@ class HiggsAudioV2Family:
     def codec(self) -> HiggsCodec:
         """The audio codec, on the GPU where there is one."""
         model = self.config.model
+        require_sound(Path(self.codec_path), "model.codec_path")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             codec = HiggsCodec(self.codec_path, model.codec_revision, device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.codec_path={self.codec_path}: no usable codec there: {error}") from None
         if codec.num_codebooks != self.model_config.num_codebooks:
             raise ConfigError(
@@ -144,6 +148,7 @@ class HiggsAudioV2Family:
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its text head (a default load would drop it) onto the plan's device."""
         settings = self.config.model
+        require_sound(Path(settings.path), "model.path")
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
             return model.to(plan.device)
@@ -155,8 +160,9 @@ class HiggsAudioV2Family:
                 dtype=plan.base_dtype,
                 attn_implementation=settings.attention,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
         missing = set(info["missing_keys"])
         if missing == {"text_lm_head.weight"}:
@@ -254,21 +260,9 @@ class HiggsAudioV2Family:
         """Right-pad ids and rows; positions of targets become indices into the flattened (B * S) batch."""
         if not items:
             raise ValueError("an empty batch")
-        config = self.model_config
-        lengths = torch.tensor([item.num_tokens for item in items])
-        row_counts = torch.tensor([len(item.arrays["audio_rows"]) for item in items])
-        width, max_rows = int(lengths.max()), int(row_counts.max())
-        ids_BS = torch.full((len(items), width), self.pad_id, dtype=torch.long)
-        rows_BRK = torch.full((len(items), max_rows, config.num_codebooks), config.audio_stream_eos_id)
-        for b, item in enumerate(items):
-            ids_BS[b, : item.num_tokens] = torch.from_numpy(item.arrays["input_ids"].astype(np.int64))
-            rows_BRK[b, : row_counts[b]] = torch.from_numpy(item.arrays["audio_rows"].astype(np.int64))
-        inputs = {
-            "input_ids": ids_BS,
-            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-            "audio_input_ids": rows_BRK,
-            "audio_input_ids_mask": torch.arange(max_rows) < row_counts[:, None],
-        }
+        prompts = [(item.arrays["input_ids"], item.arrays["audio_rows"]) for item in items]
+        inputs = pad_inputs(prompts, self.pad_id, self.model_config.audio_stream_eos_id, left=False)
+        width = inputs["input_ids"].shape[1]
         for head in self.heads:
             inputs[f"{head}_positions"] = torch.from_numpy(
                 np.concatenate([b * width + item.arrays[f"{head}_positions"] for b, item in enumerate(items)])
@@ -282,7 +276,8 @@ class HiggsAudioV2Family:
             "text": int((inputs["text_targets"] != IGNORE).sum()),
         }
         ids = tuple(item.sample_id for item in items)
-        return Batch(ids, inputs, counts, int(lengths.sum()), sum(item.audio_seconds for item in items))
+        num_tokens = sum(item.num_tokens for item in items)
+        return Batch(ids, inputs, counts, num_tokens, sum(item.audio_seconds for item in items))
 
     # -- model -----------------------------------------------------------------------------------------------------
 
@@ -313,23 +308,14 @@ class HiggsAudioV2Family:
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> np.ndarray:
         """Generated rows of shape (B, R, K), the prompts' own rows left out; ended samples go on with EOS."""
-        config = self.model_config
         encoded = [self.prompt_arrays(sample, features, with_target=False) for sample, features in prompts]
-        width = max(len(ids) for ids, _ in encoded)
-        max_rows = max(len(rows) for _, rows in encoded)
-        ids_BS = torch.full((len(encoded), width), self.pad_id, dtype=torch.long)
-        rows_BRK = torch.full((len(encoded), max_rows, config.num_codebooks), config.audio_stream_eos_id)
-        mask_BR = torch.zeros(len(encoded), max_rows, dtype=torch.bool)
-        mask_BS = torch.zeros(len(encoded), width, dtype=torch.long)
-        for b, (ids_S, rows_RK) in enumerate(encoded):  # text on the right edge, where generation goes on
-            ids_BS[b, width - len(ids_S) :] = torch.from_numpy(ids_S.astype(np.int64))
-            mask_BS[b, width - len(ids_S) :] = 1
-            rows_BRK[b, : len(rows_RK)] = torch.from_numpy(rows_RK)
-            mask_BR[b, : len(rows_RK)] = True
-        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS}
-        if max_rows:
-            inputs |= {"audio_input_ids": rows_BRK, "audio_input_ids_mask": mask_BR}
+        inputs = pad_inputs(encoded, self.pad_id, self.model_config.audio_stream_eos_id, left=True)
+        max_rows = inputs["audio_input_ids"].shape[1]
+        if not max_rows:  # no reference: the native class wants no rows rather than none of them
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         generator = cast(Any, model)
+        for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
+            vars(base_model(model).generation_config).setdefault(name, None)
         torch.manual_seed(options.seed)
         cap = options.max_new_tokens or MAX_NEW_TOKENS
         rows = generator.generate(

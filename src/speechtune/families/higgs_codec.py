@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig  # before the stand-in below: transformers looks for torchaudio when imported
 
 from speechtune.families.base import Audio
 
@@ -79,10 +80,22 @@ def codec_class() -> Any:
 
 
 class HiggsCodec:
-    """Audio to codes and back; float32, in evaluation mode."""
+    """Audio to codes and back; float32, in evaluation mode.
+
+    Raises:
+        OSError, ValueError, SafetensorError: no codec there, or not all of one.
+    """
 
     def __init__(self, path: str, revision: str | None = None, device: torch.device | str = "cpu") -> None:
-        self.model = codec_class().from_pretrained(path, revision=revision, dtype=torch.float32).eval().to(device)
+        model_type = AutoConfig.from_pretrained(path, revision=revision).model_type
+        if model_type != "higgs_audio_v2_tokenizer":
+            raise ValueError(f"model_type is {model_type!r}, not 'higgs_audio_v2_tokenizer'")
+        model, info = codec_class().from_pretrained(
+            path, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:  # transformers puts random weights there, and codes of random weights are noise
+            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])[:5]}")
+        self.model = model.eval().to(device)
         self.sampling_rate: int = self.model.config.sample_rate
         self.codebook_size: int = self.model.config.codebook_size
         self.num_codebooks: int = self.model.config.num_quantizers

@@ -5,7 +5,10 @@ Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 from speechtune.families.base import Sample
 
@@ -80,3 +83,33 @@ def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarr
     num_frames = max(num_frames, 0)
     codes_FK = np.stack([rows_RK[k + 1 : k + 1 + num_frames, k] for k in range(num_codebooks)], axis=1)
     return np.clip(codes_FK, 0, codebook_size - 1), stopped
+
+
+def pad_inputs(
+    prompts: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, eos: int, *, left: bool
+) -> dict[str, torch.Tensor]:
+    """Stack prompts of unequal length for the native forward pass.
+
+    Args:
+        prompts: per sample token ids (S,) and rows (R, K).
+        pad_id: fills up the ids.
+        eos: fills up the rows, always on their right, as the native class expects.
+        left: put the padding of the ids on the left, where generation must go on at the right edge.
+    """
+    width = max(len(ids) for ids, _ in prompts)
+    max_rows = max(len(rows) for _, rows in prompts)
+    ids_BS = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    rows_BRK = torch.full((len(prompts), max_rows, prompts[0][1].shape[1]), eos, dtype=torch.long)
+    mask_BS, mask_BR = torch.zeros_like(ids_BS), torch.zeros(rows_BRK.shape[:2], dtype=torch.bool)
+    for b, (ids_S, rows_RK) in enumerate(prompts):
+        place = slice(width - len(ids_S), width) if left else slice(len(ids_S))
+        ids_BS[b, place] = torch.from_numpy(ids_S.astype(np.int64))
+        mask_BS[b, place] = 1
+        rows_BRK[b, : len(rows_RK)] = torch.from_numpy(rows_RK.astype(np.int64))
+        mask_BR[b, : len(rows_RK)] = True
+    return {
+        "input_ids": ids_BS,
+        "attention_mask": mask_BS,
+        "audio_input_ids": rows_BRK,
+        "audio_input_ids_mask": mask_BR,
+    }

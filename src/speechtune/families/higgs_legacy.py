@@ -141,5 +141,6 @@ def load_legacy(directory: Path, dtype: torch.dtype, attention: str) -> nn.Modul
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, use_text_head=True
     )
-    model.generation_config.update(ras_win_len=7, ras_win_max_num_repeat=2)
+    model.generation_config._from_model_config = False  # else RAS is dropped when a saved copy is loaded
+    model.generation_config.update(allow_custom_entries=True, ras_win_len=7, ras_win_max_num_repeat=2)
     return model

@@ -81,9 +81,9 @@ def make_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    model.generation_config.update(
-        do_sample=True, temperature=1.0, top_k=50, top_p=0.95, ras_win_len=7, ras_win_max_num_repeat=2
-    )
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=50, top_p=0.95)
+    model.generation_config._from_model_config = False  # else RAS is dropped when the folder is loaded
+    model.generation_config.update(allow_custom_entries=True, ras_win_len=7, ras_win_max_num_repeat=2)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

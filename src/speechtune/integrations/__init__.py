@@ -1,0 +1,1 @@
+"""speechtune inside other trainers."""

@@ -1,0 +1,352 @@
+"""A script as facts: its calls, what each variable is bound to, and what trains which model; never run, only read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import libcst as cst
+from libcst.metadata import (
+    ExpressionContext,
+    ExpressionContextProvider,
+    MetadataWrapper,
+    ParentNodeProvider,
+    PositionProvider,
+    QualifiedNameProvider,
+    ScopeProvider,
+)
+
+from speechtune.errors import ConfigError
+
+Variable = tuple[int, str]
+"""Identity of the owning scope (or of the class, for `self.x`) and the dotted name."""
+
+Node = TypeVar("Node", bound=cst.CSTNode)
+
+HF_ROOTS = {"transformers", "trl"}
+WRAPPERS = {"get_peft_model", "inject_adapter_in_model"}
+OPTIMIZERS = ("Adam", "SGD", "Adafactor", "Lion", "Lamb", "RMSprop", "Muon", "Prodigy", "Optimizer")
+_LIGHTNING = {"pytorch_lightning", "lightning", "pl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One place where a variable gets a value; `value` is None where it is not a plain assignment."""
+
+    node: cst.CSTNode
+    value: cst.BaseExpression | None
+    end: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A Trainer (`trainer` true) or an optimizer, and the expression of the model it trains."""
+
+    call: cst.Call
+    model: cst.BaseExpression
+    trainer: bool
+
+
+def callee(call: cst.Call) -> str:
+    """Last part of the name that is called, "" for anything else."""
+    if isinstance(call.func, cst.Attribute):
+        return call.func.attr.value
+    return call.func.value if isinstance(call.func, cst.Name) else ""
+
+
+def receiver(call: cst.Call) -> cst.BaseExpression | None:
+    """`x` of `x.method(...)`."""
+    return call.func.value if isinstance(call.func, cst.Attribute) else None
+
+
+def argument(call: cst.Call, keyword: str, index: int | None = None) -> cst.BaseExpression | None:
+    """Value of an argument, by its keyword or else its position."""
+    for arg in call.args:
+        if arg.keyword is not None and arg.keyword.value == keyword:
+            return arg.value
+    plain = [arg for arg in call.args if arg.keyword is None]
+    if index is None or index >= len(plain) or any(arg.star for arg in plain[: index + 1]):
+        return None
+    return plain[index].value
+
+
+def keywords(call: cst.Call) -> set[str]:
+    """Names of the keyword arguments; "**" stands for keywords that cannot be known."""
+    return {arg.keyword.value if arg.keyword else arg.star for arg in call.args} - {""}
+
+
+def is_name(node: cst.CSTNode | None, *names: str) -> bool:
+    """A plain name (`None`, `True` and `False` are names, too) among `names`."""
+    return isinstance(node, cst.Name) and node.value in names
+
+
+def literal(node: cst.CSTNode | None) -> str | None:
+    """Text of a plain string."""
+    value = node.evaluated_value if isinstance(node, cst.SimpleString) else None
+    return value if isinstance(value, str) else None
+
+
+class _Collector(cst.CSTVisitor):
+    def __init__(self) -> None:
+        self.found: dict[type[cst.CSTNode], list[Any]] = defaultdict(list)
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        self.found[type(node)].append(node)
+        return True
+
+
+def inside(node: cst.CSTNode, kind: type[Node]) -> list[Node]:
+    """Nodes of one kind in a subtree, in source order, the root included."""
+    collector = _Collector()
+    node.visit(collector)
+    return collector.found[kind]
+
+
+def calls_in(nodes: Iterable[cst.CSTNode], *names: str) -> Iterator[cst.Call]:
+    """Calls in some subtrees; with `names` only those whose last name is among them."""
+    for node in nodes:
+        yield from (call for call in inside(node, cst.Call) if not names or callee(call) in names)
+
+
+class Script:
+    """A parsed file with positions, parents, scopes and qualified names.
+
+    Raises:
+        ConfigError: the file does not parse.
+    """
+
+    def __init__(self, path: Path, source: bytes) -> None:
+        self.path = path
+        try:
+            wrapper = MetadataWrapper(cst.parse_module(source))
+            facts = wrapper.resolve_many(
+                (PositionProvider, ParentNodeProvider, ScopeProvider, QualifiedNameProvider, ExpressionContextProvider)
+            )
+        except (cst.ParserSyntaxError, SyntaxError, ValueError) as error:
+            raise ConfigError(_syntax_message(path, source, error)) from error
+        except RecursionError as error:
+            raise ConfigError(f"{path}: nested too deeply to be read") from error
+        self.module = wrapper.module
+        self._positions = cast(dict[cst.CSTNode, Any], facts[PositionProvider])
+        self._parents = cast(dict[cst.CSTNode, cst.CSTNode], facts[ParentNodeProvider])
+        self._scopes = cast(dict[cst.CSTNode, Any], facts[ScopeProvider])
+        self._names = cast(dict[cst.CSTNode, Any], facts[QualifiedNameProvider])
+        self._contexts = cast(dict[cst.CSTNode, Any], facts[ExpressionContextProvider])
+        collector = _Collector()
+        self.module.visit(collector)
+        self._found = collector.found
+
+    def all(self, kind: type[Node]) -> list[Node]:
+        """All nodes of one kind, in source order."""
+        return self._found[kind]
+
+    @property
+    def calls(self) -> list[cst.Call]:
+        """All calls, in source order."""
+        return self.all(cst.Call)
+
+    def code(self, node: cst.CSTNode) -> str:
+        """Source text of a node."""
+        return self.module.code_for_node(node)
+
+    def start(self, node: cst.CSTNode) -> tuple[int, int]:
+        """Line from 1, column from 0."""
+        position = self._positions[node].start
+        return position.line, position.column
+
+    def end(self, node: cst.CSTNode) -> tuple[int, int]:
+        """Line from 1 and column from 0 of the end."""
+        position = self._positions[node].end
+        return position.line, position.column
+
+    def parent(self, node: cst.CSTNode) -> cst.CSTNode:
+        """The node that holds this one."""
+        return self._parents[node]
+
+    def ancestors(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+        """Parent, its parent, and so on to the module."""
+        while (above := self._parents.get(node)) is not None:
+            yield above
+            node = above
+
+    def enclosing(self, node: cst.CSTNode, kind: type[Node]) -> Node | None:
+        """Nearest ancestor of a kind."""
+        return next((above for above in self.ancestors(node) if isinstance(above, kind)), None)
+
+    def function(self, node: cst.CSTNode) -> cst.FunctionDef | None:
+        """The function whose body holds the node; None at module level."""
+        return self.enclosing(node, cst.FunctionDef)
+
+    def statement(self, node: cst.CSTNode) -> cst.CSTNode:
+        """The statement, simple or compound, whose parent is a block."""
+        blocks = cst.Module | cst.IndentedBlock | cst.SimpleStatementSuite
+        while not isinstance(self.parent(node), blocks):
+            node = self.parent(node)
+        return node
+
+    def dominates(self, first: cst.CSTNode, second: cst.CSTNode) -> bool:
+        """Whether reaching `second` means that `first` ran before it, as far as blocks show it."""
+        block = self.parent(self.statement(first))
+        while isinstance(outer := self._parents.get(block), cst.With):
+            block = self.parent(outer)
+        return self.end(first) <= self.start(second) and any(above is block for above in self.ancestors(second))
+
+    def names(self, node: cst.CSTNode) -> set[str]:
+        """Qualified names a name or attribute may stand for."""
+        found = self._names.get(node)
+        return {name.name for name in (found() if callable(found) else found or ())}
+
+    def comes_from(self, node: cst.CSTNode, roots: Collection[str], names: Collection[str]) -> bool:
+        """Whether a name was imported from one of the packages `roots` and is called one of `names` there."""
+        known = self.names(node)
+        if not known and isinstance(node, cst.Name):
+            known = {f"{root}.{node.value}" for root in self._star_imports}
+        return any(name.partition(".")[0] in roots and name.rpartition(".")[2] in names for name in known)
+
+    @cached_property
+    def _star_imports(self) -> set[str]:
+        found = [node for node in self.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar) and node.module]
+        return {self.code(node.module) for node in found if node.module is not None}
+
+    def variable(self, expression: cst.CSTNode | None) -> Variable | None:
+        """Identity of the variable that a name, or an attribute of a name, stands for."""
+        if isinstance(expression, cst.Name):
+            scope = self._scopes.get(expression)
+            if scope is None:
+                return None
+            owner = next((found.scope for found in scope[expression.value]), scope.globals)
+            return id(owner), expression.value
+        if isinstance(expression, cst.Attribute) and isinstance(expression.value, cst.Name):
+            class_ = self.enclosing(expression, cst.ClassDef) if is_name(expression.value, "self") else None
+            if class_ is not None:
+                return id(class_), f"self.{expression.attr.value}"
+            base = self.variable(expression.value)
+            return base and (base[0], f"{base[1]}.{expression.attr.value}")
+        return None
+
+    @cached_property
+    def bindings(self) -> dict[Variable, list[Binding]]:
+        """All places that bind a variable, in source order."""
+        found: dict[Variable, list[Binding]] = defaultdict(list)
+        for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
+            variable = self.variable(node) if self._contexts.get(node) is ExpressionContext.STORE else None
+            if variable is None:
+                continue
+            holder = self.parent(node)
+            if isinstance(holder, cst.AssignTarget):
+                holder = self.parent(holder)
+            plain = isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr)
+            whole = self.enclosing(node, cst.Assign) if not plain else holder
+            found[variable].append(Binding(node, holder.value if plain else None, self.end(whole or node)))
+        for places in found.values():
+            places.sort(key=lambda binding: binding.end)
+        return found
+
+    @cached_property
+    def reads(self) -> dict[Variable, list[cst.BaseExpression]]:
+        """All places that read a variable, in source order."""
+        found: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
+        for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
+            variable = self.variable(node) if self._contexts.get(node) is ExpressionContext.LOAD else None
+            if variable is not None:
+                found[variable].append(node)
+        return found
+
+    def binding_at(self, expression: cst.CSTNode, variable: Variable | None = None) -> Binding | None:
+        """The binding a variable certainly has at a place; None if that cannot be told."""
+        variable = variable or self.variable(expression)
+        places = self.bindings.get(variable, []) if variable else []
+        here = self.function(expression)
+        local = [place for place in places if self.function(place.node) is here]
+        if len(places) == 1 and not local:
+            return places[0]
+        earlier = [place for place in local if place.end <= self.start(expression)]
+        if not earlier or len(local) < len(places) or not self.dominates(earlier[-1].node, expression):
+            return None
+        return earlier[-1]
+
+    def value_at(self, expression: cst.BaseExpression | None) -> cst.BaseExpression | None:
+        """What an expression certainly is: itself, or the value its variable was given."""
+        if expression is None or self.variable(expression) is None:
+            return expression
+        binding = self.binding_at(expression)
+        return binding.value if binding else None
+
+    def call_at(self, expression: cst.BaseExpression | None) -> cst.Call | None:
+        """The call that made the value of an expression, where it is certain."""
+        value = self.value_at(expression)
+        return value if isinstance(value, cst.Call) else None
+
+    def rebound(self, variable: Variable, after: cst.CSTNode, before: cst.CSTNode | None = None) -> bool:
+        """Whether a variable gets another value after one place (and before another)."""
+        limit = self.start(before) if before else (10**9, 0)
+        places = self.bindings.get(variable, [])
+        return any(self.end(after) < place.end and self.start(place.node) < limit for place in places)
+
+    def class_of(self, expression: cst.BaseExpression | None) -> cst.ClassDef | None:
+        """The class of this file whose instance an expression certainly is."""
+        call = self.call_at(expression)
+        return self.find_class(call.func) if call else None
+
+    def find_class(self, node: cst.CSTNode) -> cst.ClassDef | None:
+        """The class of this file that a name stands for."""
+        found = [class_ for class_ in self.all(cst.ClassDef) if is_name(node, class_.name.value)]
+        return found[0] if len(found) == 1 else None
+
+    def derives(self, class_: cst.ClassDef, roots: Collection[str], suffix: str) -> bool:
+        """Whether a class has a base from one of some packages whose name ends with `suffix`, directly or not."""
+        for base in class_.bases:
+            if any(n.partition(".")[0] in roots and n.endswith(suffix) for n in self.names(base.value)):
+                return True
+            above = self.find_class(base.value)
+            if above is not None and above is not class_ and self.derives(above, roots, suffix):
+                return True
+        return False
+
+    def is_hf_trainer(self, node: cst.CSTNode) -> bool:
+        """A Trainer class of transformers or trl, or one of this file that derives from it."""
+        class_ = self.find_class(node)
+        if class_ is not None:
+            return self.derives(class_, HF_ROOTS, "Trainer")
+        return any(n.partition(".")[0] in HF_ROOTS and n.endswith("Trainer") for n in self.names(node))
+
+    def is_wrap(self, call: cst.Call | None) -> bool:
+        """A call that makes a PEFT model of its first argument."""
+        if call is None:
+            return False
+        owner = receiver(call)
+        made = callee(call) == "from_pretrained" and isinstance(owner, cst.Name) and owner.value.startswith("Peft")
+        return callee(call) in WRAPPERS or callee(call).startswith(("PeftModel", "PeftMixed")) or made
+
+    @cached_property
+    def trainings(self) -> list[Training]:
+        """All trainers and optimizers whose model can be seen, in source order."""
+        found = []
+        for call in self.calls:
+            name = callee(call)
+            if name.endswith("Trainer"):
+                lightning = any(n.partition(".")[0] in _LIGHTNING for n in self.names(call.func))
+                model = argument(call, "model", 0 if self.is_hf_trainer(call.func) else None)
+                if model is not None and not lightning:
+                    found.append(Training(call, model, True))
+            elif any(part in name for part in OPTIMIZERS):
+                sources = [arg.value for arg in call.args]
+                sources += [value for source in sources if (value := self.value_at(source)) not in (None, source)]
+                for getter in calls_in(sources, "parameters", "named_parameters"):
+                    if (model := receiver(getter)) is not None:
+                        found.append(Training(call, model, False))
+        return found
+
+
+def _syntax_message(path: Path, source: bytes, error: Exception) -> str:
+    line = getattr(error, "raw_line", None) or getattr(error, "lineno", None) or 1
+    try:
+        compile(source, str(path), "exec", dont_inherit=True)  # compiled, not run: Python's own message is clearer
+    except (SyntaxError, ValueError) as own:
+        line, error = getattr(own, "lineno", None) or line, own
+    reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+    return f"{path}:{line}: not readable as Python: {reason}; nothing was checked or changed"

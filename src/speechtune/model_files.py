@@ -1,0 +1,76 @@
+"""Files of a model folder: complete and uncorrupted, before anything tries to load them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from speechtune.checkpoint import Problem
+from speechtune.errors import ConfigError
+
+HEAD_BYTES = 256
+LFS_HEAD = b"version https://git-lfs"
+INDEX_SUFFIX = ".index.json"
+
+
+def inspect_folder(directory: Path) -> list[Problem]:
+    """Everything wrong with the JSON and safetensors files of a folder; an empty list means all of them open.
+
+    Found are LFS pointers and HTML pages saved under a file's name, JSON that does not parse, safetensors whose header
+    does not fit the file's size, and shards that an index names and nobody has.
+    """
+    problems = []
+    for path in sorted(directory.glob("*")):
+        if path.suffix in {".json", ".safetensors"} and path.is_file():
+            reason = _reason(path)
+            if reason:
+                problems.append(Problem(path.name, reason))
+            elif path.name.endswith(INDEX_SUFFIX):
+                problems += _missing_shards(path)
+    return problems
+
+
+def require_sound(directory: Path, option: str) -> None:
+    """Refuse a local model folder whose files are corrupt.
+
+    Raises:
+        ConfigError: names every file and its fault.
+    """
+    problems = inspect_folder(directory) if directory.is_dir() else []
+    if problems:
+        listed = "; ".join(map(str, problems))
+        raise ConfigError(f"{option}={directory}: {listed}; download these files again")
+
+
+def _reason(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head:
+        return "0 bytes"
+    if head.startswith(LFS_HEAD):
+        return "a git-lfs pointer, not the file itself (git lfs pull fetches it)"
+    if head.lstrip()[:1] == b"<":
+        return "a web page saved under this name"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"not valid JSON: {error}"
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        return f"truncated or corrupt safetensors: {error}"
+    return None
+
+
+def _missing_shards(index: Path) -> list[Problem]:
+    shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    return [
+        Problem(shard, f"missing, {index.name} names it")
+        for shard in sorted(shards)
+        if not (index.parent / shard).is_file()
+    ]
