@@ -136,9 +136,9 @@ def count_by_tower(model: nn.Module, family: Family) -> list[TowerCount]:
     return [TowerCount(tower, total, trained) for tower, (total, trained) in ordered]
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names they have on disk."""
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+def adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names they have on disk; `state` are the model's at another moment."""
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
 def lora_b_norms(state: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -142,6 +142,8 @@ class CheckpointConfig(Section):
     """Checkpoints kept; the best one by evaluation loss is kept besides."""
     resume: str | None = None
     """`auto` (newest checkpoint that verifies, or a fresh start), or the path of a checkpoint."""
+    force: bool = False
+    """Resume even with other data, base, seed or batch than the checkpoint's; each difference is warned of."""
 
 
 class TrackingConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,11 +24,11 @@ from speechtune.checkpoint import prune
 from speechtune.eval_loss import evaluation_losses
 from speechtune.families.base import Batch, Family
 from speechtune.fingerprint import checksums
-from speechtune.interruption import Interruption
+from speechtune.interruption import Interruption, ignore_signals
 from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
 from speechtune.ranks import sum_over_ranks
-from speechtune.saving import RunState, choose_checkpoint, restore, rng_state, save_checkpoint, twice
+from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
 from speechtune.schedule import learning_rate
 from speechtune.tracking import EvaluationRecord, Record, Tracker, log
 
@@ -81,6 +82,7 @@ class Run:
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0
         self.saved_step = -1
+        self.saver = Saver(background=config.lora.enabled)  # a full model is too large to copy for it
 
     def train(self) -> TrainResult:
         """Train to the last step, or to a signal; saves on the way and at the end."""
@@ -88,16 +90,16 @@ class Run:
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         resumed = choose_checkpoint(config.output_dir, config.checkpoint.resume)
         if resumed is not None:
-            state = restore(
-                resumed, job.model, self.optimizer, self.scaler, self.state.identity, self.accelerator.process_index
-            )
-            self.state = replace(state, total_steps=self.total_steps)
+            identity, rank = self.state.identity, self.accelerator.process_index
+            parts = (job.model, self.optimizer, self.scaler, identity, rank)
+            state = restore(resumed, *parts, force=config.checkpoint.force)
+            self.state = replace(state, total_steps=self.total_steps, identity=identity)
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
         job.model.train()
         started, first_losses = time.monotonic(), {}
         first_step = self.state.step
         loader = self._loader(first_step)
-        with Interruption() as interruption:
+        with self.saver, Interruption() as interruption:
             for step in range(first_step, self.total_steps):
                 step_started = time.monotonic()
                 batches = [next(loader) for _ in range(self.plan.accumulation)]
@@ -107,13 +109,17 @@ class Run:
                 tracker.write(record, self.total_steps)
                 self.state = replace(self.state, step=step + 1, epoch=record.epoch, losses=dict(record.losses))
                 stop = self._any_rank(interruption.signal)
+                interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
                 last = stop or step + 1 == self.total_steps
                 if job.eval_set is not None and (last or (step + 1) % config.evaluate.every_steps == 0):
                     self._evaluate(tracker, job.eval_set)
                 if last or (step + 1) % config.checkpoint.every_steps == 0:
                     self._save()
+                self.saver.poll()
                 if stop:
                     break
+            self.saver.wait()
+        self.accelerator.wait_for_everyone()
         return TrainResult(
             self.state, first_losses, time.monotonic() - started, interruption.signal or None, self._best()
         )
@@ -129,6 +135,7 @@ class Run:
                 batch_size=None,
                 sampler=order,
                 num_workers=workers,
+                worker_init_fn=ignore_signals,
                 generator=torch.Generator(),
                 pin_memory=self.job.precision.device.type == "cuda",
             )
@@ -214,20 +221,29 @@ class Run:
             return
         self.saved_step = self.state.step
         states = gather_object([rng_state()])
-        if self.accelerator.is_main_process:
-            directory = self.config.output_dir / f"checkpoint-{self.state.step}"
-            job = self.job
-            parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
-            twice(lambda: save_checkpoint(directory, *parts, job.family.save_assets, job.model_card))
-            best = self._best()
-            prune(self.config.output_dir, self.config.checkpoint.keep_last, [best] if best else [])
+        if not self.accelerator.is_main_process:
+            return
+        job, step, best = self.job, self.state.step, self.state.best_step
+        directory = self._checkpoint(step)
+        parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
+        publish = checkpoint_writer(
+            directory, *parts, job.family.save_assets, job.model_card, copy=self.config.lora.enabled
+        )
+
+        def save() -> None:
+            twice(publish)
+            protected = [] if best is None else [self._checkpoint(best)]
+            prune(self.config.output_dir, self.config.checkpoint.keep_last, protected, up_to=step)
             log.info("saved and verified %s", directory)
-        self.accelerator.wait_for_everyone()
+
+        self.saver.submit(save)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.config.output_dir / f"checkpoint-{step}"
 
     def _best(self) -> Path | None:
-        step = self.state.best_step
-        path = self.config.output_dir / f"checkpoint-{step}"
-        return path if step is not None and path.is_dir() else None
+        best = self.state.best_step
+        return self._checkpoint(best) if best is not None and self._checkpoint(best).is_dir() else None
 
     def _any_rank(self, number: int) -> bool:
         return bool(self._sum([{"signal": float(number)}])["signal"])

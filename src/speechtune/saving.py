@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from speechtune.adapter import WEIGHTS_NAME, adapter_state
+from speechtune.adapter import WEIGHTS_NAME, adapter_state, trainable
 from speechtune.checkpoint import STATE_NAME, check_writable, newest_valid, read_state, verify_folder, write_verified
 from speechtune.errors import CheckpointError
 
@@ -41,23 +42,30 @@ class RunState:
     best_eval_loss: float | None = None
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors a save of this model must hold: the adapter's, or all of a model trained in full."""
+def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors a save of this model must hold: the adapter's, or all of a model trained in full.
+
+    Args:
+        model: the trained model.
+        state: its tensors at another moment, by the model's own names; None takes those it has now.
+    """
     if isinstance(model, PeftModel):
-        return adapter_state(model)
-    return {name: tensor for name, tensor in model.state_dict().items()}
+        return adapter_state(model, state)
+    return dict(model.state_dict() if state is None else state)
 
 
-def save_weights(model: nn.Module, directory: Path, model_card: str) -> None:
-    """Write a model's adapter, or the full model, into an existing folder."""
+def save_weights(
+    model: nn.Module, directory: Path, model_card: str, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model's adapter, or the full model, into an existing folder; `state` as for `model_tensors`."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(directory), save_embedding_layers=False)
+        model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=state)
         (directory / "README.md").write_text(model_card, encoding="utf-8")
     else:
-        cast(PreTrainedModel, model).save_pretrained(directory)
+        cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
 
 
-def save_checkpoint(
+def checkpoint_writer(
     directory: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -67,22 +75,81 @@ def save_checkpoint(
     config_yaml: str,
     write_extras: Callable[[Path], None],
     model_card: str,
-) -> Path:
-    """Publish one checkpoint: weights, optimizer, scaler, every rank's random state, run state and configuration."""
+    *,
+    copy: bool,
+) -> Callable[[], Path]:
+    """Return the function that publishes one checkpoint: weights, optimizer, scaler, random states, run state, recipe.
+
+    With `copy` what is trained is copied now, and the function may run while training goes on.
+    """
+    weights = cpu_copy(trainable(model)) if copy else None
+    optimizer_state = cpu_copy(optimizer.state_dict()) if copy else optimizer.state_dict()
+    scaler_state = scaler.state_dict()
+    tensors = model_tensors(model, weights)
+    bytes_needed = bytes_of_save(tensors.values(), optimizer)
 
     def write(aside: Path) -> None:
-        save_weights(model, aside, model_card)
-        torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, aside / OPTIMIZER_NAME)
+        save_weights(model, aside, model_card, weights)
+        torch.save({"optimizer": optimizer_state, "scaler": scaler_state}, aside / OPTIMIZER_NAME)
         torch.save(rng_states, aside / RNG_NAME)
         write_state(aside / STATE_NAME, state)
         (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
         if not isinstance(model, PeftModel):
             write_extras(aside)
 
-    tensors = model_tensors(model)
-    check_writable(directory.parent, bytes_of_save(tensors.values(), optimizer))
-    # Only a folder that did not verify can stand at a step that is reached again: it gives way.
-    return write_verified(directory, write, tensors, replace=True)
+    def publish() -> Path:
+        check_writable(directory.parent, bytes_needed)
+        # Only a folder that did not verify can stand at a step that is reached again: it gives way.
+        return write_verified(directory, write, tensors, replace=True)
+
+    return publish
+
+
+def cpu_copy(value: Any) -> Any:
+    """Copy of nested mappings, lists and tensors; tensors come to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: cpu_copy(item) for key, item in value.items()}
+    return [cpu_copy(item) for item in value] if isinstance(value, list) else value
+
+
+class Saver:
+    """Publishes checkpoints one at a time, behind the training's back where it may; a failed save ends the run.
+
+    Args:
+        background: whether `submit` returns while the save goes on.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1) if background else None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def submit(self, save: Callable[[], None]) -> None:
+        """Start a save, after the one before it; raises what that one failed of."""
+        self.wait()
+        if self._pool is None:
+            save()
+        else:
+            self._pending = self._pool.submit(save)
+
+    def poll(self) -> None:
+        """Raise what a save failed of, if it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way, and raise what it failed of."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -138,8 +205,10 @@ def restore(
     scaler: torch.amp.GradScaler,
     identity: Mapping[str, Any],
     rank: int,
+    *,
+    force: bool = False,
 ) -> RunState:
-    """Put a verified checkpoint into a freshly built run.
+    """Put a verified checkpoint into a freshly built run; `force` turns differences of identity into warnings.
 
     Raises:
         CheckpointError: it belongs to other data, another base or another adapter; each difference is named.
@@ -150,8 +219,13 @@ def restore(
         for name, value in identity.items()
         if state.identity.get(name) != value
     ]
-    if differences:
-        raise CheckpointError(f"{directory}: it is not a checkpoint of this run: " + "; ".join(differences))
+    if differences and not force:
+        raise CheckpointError(
+            f"{directory}: it is not a checkpoint of this run: {'; '.join(differences)}; checkpoint.force=true resumes "
+            "all the same"
+        )
+    for difference in differences:
+        log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
     _restore_weights(model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
