@@ -93,9 +93,12 @@ def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: i
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, lora)  # pyright: ignore[reportArgumentType, reportReturnType]
+        adapted = get_peft_model(model, lora)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise AdapterError(f"lora: PEFT cannot apply the adapter: {error}") from None
+    for parameter in trainable(adapted).values():
+        parameter.data = parameter.data.float()  # PEFT leaves modules_to_save in the base's dtype
+    return adapted  # pyright: ignore[reportReturnType]
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:
@@ -169,6 +172,19 @@ def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = Fals
             f"(first {missing[:2]}), {len(extra)} left over (first {extra[:2]})"
         )
     return loaded
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder that holds an adapter's files: `path`, or the `lora_adapters` in a run's or checkpoint's folder.
+
+    Raises:
+        AdapterError: no such folder.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
+    inner = path / "lora_adapters"
+    names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
+    return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
 
 
 def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -309,12 +325,6 @@ def layout_hint(names: Iterable[str], modules: set[str]) -> str | None:
                 f"convert it with `speechtune adapters convert PATH OUTPUT --to {to}`"
             )
     return None
-
-
-def read_keys(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a saved adapter's tensors, from the header alone."""
-    with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def describe_settings(settings: LoraSettings, pattern: str) -> dict[str, Any]:

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from speechtune.adapter import (
     BIN_NAME,
     CONFIG_NAME,
     KEY_PREFIX,
     WEIGHTS_NAME,
+    adapter_folder,
     adapter_state,
     layout_hint,
     lora_b_norms,
@@ -78,29 +79,13 @@ class Verification:
         return [f"{check.name}: {check.detail}" for check in self.checks if check.status == "fault"]
 
 
-def adapter_folder(path: Path) -> Path:
-    """The folder that holds an adapter's files: `path`, or the `lora_adapters` in a run's or checkpoint's folder.
-
-    Raises:
-        AdapterError: no such folder.
-    """
-    if not path.is_dir():
-        raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
-    inner = path / "lora_adapters"
-    names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
-    return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
-
-
-def verify_adapter(
-    path: Path, base: str | None = None, codec: str | None = None, *, look_up_base: bool = True
-) -> Verification:
+def verify_adapter(path: Path, base: str | None = None, *, look_up_base: bool = True) -> Verification:
     """Check a saved adapter: files, values, keys and shapes, manifest, and with `base` its effect.
 
     Args:
         path: PEFT folder, or a run's folder with `lora_adapters` in it.
         base: hub id or folder of a base that is loaded with the adapter on it to prove an effect; None checks keys and
             shapes alone, against the base the adapter names where its configuration can be found.
-        codec: hub id or folder of the codec, where the base's default cannot be found.
         look_up_base: False leaves the base the adapter names alone.
 
     Raises:
@@ -113,12 +98,12 @@ def verify_adapter(
     if config and tensors:
         checks.append(_check_structure(config, tensors))
         if base or (look_up_base and named):
-            checks.append(_check_base(config, tensors, base, named, codec))
+            checks.append(_check_base(config, tensors, base, named))
         else:
             reason = "the base was not looked up" if named else "the adapter names no base; --base names one"
             checks.append(Check("base", "unchecked", reason))
         if base and all(check.status != "fault" for check in checks):
-            checks.append(_check_effect(model_config(base, codec), directory))
+            checks.append(_check_effect(model_config(base, None), directory))
     file = _weights_or_none(directory)
     return Verification(
         str(directory),
@@ -150,12 +135,23 @@ def _check_files(directory: Path) -> tuple[LoraConfig | None, dict[str, torch.Te
         checks.append(Check("weights", "fault", str(error)))
     if tensors:
         checks.append(_check_values(tensors))
-    if not (directory / MANIFEST_NAME).exists():
-        checks.append(Check("manifest", "unchecked", f"no {MANIFEST_NAME}: a changed value cannot be told"))
-    elif _weights_or_none(directory):
-        problems = [str(problem) for problem in manifest_problems(directory)]
-        checks.append(Check("manifest", "fault" if problems else "ok", "; ".join(problems) or "every byte as written"))
+    if file := _weights_or_none(directory):
+        checks.append(_check_manifest(directory, file))
     return config, tensors, checks
+
+
+def _check_manifest(directory: Path, file: Path) -> Check:
+    if (directory / MANIFEST_NAME).exists():
+        problems = [str(problem) for problem in manifest_problems(directory)]
+        return Check("manifest", "fault" if problems else "ok", "; ".join(problems) or "every byte as written")
+    if file.name == BIN_NAME and zipfile.is_zipfile(file):  # which torch.load reads without looking at its checksums
+        with zipfile.ZipFile(file) as archive:
+            changed = archive.testzip()
+        if changed:
+            return Check(
+                "manifest", "fault", f"{file.name}: the checksum of {changed} differs: changed since it was saved"
+            )
+    return Check("manifest", "unchecked", f"no {MANIFEST_NAME}: a changed value cannot be told")
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> Check:
@@ -200,12 +196,10 @@ def _module_faults(module: str, parts: Mapping[str, torch.Tensor], rank: int) ->
     return [] if found == (rank, rank) else [f"{module}: ranks {found[0]} and {found[1]}, the config says {rank}"]
 
 
-def _check_base(
-    config: LoraConfig, tensors: Mapping[str, torch.Tensor], base: str | None, named: str | None, codec: str | None
-) -> Check:
+def _check_base(config: LoraConfig, tensors: Mapping[str, torch.Tensor], base: str | None, named: str | None) -> Check:
     """Compare names and shapes with those PEFT would make on the base, which is built without its weights."""
     try:
-        skeleton = create_family(model_config(base or named, codec)).skeleton()
+        skeleton = create_family(model_config(base or named, None)).skeleton()
     except ConfigError as error:
         if base:
             raise
@@ -230,8 +224,8 @@ def promised_shapes(skeleton: torch.nn.Module, config: LoraConfig) -> dict[str, 
     """Names and shapes of the tensors an adapter of this config must hold for a base, built on the meta device."""
     empty = copy.deepcopy(config)
     empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there
-    model = get_peft_model(cast(Any, skeleton), empty)
-    return {name: tuple(tensor.shape) for name, tensor in adapter_state(cast(PeftModel, model)).items()}
+    model = PeftModel(cast(Any, skeleton), empty)
+    return {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
 
 
 def _check_effect(config: RunConfig, directory: Path) -> Check:
@@ -329,7 +323,6 @@ def holds_lora(file: Path) -> bool:
 def run_verify(
     path: Path,
     base: str | None = None,
-    codec: str | None = None,
     *,
     find_all: bool = False,
     verbose: bool = False,
@@ -338,9 +331,9 @@ def run_verify(
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
     if find_all:
         found, _ = find_adapters(path)
-        reports = [verify_adapter(Path(one.path), base, codec) for one in found]
+        reports = [verify_adapter(Path(one.path), base) for one in found]
     else:
-        reports = [verify_adapter(path, base, codec)]
+        reports = [verify_adapter(path, base)]
     valid = bool(reports) and all(report.valid for report in reports)
     if as_json:
         rows = [asdict(report) for report in reports]
@@ -367,7 +360,8 @@ def _print_verification(console: Console, report: Verification, verbose: bool) -
         console.print(tensors)
     verdict = "[green]valid[/]" if report.valid else "[red]NOT valid[/]"
     console.print(f"{verdict}: ", end="")
-    console.print(f"base {report.base}, step {report.step}, {report.format}, {report.bytes:,} bytes", markup=False)
+    line = f"base {report.base}, step {report.step}, {report.format}, {report.bytes:,} bytes"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int:
@@ -378,7 +372,8 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
         print(json.dumps(rows, ensure_ascii=False))
         return 0 if adapters or checkpoints else 1
     console = Console()
-    table = Table("adapter", "base", "rank", "step", "valid", "bytes", "date", title=f"adapters under {root}")
+    paths = [Column(name, overflow="fold") for name in ("adapter", "base")]
+    table = Table(*paths, "rank", "step", "valid", "bytes", "date", title=f"adapters under {root}")
     for one in adapters:
         valid = "[green]yes[/]" if one.valid else "[red]no[/]"
         cells = (escape(one.path), escape(one.base or "?"), str(one.rank or "?"), str(one.step or "?"), valid)
@@ -388,7 +383,7 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
     for one in adapters:
         shown = one.checks if verbose else [check for check in one.checks if check.status == "fault"]
         for check in shown:
-            console.print(f"{one.path}: {check.name}: {check.status}: {check.detail}", markup=False)
+            console.print(f"{one.path}: {check.name}: {check.status}: {check.detail}", markup=False, soft_wrap=True)
     for path in checkpoints:
         console.print(
             f"{path}: a full checkpoint with LoRA weights inside: `speechtune adapters extract`", markup=False

@@ -129,9 +129,12 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[tuple[Path, Proble
     return None, passed_over
 
 
-def prune(output_dir: Path, keep_last: int, protected: Sequence[Path] = ()) -> list[Path]:
-    """Remove the oldest checkpoints beyond `keep_last`, and what an interrupted save left; never a protected one."""
-    checkpoints = [path for _, path in find_checkpoints(output_dir)]
+def prune(output_dir: Path, keep_last: int, protected: Sequence[Path] = (), up_to: int | None = None) -> list[Path]:
+    """Remove the oldest checkpoints beyond `keep_last`; never a protected one.
+
+    Those of steps after `up_to` neither count nor go: a resume passed over them, torn as they are.
+    """
+    checkpoints = [path for step, path in find_checkpoints(output_dir) if up_to is None or step <= up_to]
     removed = [path for path in checkpoints[:-keep_last] if path not in protected]
     for path in removed:
         (path / MANIFEST_NAME).unlink(missing_ok=True)  # a half-removed folder is no checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import signal
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from speechtune import __version__
-from speechtune.errors import CheckpointError, SpeechtuneError
+from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
+
+EXTRAS = {"libcst": "lint", "wandb": "wandb"}  # module -> extra that installs it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +33,11 @@ def guarded(run: Any) -> int:
     except SpeechtuneError as error:
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"speechtune: {error.name} is missing: pip install 'speechtune[{EXTRAS[error.name]}]'", file=sys.stderr)
+        return ConfigError.exit_code
     except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
         return CheckpointError.exit_code
@@ -113,15 +121,64 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     merge = verbs.add_parser("merge", help="merge an adapter into its base, checked before it is written")
-    merge.add_argument("adapter", type=Path, help="PEFT folder")
+    merge.add_argument("adapter", type=Path, help="adapter or checkpoint folder, in any layout")
     merge.add_argument("output", type=Path, help="new folder of the merged model")
-    merge.add_argument("--model", help="base: hub id or folder (default: the one the adapter names)")
-    merge.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights (default: the base's)"
-    )
-    merge.add_argument("--json", action="store_true", help="print one JSON object")
-    merge.set_defaults(run=_merge)
+    merge.add_argument("--model", dest="base", help="base: hub id or folder (default: the one the adapter names)")
+    merge.add_argument("--codec", help="hub id or folder of the codec, recorded in merge_info.json")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights (default: the base's)")
+    merge.add_argument("--compare-models", action="store_true", help="print how base, adapter and merged differ")
+    merge.add_argument("--max-shard-size", default="5GB", help="largest weights file (default: %(default)s)")
+    _call(merge, "speechtune.merge", "run_merge")
+
+    adapters = verbs.add_parser("adapters", help="verify, find, extract and convert LoRA adapters")
+    _adapter_verbs(adapters.add_subparsers(dest="action", required=True, metavar="ACTION"))
+
+    lint = verbs.add_parser("lint", help="find training scripts' faults around LoRA and loss, and mend the clear ones")
+    lint.add_argument("paths", type=Path, nargs="+", help="scripts or folders")
+    lint.add_argument("--fix", action="store_true", help="mend what can be mended, keeping a backup")
+    _call(lint, "speechtune.lint", "run_lint")
     return parser
+
+
+def _adapter_verbs(actions: Any) -> None:
+    verify = actions.add_parser("verify", help="prove that an adapter is whole, trained and fits its base; exit 0 or 1")
+    verify.add_argument("path", type=Path, help="adapter folder")
+    verify.add_argument("--base", help="load it onto this base too (hub id or folder) and prove an effect")
+    verify.add_argument("--find-all", action="store_true", help="every adapter below the path")
+    verify.add_argument("--verbose", action="store_true", help="every check, not only the faults")
+    _call(verify, "speechtune.adapter_files", "run_verify")
+
+    find = actions.add_parser("find", help="list every adapter below a folder, by content")
+    find.add_argument("root", type=Path, help="folder to search")
+    find.add_argument("--verbose", action="store_true", help="faults and details of each")
+    _call(find, "speechtune.adapter_files", "run_find")
+
+    extract = actions.add_parser("extract", help="rescue LoRA weights out of a full checkpoint")
+    extract.add_argument("checkpoint", type=Path, help="checkpoint folder or weights file")
+    extract.add_argument("output", type=Path, help="new adapter folder")
+    extract.add_argument("--alpha", type=float, help="lora_alpha of the training (default: files near the checkpoint)")
+    extract.add_argument("--base", help="hub id or folder of the base (default: files near the checkpoint)")
+    extract.add_argument("--rslora", action="store_true", default=None, help="the training scaled by sqrt(rank)")
+    extract.add_argument("--adapter-name", help="which adapter, where the checkpoint holds several")
+    _call(extract, "speechtune.extract", "run_extract")
+
+    convert = actions.add_parser("convert", help="change an adapter's layout: native or the original package's (boson)")
+    convert.add_argument("adapter", type=Path, help="adapter folder, safetensors or .bin")
+    convert.add_argument("output", type=Path, help="new adapter folder")
+    convert.add_argument("--to", choices=("native", "boson"), required=True, help="layout wanted")
+    convert.add_argument("--base", help="hub id or folder of the base (default: the one the adapter names)")
+    _call(convert, "speechtune.convert", "run_convert")
+
+
+def _call(parser: argparse.ArgumentParser, module: str, function: str) -> None:
+    """Let a verb pass its arguments, by name, to one function that prints its own result."""
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+
+    def run(options: argparse.Namespace) -> int:
+        given = {name: value for name, value in vars(options).items() if name not in {"run", "verb", "action"}}
+        return getattr(importlib.import_module(module), function)(**given)
+
+    parser.set_defaults(run=run)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -197,7 +254,6 @@ def train(config: Any, *, as_json: bool = False) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from speechtune.config import DataConfig
-    from speechtune.errors import ConfigError
     from speechtune.families.base import AudioRef, Clip, GenerationOptions, Sample
     from speechtune.generate import answer, load_model, model_config, write_output, write_outputs
     from speechtune.manifest import load_samples
@@ -230,18 +286,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
     config = load_config(options.recipe, options.overrides) if options.recipe else None
     return run_doctor(config, as_json=options.json)
-
-
-def _merge(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from speechtune.generate import model_config
-    from speechtune.merge import merge
-
-    config = model_config(options.model, None, options.adapter)
-    report = asdict(merge(config, options.adapter, options.output, dtype=options.dtype))
-    _show(options.json, report | {"output": str(options.output)})
-    return 0
 
 
 def _show(as_json: bool, values: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from speechtune.adapter import (
     CONFIG_NAME,
     KEY_PREFIX,
     WEIGHTS_NAME,
+    adapter_folder,
     load_adapter,
     lora_module,
     read_adapter,
@@ -32,7 +34,7 @@ from speechtune.adapter import (
     read_tensors,
     weights_file,
 )
-from speechtune.adapter_files import adapter_folder, verify_adapter
+from speechtune.adapter_files import verify_adapter
 from speechtune.checkpoint import write_verified
 from speechtune.config import RunConfig
 from speechtune.errors import AdapterError, ConfigError
@@ -86,9 +88,7 @@ def boson_name(name: str) -> str:
 RENAMES: Mapping[Layout, Rename] = {"native": rename_key, "boson": boson_name}
 
 
-def convert(
-    adapter: Path, output: Path, to: Layout, *, base: str | None = None, codec: str | None = None, compare: bool = True
-) -> ConvertReport:
+def convert(adapter: Path, output: Path, to: Layout, *, base: str | None = None, compare: bool = True) -> ConvertReport:
     """Write an adapter in another key layout, as safetensors; one in that layout already is copied.
 
     Args:
@@ -97,7 +97,6 @@ def convert(
         to: the wanted layout.
         base: hub id or folder of the base to compare both layouts on; None takes the one the adapter names where that
             is a local folder, and else compares nothing (a conversion downloads no base).
-        codec: hub id or folder of the codec, where the base's default cannot be found.
         compare: False converts without a comparison.
 
     Raises:
@@ -116,7 +115,7 @@ def convert(
     values, listed = converted_config(directory, tensors, rename)
     if base:
         values["base_model_name_or_path"] = base
-    config, reason = _comparable(directory, base, codec) if compare else (None, "not asked for")
+    config, reason = _comparable(directory, base) if compare else (None, "not asked for")
     if source == to:
         config, reason = None, "nothing was renamed"
     difference = effect = None
@@ -150,7 +149,8 @@ def converted_config(directory: Path, names: Iterable[str], rename: Rename) -> t
         return rename(f"{name}.").removesuffix(".")
 
     values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    values["auto_mapping"] = None  # the original package wrote `true` here, or a class that no longer exists
+    if rename is not str or not isinstance(values.get("auto_mapping"), dict):
+        values["auto_mapping"] = None  # the original package wrote `true` here; a class belongs to one layout only
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(key), list):
             values[key] = [module_name(name) for name in values[key]]
@@ -195,7 +195,7 @@ def native_adapter(adapter: Path) -> Iterator[Path]:
         yield Path(folder) / "native"
 
 
-def _comparable(directory: Path, base: str | None, codec: str | None) -> tuple[RunConfig | None, str | None]:
+def _comparable(directory: Path, base: str | None) -> tuple[RunConfig | None, str | None]:
     """The base to compare on, or None and the reason; a base that was named by the caller must be usable."""
     config = read_config(directory)
     named = config.base_model_name_or_path
@@ -204,7 +204,7 @@ def _comparable(directory: Path, base: str | None, codec: str | None) -> tuple[R
     if base is None and (named is None or not Path(named).is_dir()):
         return None, f"the base it names ({named}) is no local folder; --base names one"
     try:
-        return model_config(base or named, codec), None
+        return model_config(base or named, None), None
     except ConfigError as error:
         if base:
             raise
@@ -263,22 +263,21 @@ def run_convert(
     to: Layout,
     *,
     base: str | None = None,
-    codec: str | None = None,
     compare: bool = True,
     as_json: bool = False,
 ) -> int:
     """Convert an adapter and print what was done; 0."""
-    report = convert(adapter, output, to, base=base, codec=codec, compare=compare)
+    report = convert(adapter, output, to, base=base, compare=compare)
     if as_json:
         print(json.dumps(asdict(report), ensure_ascii=False))
         return 0
-    say = Console().print
-    say(f"{adapter} ({report.source_layout}) -> {output} ({to})", markup=False)
-    say(f"{report.tensors} tensors, {report.renamed} renamed, values unchanged", markup=False)
+    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
+    say(f"{adapter} ({report.source_layout}) -> {output} ({to})")
+    say(f"{report.tensors} tensors, {report.renamed} renamed, values unchanged")
     if report.target_modules_listed:
         say("target_modules named modules by their old place: it is now the list of the modules themselves")
     if report.not_compared:
-        say(f"logits were not compared: {report.not_compared}", markup=False)
+        say(f"logits were not compared: {report.not_compared}")
     else:
         say(
             f"logits of both layouts differ by {report.logit_difference:.1e}; the adapter moves them by "

@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from speechtune.adapter_files import verify_adapter
+from speechtune.audio import read_audio
 from speechtune.cache import encode_samples
 from speechtune.config import DataConfig, RunConfig, build_config
 from speechtune.errors import TrainingError
-from speechtune.families.base import GenerationOptions, Output
+from speechtune.families import tiny
+from speechtune.families.base import AudioRef, GenerationOptions, Output
 from speechtune.generate import load_model, write_output
 from speechtune.merge import merge
 from speechtune.run import Outcome, run_training
@@ -44,7 +47,7 @@ def run_demo(directory: Path) -> int:
         if report.faults:
             return 2
         console.rule("2. encode and train")
-        config = demo_config(assets / "demo-model", manifest, directory)
+        config = demo_config(make_base(assets / "demo-voices", directory / "base"), manifest, directory)
         if (config.output_dir / "config.yaml").exists():
             shutil.rmtree(config.output_dir)
         outcome = run_training(config)
@@ -73,6 +76,15 @@ def write_manifest(voices: Path, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def make_base(voices: Path, directory: Path) -> Path:
+    """Make the small model and codec, once; the codec's codebooks are drawn from the demo's own recordings."""
+    if not (directory / "codec" / "config.json").is_file():
+        speech = [read_audio(AudioRef(path), 24_000) for path in sorted(voices.rglob("*.flac"))[::3]]
+        tiny.make_model(directory / "model", hidden_size=96, codebook_size=258, output_scale=10.0)
+        tiny.make_codec(directory / "codec", speech, codebook_size=256)
+    return directory
 
 
 def chatml_row(voices: Path, speaker: str, reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
@@ -108,13 +120,13 @@ def demo_config(model: Path, manifest: Path, directory: Path) -> RunConfig:
             "data": {"train": manifest, "cache_dir": directory / "cache"},
             "lora": {"rank": 32, "alpha": 64, "dropout": 0.0, "targets": "all"},
             "train": {
-                "max_steps": 400,
+                "max_steps": 240,
                 "batch_size": len(SPEAKERS) * CLIPS_PER_SPEAKER,
                 "learning_rate": 4e-3,
                 "warmup_steps": 20,
             },
-            "checkpoint": {"every_steps": 200, "keep_last": 2},
-            "tracking": {"log_every_steps": 25},
+            "checkpoint": {"every_steps": 80, "keep_last": 2},
+            "tracking": {"log_every_steps": 20},
         },
         "demo",
     )
@@ -131,6 +143,9 @@ def check(outcome: Outcome, config: RunConfig, directory: Path) -> list[tuple[st
     family, reloaded = load_model(config, adapter)
     reload_difference = float((family.probe(reloaded)[0] - trained).abs().max())
     output = directory / "run" / "merged"
+    verified = verify_adapter(adapter, config.model.path)
+    if not verified.valid:
+        raise TrainingError(f"{adapter}: " + "; ".join(f"{c.name}: {c.detail}" for c in verified.checks))
     report = merge(config, adapter, output)
     plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(output, use_text_head=True).eval()
     merged_difference = float((family.probe(plain)[0] - trained).abs().max())
@@ -153,7 +168,7 @@ def check(outcome: Outcome, config: RunConfig, directory: Path) -> list[tuple[st
         ("the adapter moves the base's logits by", f"{report.adapter_effect:.3g}"),
         ("rows wanted / generated", f"{wanted_rows} / {spoken.num_tokens} ({right:.1%} of codes right)"),
         ("files written", f"{len(files)} ({size / 1e6:.1f} MB) in {config.output_dir}"),
-        ("adapter", str(adapter)),
+        ("adapter", f"{adapter}, {len(verified.checks)} checks passed"),
         ("speech", f"{wav} ({spoken.audio.duration_seconds if spoken.audio else 0:.2f} s)"),
     ]
 

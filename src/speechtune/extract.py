@@ -53,6 +53,7 @@ class Settings:
     alpha: float | None = None
     rank: int | None = None
     base: str | None = None
+    codec: str | None = None
     rslora: bool | None = None
     alpha_pattern: Mapping[str, float] | None = None
 
@@ -102,40 +103,12 @@ def extract(
     if not weights.ranks:
         raise AdapterError(f"{checkpoint}: no lora_A in any of its weights; there is no adapter to extract")
     rank = Counter(weights.ranks.values()).most_common(1)[0][0]
-    rank_pattern = {module: r for module, r in weights.ranks.items() if r != rank}
     levels = settings_nearby(checkpoint)
     alpha_value, alpha_from, source = _find_alpha(checkpoint, levels, alpha, rank)
     base_value, base_from = (base, "--base") if base else _find_base(levels)
-    unknown = (
-        []
-        if alpha is None or source is None or source.alpha == alpha
-        else [
-            f"whether alpha is {alpha:g} as given or {source.alpha:g} as {source.file} says; the given one was written"
-        ]
-    )
-    unknown += [] if base_value else ["the base: no file near the checkpoint names it; give --base"]
-    if rslora is None and (source is None or source.rslora is None):
-        unknown.append("use_rslora: taken as false; if the run scaled by sqrt(rank), give --rslora")
-    unknown.append(
-        "dropout and initialisation of the training: left at 0 and default, they do not change what is loaded"
-    )
-    values = {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": base_value,
-        "r": rank,
-        "lora_alpha": alpha_value,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": dict(source.alpha_pattern or {}) if source and alpha is None else {},
-        "target_modules": sorted(weights.ranks),
-        "modules_to_save": sorted(weights.saved_modules) or None,
-        "use_dora": weights.dora,
-        "use_rslora": bool(rslora if rslora is not None else source and source.rslora),
-        "lora_bias": weights.bias,
-    }
+    scaled = rslora if rslora is not None else source.rslora if source else None
+    values = lora_values(weights, rank) | {"lora_alpha": alpha_value, "base_model_name_or_path": base_value}
+    values |= {"use_rslora": bool(scaled), "alpha_pattern": dict(source.alpha_pattern or {}) if source else {}}
     verified: list[Verification] = []
 
     def write(aside: Path) -> None:
@@ -146,11 +119,47 @@ def extract(
             raise AdapterError(f"{checkpoint}: what was extracted does not verify: " + "; ".join(verified[0].faults))
 
     write_verified(output, write, weights.tensors)
-    layout = layout_of(weights.tensors)
     return ExtractReport(
-        str(output), len(weights.tensors), len(weights.ranks), rank, rank_pattern, alpha_value, alpha_from, base_value,
-        base_from, layout, tuple(unknown), verified[0],
-    )  # fmt: skip
+        str(output),
+        len(weights.tensors),
+        len(weights.ranks),
+        rank,
+        values["rank_pattern"],
+        alpha_value,
+        alpha_from,
+        base_value,
+        base_from,
+        layout_of(weights.tensors),
+        tuple(_unknown(base_value, scaled, alpha, source)),
+        verified[0],
+    )
+
+
+def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source: Settings | None) -> Iterator[str]:
+    yield "dropout and initialisation of the training: default values; loading does not need them"
+    if base is None:
+        yield "the base: no file near the checkpoint names it; give --base"
+    if rslora is None:
+        yield "use_rslora: taken as false; if the run scaled by sqrt(rank), give --rslora"
+    if alpha is not None and source and source.alpha != alpha:
+        yield f"whether alpha is {alpha:g} as given or {source.alpha:g} as {source.file} says; given was written"
+
+
+def lora_values(weights: Weights, rank: int) -> dict[str, Any]:
+    """What the tensors alone tell of an adapter's configuration; `target_modules` names exactly the modules found."""
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "r": rank,
+        "rank_pattern": {module: found for module, found in weights.ranks.items() if found != rank},
+        "target_modules": sorted(weights.ranks),
+        "modules_to_save": sorted(weights.saved_modules) or None,
+        "use_dora": weights.dora,
+        "lora_bias": weights.bias,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
@@ -243,15 +252,17 @@ def _settings_in(folder: Path) -> Iterator[Settings]:
 def _settings(file: Path, values: Mapping[str, Any]) -> Settings:
     lora, model = values.get("lora"), values.get("model")
     if isinstance(lora, dict) and isinstance(model, dict):  # our own recipe
+        base, codec = model.get("path"), model.get("codec_path")
         if not lora.get("enabled", True):
-            return Settings(file, base=model.get("path"))
-        return Settings(file, lora.get("alpha"), lora.get("rank"), model.get("path"), lora.get("rslora"))
+            return Settings(file, base=base, codec=codec)
+        return Settings(file, lora.get("alpha"), lora.get("rank"), base, codec, lora.get("rslora"))
     flat = _flat(values)
     base = next((flat[name] for name in BASE_NAMES if isinstance(flat.get(name), str)), None)
     rank = next((flat[name] for name in ("r", "lora_rank", "lora_r") if isinstance(flat.get(name), int)), None)
     alpha = flat.get("lora_alpha")
     alpha = float(alpha) if isinstance(alpha, int | float) else None
-    return Settings(file, alpha, rank, base, flat.get("use_rslora"), flat.get("alpha_pattern"))
+    codec = flat.get("audio_tokenizer_path")
+    return Settings(file, alpha, rank, base, codec, flat.get("use_rslora"), flat.get("alpha_pattern"))
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,7 +284,9 @@ def _find_alpha(
         if fitting:
             found = fitting[0]
             assert found.alpha is not None
-            return (found.alpha, str(found.file), found) if given is None else (given, "--alpha", found)
+            if given is None:
+                return found.alpha, str(found.file), found
+            return given, "--alpha", replace(found, alpha_pattern=None)  # it scales by another alpha than the given
     if given is not None:
         return given, "--alpha", None
     why = f" ({'; '.join(passed_over)}, the weights have rank {rank})" if passed_over else ""
@@ -317,5 +330,5 @@ def run_extract(
         lines.append(f"keys are in the boson layout: next, `speechtune adapters convert {output} OUTPUT --to native`")
     console = Console()
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0

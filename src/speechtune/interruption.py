@@ -9,6 +9,12 @@ from types import FrameType
 log = logging.getLogger("speechtune")
 
 
+def ignore_signals(_worker: int = 0) -> None:
+    """For collating processes: a signal to the whole process group is the main process's to answer."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Interruption:
     """Catches SIGTERM and SIGINT while a run trains; the loop finishes its step, saves and leaves."""
 

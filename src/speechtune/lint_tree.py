@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,7 @@ from libcst.metadata import (
     ExpressionContext,
     ExpressionContextProvider,
     MetadataWrapper,
-    ParentNodeProvider,
     PositionProvider,
-    QualifiedNameProvider,
     ScopeProvider,
 )
 
@@ -28,8 +27,8 @@ Variable = tuple[int, str]
 Node = TypeVar("Node", bound=cst.CSTNode)
 
 HF_ROOTS = {"transformers", "trl"}
-WRAPPERS = {"get_peft_model", "inject_adapter_in_model"}
 OPTIMIZERS = ("Adam", "SGD", "Adafactor", "Lion", "Lamb", "RMSprop", "Muon", "Prodigy", "Optimizer")
+_TOO_DEEP = "nested too deeply to be read; nothing was checked or changed"
 _LIGHTNING = {"pytorch_lightning", "lightning", "pl"}
 
 
@@ -49,6 +48,25 @@ class Training:
     call: cst.Call
     model: cst.BaseExpression
     trainer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """Statements to insert after others, and expressions to replace, by node of the script's tree."""
+
+    insert: tuple[tuple[cst.CSTNode, str], ...] = ()
+    replace: tuple[tuple[cst.CSTNode, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A finding before it has a place in a file; `note` marks a hint that is no fault by itself."""
+
+    code: str
+    node: cst.CSTNode
+    message: str
+    mend: Mend | None = None
+    note: bool = False
 
 
 def callee(call: cst.Call) -> str:
@@ -90,20 +108,15 @@ def literal(node: cst.CSTNode | None) -> str | None:
     return value if isinstance(value, str) else None
 
 
-class _Collector(cst.CSTVisitor):
-    def __init__(self) -> None:
-        self.found: dict[type[cst.CSTNode], list[Any]] = defaultdict(list)
-
-    def on_visit(self, node: cst.CSTNode) -> bool:
-        self.found[type(node)].append(node)
-        return True
-
-
 def inside(node: cst.CSTNode, kind: type[Node]) -> list[Node]:
     """Nodes of one kind in a subtree, in source order, the root included."""
-    collector = _Collector()
-    node.visit(collector)
-    return collector.found[kind]
+    found, waiting = [], [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, kind):
+            found.append(node)
+        waiting.extend(reversed(node.children))
+    return found
 
 
 def calls_in(nodes: Iterable[cst.CSTNode], *names: str) -> Iterator[cst.Call]:
@@ -122,23 +135,31 @@ class Script:
     def __init__(self, path: Path, source: bytes) -> None:
         self.path = path
         try:
-            wrapper = MetadataWrapper(cst.parse_module(source))
-            facts = wrapper.resolve_many(
-                (PositionProvider, ParentNodeProvider, ScopeProvider, QualifiedNameProvider, ExpressionContextProvider)
-            )
+            self._wrapper = MetadataWrapper(cst.parse_module(source))
         except (cst.ParserSyntaxError, SyntaxError, ValueError) as error:
             raise ConfigError(_syntax_message(path, source, error)) from error
         except RecursionError as error:
-            raise ConfigError(f"{path}: nested too deeply to be read") from error
-        self.module = wrapper.module
-        self._positions = cast(dict[cst.CSTNode, Any], facts[PositionProvider])
-        self._parents = cast(dict[cst.CSTNode, cst.CSTNode], facts[ParentNodeProvider])
-        self._scopes = cast(dict[cst.CSTNode, Any], facts[ScopeProvider])
-        self._names = cast(dict[cst.CSTNode, Any], facts[QualifiedNameProvider])
-        self._contexts = cast(dict[cst.CSTNode, Any], facts[ExpressionContextProvider])
-        collector = _Collector()
-        self.module.visit(collector)
-        self._found = collector.found
+            raise ConfigError(f"{path}: {_TOO_DEEP}") from error
+        self.module = self._wrapper.module
+
+    @cached_property
+    def _facts(self) -> dict[Any, dict[cst.CSTNode, Any]]:
+        try:
+            facts = self._wrapper.resolve_many((PositionProvider, ScopeProvider, ExpressionContextProvider))
+        except RecursionError as error:
+            raise ConfigError(f"{self.path}: {_TOO_DEEP}") from error
+        return cast(dict[Any, dict[cst.CSTNode, Any]], facts)
+
+    @cached_property
+    def _parents(self) -> dict[cst.CSTNode, cst.CSTNode]:
+        return {child: node for nodes in self._found.values() for node in nodes for child in node.children}
+
+    @cached_property
+    def _found(self) -> dict[type[cst.CSTNode], list[Any]]:
+        found: dict[type[cst.CSTNode], list[Any]] = defaultdict(list)
+        for node in inside(self.module, cst.CSTNode):
+            found[type(node)].append(node)
+        return found
 
     def all(self, kind: type[Node]) -> list[Node]:
         """All nodes of one kind, in source order."""
@@ -155,12 +176,12 @@ class Script:
 
     def start(self, node: cst.CSTNode) -> tuple[int, int]:
         """Line from 1, column from 0."""
-        position = self._positions[node].start
+        position = self._facts[PositionProvider][node].start
         return position.line, position.column
 
     def end(self, node: cst.CSTNode) -> tuple[int, int]:
         """Line from 1 and column from 0 of the end."""
-        position = self._positions[node].end
+        position = self._facts[PositionProvider][node].end
         return position.line, position.column
 
     def parent(self, node: cst.CSTNode) -> cst.CSTNode:
@@ -197,8 +218,8 @@ class Script:
 
     def names(self, node: cst.CSTNode) -> set[str]:
         """Qualified names a name or attribute may stand for."""
-        found = self._names.get(node)
-        return {name.name for name in (found() if callable(found) else found or ())}
+        scope = self._facts[ScopeProvider].get(node)
+        return {name.name for name in scope.get_qualified_names_for(node)} if scope else set()
 
     def comes_from(self, node: cst.CSTNode, roots: Collection[str], names: Collection[str]) -> bool:
         """Whether a name was imported from one of the packages `roots` and is called one of `names` there."""
@@ -215,7 +236,7 @@ class Script:
     def variable(self, expression: cst.CSTNode | None) -> Variable | None:
         """Identity of the variable that a name, or an attribute of a name, stands for."""
         if isinstance(expression, cst.Name):
-            scope = self._scopes.get(expression)
+            scope = self._facts[ScopeProvider].get(expression)
             if scope is None:
                 return None
             owner = next((found.scope for found in scope[expression.value]), scope.globals)
@@ -233,15 +254,19 @@ class Script:
         """All places that bind a variable, in source order."""
         found: dict[Variable, list[Binding]] = defaultdict(list)
         for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
-            variable = self.variable(node) if self._contexts.get(node) is ExpressionContext.STORE else None
+            variable = (
+                self.variable(node)
+                if self._facts[ExpressionContextProvider].get(node) is ExpressionContext.STORE
+                else None
+            )
             if variable is None:
                 continue
             holder = self.parent(node)
-            if isinstance(holder, cst.AssignTarget):
-                holder = self.parent(holder)
-            plain = isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr)
-            whole = self.enclosing(node, cst.Assign) if not plain else holder
-            found[variable].append(Binding(node, holder.value if plain else None, self.end(whole or node)))
+            holder = self.parent(holder) if isinstance(holder, cst.AssignTarget) else holder
+            if isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr):
+                found[variable].append(Binding(node, holder.value, self.end(holder)))
+            else:
+                found[variable].append(Binding(node, None, self.end(self.enclosing(node, cst.Assign) or node)))
         for places in found.values():
             places.sort(key=lambda binding: binding.end)
         return found
@@ -251,7 +276,11 @@ class Script:
         """All places that read a variable, in source order."""
         found: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
         for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
-            variable = self.variable(node) if self._contexts.get(node) is ExpressionContext.LOAD else None
+            variable = (
+                self.variable(node)
+                if self._facts[ExpressionContextProvider].get(node) is ExpressionContext.LOAD
+                else None
+            )
             if variable is not None:
                 found[variable].append(node)
         return found
@@ -283,9 +312,10 @@ class Script:
 
     def rebound(self, variable: Variable, after: cst.CSTNode, before: cst.CSTNode | None = None) -> bool:
         """Whether a variable gets another value after one place (and before another)."""
-        limit = self.start(before) if before else (10**9, 0)
         places = self.bindings.get(variable, [])
-        return any(self.end(after) < place.end and self.start(place.node) < limit for place in places)
+        return any(
+            self.end(after) < place.end and (before is None or place.end <= self.start(before)) for place in places
+        )
 
     def class_of(self, expression: cst.BaseExpression | None) -> cst.ClassDef | None:
         """The class of this file whose instance an expression certainly is."""
@@ -314,13 +344,17 @@ class Script:
             return self.derives(class_, HF_ROOTS, "Trainer")
         return any(n.partition(".")[0] in HF_ROOTS and n.endswith("Trainer") for n in self.names(node))
 
+    def is_lora_config(self, call: cst.Call) -> bool:
+        """A call that makes peft's LoraConfig."""
+        return self.comes_from(call.func, {"peft"}, {"LoraConfig"})
+
     def is_wrap(self, call: cst.Call | None) -> bool:
         """A call that makes a PEFT model of its first argument."""
         if call is None:
             return False
         owner = receiver(call)
         made = callee(call) == "from_pretrained" and isinstance(owner, cst.Name) and owner.value.startswith("Peft")
-        return callee(call) in WRAPPERS or callee(call).startswith(("PeftModel", "PeftMixed")) or made
+        return callee(call) == "get_peft_model" or callee(call).startswith(("PeftModel", "PeftMixed")) or made
 
     @cached_property
     def trainings(self) -> list[Training]:
@@ -345,7 +379,9 @@ class Script:
 def _syntax_message(path: Path, source: bytes, error: Exception) -> str:
     line = getattr(error, "raw_line", None) or getattr(error, "lineno", None) or 1
     try:
-        compile(source, str(path), "exec", dont_inherit=True)  # compiled, not run: Python's own message is clearer
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(source, str(path), "exec", dont_inherit=True)  # not run: Python's own message is clearer
     except (SyntaxError, ValueError) as own:
         line, error = getattr(own, "lineno", None) or line, own
     reason = getattr(error, "msg", None) or str(error).splitlines()[0]

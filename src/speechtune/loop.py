@@ -149,7 +149,7 @@ class Run:
             guards.check_targets(batch, where)
         counts = self._sum([{head: float(n) for head, n in b.target_counts.items()} for b in batches])
         self.optimizer.zero_grad(set_to_none=True)
-        per_batch = [self._backward(batch, counts, last=batch is batches[-1]) for batch in batches]
+        per_batch = [self._backward(batch, counts, where, last=batch is batches[-1]) for batch in batches]
         sums = self._sum([{h: float(v) for h, v in sums.items()} for sums in per_batch])
         losses = {head: value / counts[head] for head, value in sums.items()}
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
@@ -179,11 +179,14 @@ class Run:
             eta_seconds=(now - started) / (step + 1 - first_step) * (self.total_steps - step - 1),
         )
 
-    def _backward(self, batch: Batch, counts: Mapping[str, float], *, last: bool) -> dict[str, torch.Tensor]:
+    def _backward(
+        self, batch: Batch, counts: Mapping[str, float], where: str, *, last: bool
+    ) -> dict[str, torch.Tensor]:
         ranks = self.accelerator.num_processes
         batch = batch.to(self.job.precision.device)
         with nullcontext() if last else self.accelerator.no_sync(self.objective):
             loss, sums = self.objective(batch, counts)
+            guards.check_attached(loss, where, batch.sample_ids)
             self.scaler.scale(loss * ranks).backward()  # DDP averages over ranks; the counts already span them
         return sums
 
@@ -191,10 +194,14 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.train.max_grad_norm))
+        parameters = list(self.parameters.values())
+        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total_norm)
         self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
         if self.skipped > MAX_SKIPPED_STEPS or not self.job.precision.scaler:
             guards.check_gradients(self.parameters, norm, where, ids)
+        # After the guard: clipping by a norm of NaN makes every gradient NaN, and none could be named.
+        nn.utils.clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, total_norm)
         before = {}
         if first:
             if self.config.lora.enabled and not self.skipped:
@@ -210,6 +217,8 @@ class Run:
         started = time.monotonic()
         objective = self.accelerator.unwrap_model(self.objective)
         losses = evaluation_losses(objective, eval_set, self.config.evaluate.batch_size, self.accelerator)
+        ids = [sample.id for sample in eval_set.samples]
+        guards.check_losses(losses, f"evaluation after step {self.state.step}", ids)
         loss = self._weighted(losses)
         tracker.write(EvaluationRecord(self.state.step, loss, losses, time.monotonic() - started), self.total_steps)
         if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,12 +21,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from speechtune import __version__
-from speechtune.adapter import CONFIG_NAME, load_adapter, weights_file
-from speechtune.adapter_files import adapter_folder, training_step
+from speechtune.adapter import CONFIG_NAME, adapter_folder, load_adapter, weights_file
+from speechtune.adapter_files import training_step
 from speechtune.checkpoint import check_writable, write_verified
 from speechtune.config import RunConfig
 from speechtune.convert import native_adapter
 from speechtune.errors import AdapterError, CheckpointError, ConfigError
+from speechtune.extract import settings_nearby
 from speechtune.families import create_family
 from speechtune.families.base import Family
 from speechtune.fingerprint import file_sha256, folder_fingerprint
@@ -96,7 +99,7 @@ def merge(
         raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")
     family = create_family(config)
     base = family.load(MERGE_PLAN)
-    stored_dtype = DTYPES[dtype] if dtype else _base_dtype(base)
+    stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
     facts = provenance(config, base, adapter, family)
@@ -107,6 +110,9 @@ def merge(
     facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), "adapter_effect": report.adapter_effect}
     facts |= {"merged_difference_float32": report.merged_difference, "greedy_equal": report.greedy_equal}
     facts |= {"comparison": asdict(report.comparison) if report.comparison else None}
+
+    for name in inspect.signature(type(merged).__init__).parameters:  # from_pretrained leaves such arguments there
+        vars(merged.generation_config).pop(name, None)
 
     def write(aside: Path) -> None:
         merged.save_pretrained(aside, max_shard_size=max_shard_size)
@@ -205,8 +211,8 @@ def provenance(config: RunConfig, base: nn.Module, adapter: Path, family: Family
     }
 
 
-def _base_dtype(base: torch.nn.Module) -> torch.dtype:
-    stored = getattr(cast(Any, base).config, "dtype", None)
+def _base_dtype(skeleton: torch.nn.Module) -> torch.dtype:
+    stored = getattr(cast(Any, skeleton).config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
@@ -224,7 +230,9 @@ def run_merge(
     as_json: bool = False,
 ) -> int:
     """Merge an adapter into the base it names, or into `base`, and print what was measured; 0."""
-    config = model_config(base, codec, adapter_folder(adapter))
+    folder = adapter_folder(adapter)
+    said = (found.codec for level in settings_nearby(folder) for found in level if found.codec)
+    config = model_config(base, codec or next(said, None), folder)
     text = test_input if compare_models else None
     report = merge(
         config,
@@ -238,12 +246,12 @@ def run_merge(
     if as_json:
         print(json.dumps(asdict(report) | {"output": str(output)}, ensure_ascii=False))
         return 0
-    say = Console(highlight=False).print
-    say(f"{adapter} + {config.model.path} -> {output}", markup=False)
+    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
+    say(f"{adapter} + {config.model.path} -> {output}")
     say(f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}")
     say(f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal")
     if found := report.comparison:
-        say(f"on {found.test_input!r}: adapter on and off differ by up to {found.adapter_effect:.3g},", markup=False)
+        say(f"on {found.test_input!r}: adapter on and off differ by up to {found.adapter_effect:.3g},")
         say(f"  another first choice at {found.changed_positions} of {found.positions} positions;")
         say(f"  merged and adapter on differ by up to {found.merged_difference:.1e}")
     return 0

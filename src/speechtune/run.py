@@ -142,6 +142,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
     family = create_family(config)
+    unknown = sorted(set(config.train.head_weights) - set(family.heads))
+    if unknown:
+        raise ConfigError(f"train.head_weights: no head {unknown[0]!r}; {family.name} has: {', '.join(family.heads)}")
     lora = config.lora
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
     training, evaluation = load_sets(config)

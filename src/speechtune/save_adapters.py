@@ -22,8 +22,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
 ADAPTER_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, MANIFEST_NAME, "adapter_model.bin"})
-COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of everything it wraps
-SHARDED_TYPES = ("DTensor", "FlatParameter")
+COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
+SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
+NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"
 BORN_ZERO = ("lora_B", "lora_embedding_A")  # what PEFT initialises with zeros, so that a fresh adapter changes nothing
 
 
@@ -71,7 +72,7 @@ def save_lora_adapters(
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
         write_verified(
             directory,
-            lambda aside: _write(peft_model, name, aside, embeddings, model_card),
+            lambda aside: _write(peft_model, name, aside, embeddings, tensors.keys() != state.keys(), model_card),
             tensors,
             replace=replace,
         )
@@ -90,9 +91,12 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     """The one PeftModel that `model` is or holds, registered as a submodule or kept as a plain attribute.
 
     Raises:
-        AdapterError: none, or more than one.
+        AdapterError: none, more than one, or one sharded by FSDP.
     """
-    found = [module for module in _reachable(model) if isinstance(module, PeftModel)]
+    modules = list(_reachable(model))
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        raise AdapterError(f"{type(model).__name__} is sharded: {NO_SHARDS}")
+    found = [module for module in modules if isinstance(module, PeftModel)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -101,7 +105,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
             f"{type(model).__name__} holds {len(found)} PeftModels ({kinds}): pass the one to save; if one lies in the "
             "other, get_peft_model was applied twice"
         )
-    if any("lora_" in name for module in _reachable(model) for name, _ in module.named_parameters()):
+    if any("lora_" in name for module in modules for name, _ in module.named_parameters()):
         raise AdapterError(
             f"{type(model).__name__} has LoRA layers but is no PeftModel (model.add_adapter or inject_adapter_in_model "
             "made them): build it with peft.get_peft_model(model, LoraConfig(...))"
@@ -137,13 +141,13 @@ def named_state(
     Raises:
         AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
     """
-    own = [(key, p) for key, p in model.named_parameters() if f".{name}." in f"{key}."]
-    sharded = [key for key, p in own if type(p).__name__ in SHARDED_TYPES or p.is_meta or hasattr(p, "ds_id")]
+    sharded = [
+        key
+        for key, p in model.named_parameters()
+        if type(p).__name__ in SHARDED_TYPES or hasattr(p, "ds_id") or (p.is_meta and f".{name}." in key)
+    ]
     if sharded:
-        raise AdapterError(
-            f"{len(sharded)} parameters are sharded or not in memory ({sharded[0]}): FSDP and DeepSpeed ZeRO-3 are not "
-            "supported here; save with the trainer's own full state dict, or train the adapter with DDP"
-        )
+        raise AdapterError(f"{len(sharded)} parameters are sharded or not in memory ({sharded[0]}): {NO_SHARDS}")
     try:
         return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=save_embedding_layers)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -204,7 +208,9 @@ def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: 
     log.info("Write test passed: %d bytes needed, %.1f GB free", needed, free / 1e9)
 
 
-def _write(peft_model: PeftModel, name: str, aside: Path, embeddings: bool, model_card: str | None) -> None:
+def _write(
+    peft_model: PeftModel, name: str, aside: Path, embeddings: bool, renamed: bool, model_card: str | None
+) -> None:
     try:
         peft_model.save_pretrained(str(aside), selected_adapters=[name], save_embedding_layers=embeddings)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -214,8 +220,8 @@ def _write(peft_model: PeftModel, name: str, aside: Path, embeddings: bool, mode
         for path in list(named.iterdir()):
             path.rename(aside / path.name)
         named.rmdir()
-    stored = load_file(aside / WEIGHTS_NAME)
-    if any(COMPILED_PART in key for key in stored):  # a base compiled before LoRA: these names would fit no plain base
+    if renamed:
+        stored = load_file(aside / WEIGHTS_NAME)
         plain = {key.replace(COMPILED_PART, ""): tensor for key, tensor in stored.items()}
         save_file(plain, aside / WEIGHTS_NAME, metadata={"format": "pt"})
     if model_card is not None:

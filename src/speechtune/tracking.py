@@ -62,12 +62,8 @@ class Tracker:
         """Write one record everywhere it goes."""
         if not self.accelerator.is_main_process:
             return
-        if not self.path.exists():
-            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         values = asdict(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self._append(json.dumps(values) + "\n")
         self.accelerator.log(flatten(values), step=record.step)
         if isinstance(record, EvaluationRecord):
             log.info("step %d evaluation: loss %.4f (%s)", record.step, record.eval_loss, heads(record.eval_losses))
@@ -83,6 +79,19 @@ class Tracker:
                 record.audio_seconds_per_second,
                 duration(record.eta_seconds),
             )
+
+    def _append(self, line: str) -> None:
+        if not self.path.exists():
+            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
+        for attempt in (1, 2):  # the folder may go between making it and opening the file
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+                return
+            except FileNotFoundError:
+                if attempt == 2:
+                    raise
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -239,6 +239,16 @@ def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_
     load_adapter(copy.deepcopy(loaded_base), listed)
 
 
+def test_a_bin_carries_its_own_checksums(adapter: Path) -> None:
+    to_binary(adapter)
+    file = adapter / "adapter_model.bin"
+    assert verify_adapter(adapter).valid
+    before = torch.load(file, weights_only=True)[Q_A]
+    content(file.name, flip(file.read_bytes().index(before.numpy().tobytes()) + 2))(adapter)
+    assert not torch.equal(torch.load(file, weights_only=True)[Q_A], before)  # read without a word
+    assert "the checksum of" in " ".join(verify_adapter(adapter).faults)
+
+
 def test_weights_of_another_checkpoint(listed: Path, run: Path, loaded_base: nn.Module) -> None:
     shutil.copyfile(run / "checkpoint-2" / WEIGHTS, listed / WEIGHTS)
     assert ["sha256 differs" in fault for fault in verify_adapter(listed).faults] == [True]

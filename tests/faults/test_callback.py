@@ -72,7 +72,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
 class At(TrainerCallback):
     """Calls `act(model)` at one event; from step `step` on, counted as that event sees it."""
 
-    def __init__(self, event: str, act: Callable[[nn.Module], None], step: int = 0) -> None:
+    def __init__(self, event: str, act: Callable[[nn.Module], object], step: int = 0) -> None:
         def handle(args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             if state.global_step >= step:
                 act(kwargs["model"])

@@ -82,13 +82,20 @@ def test_a_loss_that_is_not_finite_stops(value: float) -> None:
 
 
 def test_a_loss_of_exactly_zero_stops() -> None:
-    """The original pipeline turned every exception into a loss of zero."""
+    """The original pipeline turned every exception into a loss of zero; one head sure of its three targets is none."""
     guards.check_losses({"audio": 1e-30, "text": 5.0}, "step 1", IDS)
-    with pytest.raises(TrainingError, match=r"step 3: the text loss is exactly 0\.0.*sample-7, sample-9"):
-        guards.check_losses({"audio": 1.0, "text": 0.0}, "step 3", IDS)
+    guards.check_losses({"audio": 1.0, "text": 0.0}, "step 900", IDS)
+    with pytest.raises(TrainingError, match=r"step 3: the audio and text loss is exactly 0\.0.*sample-7, sample-9"):
+        guards.check_losses({"audio": 0.0, "text": 0.0}, "step 3", IDS)
 
 
 # -- gradients and the step ----------------------------------------------------------------------------------------
+
+
+def test_a_loss_without_gradient_stops() -> None:
+    guards.check_attached(parameter(1.0).sum(), "step 1", IDS)
+    with pytest.raises(TrainingError, match=r"step 1: the loss carries no gradient.*sample-7, sample-9"):
+        guards.check_attached(parameter(1.0).sum().detach(), "step 1", IDS)
 
 
 def test_sound_gradients_pass() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from speechtune.adapter import apply_lora, trainable
@@ -20,7 +21,7 @@ from speechtune.errors import CheckpointError
 from speechtune.families import create_family
 from speechtune.interruption import Interruption
 from speechtune.precision import plan_precision
-from speechtune.saving import RunState, choose_checkpoint, model_tensors, restore, rng_state, save_checkpoint
+from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, model_tensors, restore, rng_state
 
 IDENTITY = {"dataset": "d1", "base": "b1", "lora": {"rank": 4, "targets": "x"}, "seed": 42, "global_batch": 8}
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -51,16 +52,20 @@ class Trained:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
 
-    def save(self, directory: Path, **state: Any) -> Path:
-        run_state = RunState(**{"step": 3, "total_steps": 9, "epoch": 0.5, "identity": IDENTITY, **state})
-        optimizer, scaler = self.optimizer, self.scaler
-        states = [rng_state()]
-        return save_checkpoint(
-            directory, self.model, optimizer, scaler, states, run_state, "family: x\n", lambda folder: None, "card"
-        )
+    def writer(self, directory: Path) -> Callable[[], Path]:
+        """What the loop makes: with an adapter a copy of this moment, else a view of the live model."""
+        state = RunState(step=3, total_steps=9, epoch=0.5, identity=IDENTITY)
+        parts = (self.model, self.optimizer, self.scaler, [rng_state()], state, "family: x\n")
+        copy = isinstance(self.model, PeftModel)
+        return checkpoint_writer(directory, *parts, lambda folder: None, "card", copy=copy)
 
-    def restore(self, directory: Path, identity: dict[str, Any] = IDENTITY, rank: int = 0) -> RunState:
-        return restore(directory, self.model, self.optimizer, self.scaler, identity, rank)
+    def save(self, directory: Path) -> Path:
+        return self.writer(directory)()
+
+    def restore(
+        self, directory: Path, identity: dict[str, Any] = IDENTITY, rank: int = 0, force: bool = False
+    ) -> RunState:
+        return restore(directory, self.model, self.optimizer, self.scaler, identity, rank, force=force)
 
     def everything(self) -> dict[str, torch.Tensor]:
         """Copies of all weights and of the optimizer's state."""
@@ -88,12 +93,9 @@ def test_a_checkpoint_comes_back_bit_for_bit(kind: str, tmp_path: Path, trained:
     torch.manual_seed(99)
     state = second.restore(folder)
     assert state.step == 3 and dict(state.identity) == IDENTITY
-    restored = second.everything()
-    assert restored.keys() == saved.keys()
-    assert [name for name in saved if not torch.equal(restored[name], saved[name])] == []
+    assert differing(second.everything(), saved) == []
     second.step()
-    expected, found = first.everything(), second.everything()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert differing(second.everything(), first.everything()) == []
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -112,6 +114,49 @@ def test_a_checkpoint_verifies_and_holds_what_is_trained(
     assert {weights, "trainer_state.json", "optimizer.pt", "rng_state.pt", "config.yaml"} <= set(os.listdir(folder))
 
 
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "full fine-tuning"])
+def test_a_save_beside_the_training_holds_the_moment_it_was_asked_for(
+    kind: str, tmp_path: Path, trained: Callable[..., Trained]
+) -> None:
+    """The loop goes on while a checkpoint is written; no later step may get into it."""
+    one = trained(2, **ADAPTERS[kind])
+    asked, random = one.everything(), torch.get_rng_state()
+    publish = one.writer(tmp_path / "checkpoint-3")
+    one.step()
+    assert differing(one.everything(), asked)
+    folder = publish()
+    assert verify_folder(folder) == []
+    one.restore(folder)
+    assert differing(one.everything(), asked) == [] and torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_failed_save_is_heard_of(background: bool) -> None:
+    """At the next look, the next save, or the end; once, and never later than that."""
+
+    def fail() -> None:
+        raise CheckpointError("the disk is gone")
+
+    done: list[int] = []
+    for look in (lambda saver: saver.wait(), lambda saver: saver.submit(lambda: done.append(1))):
+        with pytest.raises(CheckpointError, match="the disk is gone"), Saver(background) as saver:
+            saver.submit(fail)
+            look(saver)
+    assert done == []
+    with Saver(background) as saver:
+        for number in range(5):
+            saver.submit(lambda number=number: done.append(number))  # type: ignore[misc]
+            saver.poll()
+        saver.wait()
+        assert done == [0, 1, 2, 3, 4]
+        saver.wait()
+
+
 def test_what_a_resume_refuses(tmp_path: Path, trained: Callable[..., Trained]) -> None:
     folder = trained(1).save(tmp_path / "checkpoint-3")
     for name, value in (("dataset", "d2"), ("base", "b2"), ("lora", {"rank": 8}), ("global_batch", 16)):
@@ -122,14 +167,28 @@ def test_what_a_resume_refuses(tmp_path: Path, trained: Callable[..., Trained]) 
         message = str(caught.value)
         assert str(folder) in message and f"{name}: checkpoint {IDENTITY[name]!r}, this run {value!r}" in message
         assert caught.value.exit_code == 3
-        after = fresh.everything()
-        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert "checkpoint.force=true" in message
+        assert differing(fresh.everything(), before) == []
 
 
 def test_all_differences_are_named_at_once(tmp_path: Path, trained: Callable[..., Trained]) -> None:
     folder = trained(1).save(tmp_path / "checkpoint-3")
     with pytest.raises(CheckpointError, match=r"dataset: checkpoint 'd1', this run 'd2'; seed: checkpoint 42, this"):
         trained().restore(folder, {**IDENTITY, "dataset": "d2", "seed": 1})
+
+
+def test_force_turns_differences_into_warnings(
+    tmp_path: Path, trained: Callable[..., Trained], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    one = trained(1)
+    folder, saved = one.save(tmp_path / "checkpoint-3"), one.everything()
+    another = trained()
+    another.restore(folder, {**IDENTITY, "dataset": "d2", "seed": 1}, force=True)
+    assert differing(another.everything(), saved) == []
+    assert "dataset: checkpoint 'd1', this run 'd2'" in caplog.text and "seed: checkpoint 42" in caplog.text
+    with pytest.raises(CheckpointError, match="its tensors are not those"):
+        trained(0, rank=8).restore(folder, {**IDENTITY, "lora": {"rank": 8}}, force=True)
 
 
 def test_tensors_of_another_adapter_are_refused(tmp_path: Path, trained: Callable[..., Trained]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,6 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     writer = tracker(tmp_path, FakeAccelerator())
     writer.write(record(1), 2)
     writer.write(EvaluationRecord(1, 2.5, {"audio": 2.0, "text": 0.5}, 0.1), 2)
-    writer.close()
     first, second = read_records(tmp_path / "metrics.jsonl")
     assert first["step"] == 1 and first["loss"] == 3.0 and first["losses"] == {"audio": 2.0, "text": 1.0}
     assert first["learning_rate"] == 1e-4 and first["eta_seconds"] == 75.4
@@ -53,7 +53,6 @@ def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         writer.write(record(step), 3)
         assert lines(tmp_path / "metrics.jsonl") == list(range(1, step + 1))
-    writer.close()
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 7, "lo', '{"step": 7', "{", "\0\0\0\0", "\udcff\udcfe", '"step"'])
@@ -67,7 +66,6 @@ def test_a_resume_drops_later_records_and_a_torn_line(tmp_path: Path, torn: str)
     assert lines(path) == [1, 2, 3, 4, 4]
     writer = tracker(tmp_path, FakeAccelerator(), resume_step=4)
     writer.write(record(5), 6)
-    writer.close()
     assert lines(path) == [1, 2, 3, 4, 4, 5]
 
 
@@ -76,8 +74,23 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     keep_until(path, 3)
     assert not path.exists()
     path.write_text(json.dumps({"step": 1}) + "\n")
-    tracker(tmp_path, FakeAccelerator()).close()
+    tracker(tmp_path, FakeAccelerator())
     assert path.read_text() == ""
+
+
+def test_a_folder_deleted_in_mid_run_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody tidied up: hours of training must not end in a traceback for a line of text."""
+    monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    folder = tmp_path / "output"
+    folder.mkdir()
+    writer = tracker(folder, FakeAccelerator())
+    writer.write(record(1), 3)
+    shutil.rmtree(folder)
+    writer.write(record(2), 3)
+    assert lines(folder / "metrics.jsonl") == [2]
+    assert f"{folder}: deleted while the run goes on" in caplog.text
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -85,7 +98,6 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     accelerator = FakeAccelerator(main=False)
     writer = tracker(tmp_path, accelerator)
     writer.write(record(1), 1)
-    writer.close()
     assert list(tmp_path.iterdir()) == [] and accelerator.logged == []
 
 
@@ -93,7 +105,6 @@ def test_trackers_get_groups_and_no_step(tmp_path: Path) -> None:
     accelerator = FakeAccelerator()
     writer = tracker(tmp_path, accelerator)
     writer.write(record(7), 9)
-    writer.close()
     ((step, values),) = accelerator.logged
     assert step == 7 and "step" not in values
     assert values["losses/audio"] == 2.0 and values["losses/text"] == 1.0 and values["loss"] == 3.0
@@ -109,7 +120,6 @@ def test_the_console_gets_the_first_the_last_and_every_tenth(
         for step in range(1, 26):
             writer.write(record(step), 25)
         writer.write(EvaluationRecord(25, 2.5, {"audio": 2.0}, 0.1), 25)
-    writer.close()
     found = [message.split()[1] for message in caplog.messages]
     assert found == ["1/25", "10/25", "20/25", "25/25", "25"]
     assert "loss 3.0000 (audio 2.0000 text 1.0000)" in caplog.messages[0] and "1:15 left" in caplog.messages[0]

@@ -80,7 +80,7 @@ class HiggsAudioV2Family:
         if is_legacy(path):
             return legacy_config(path)
         if model.path == RELEASED_MODEL and model.revision is None:
-            return HiggsAudioV2Config(codebook_size=1026)
+            return HiggsAudioV2Config(codebook_size=1026, dtype="bfloat16")
         try:
             loaded = AutoConfig.from_pretrained(model.path, revision=model.revision)
         except (OSError, ValueError) as error:

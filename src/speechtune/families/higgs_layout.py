@@ -73,13 +73,13 @@ def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarr
     Stream ids drawn by a later codebook inside the clip are clipped to the last code, as the native decoder does.
 
     Returns:
-        codes of shape (F, K), and whether an EOS ended them.
+        codes of shape (F, K), and whether an EOS ended them with every frame complete.
     """
     num_rows, num_codebooks = rows_RK.shape
     ends = np.flatnonzero(rows_RK[:, 0] == eos)
     complete_frames = max(num_rows - num_codebooks, 0)
-    stopped = len(ends) > 0
-    num_frames = min(int(ends[0]) - 1, complete_frames) if stopped else complete_frames
+    stopped = len(ends) > 0 and int(ends[0]) - 1 <= complete_frames  # a cap may cut between the codebooks' ends
+    num_frames = int(ends[0]) - 1 if stopped else complete_frames
     num_frames = max(num_frames, 0)
     codes_FK = np.stack([rows_RK[k + 1 : k + 1 + num_frames, k] for k in range(num_codebooks)], axis=1)
     return np.clip(codes_FK, 0, codebook_size - 1), stopped

@@ -71,6 +71,7 @@ def legacy_config(directory: Path) -> HiggsAudioV2Config:
     rope["rope_theta"] = text.get("rope_theta", 500000.0)
     hidden_size, heads = text["hidden_size"], text["num_attention_heads"]
     return HiggsAudioV2Config(
+        dtype=old.get("torch_dtype"),
         vocab_size=text["vocab_size"],
         hidden_size=hidden_size,
         intermediate_size=text["intermediate_size"],

@@ -54,9 +54,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    directory: Path, *, hidden_size: int = 64, num_layers: int = 2, codebook_size: int = 1026, seed: int = 0
+    directory: Path,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    codebook_size: int = 1026,
+    output_scale: float = 1.0,
+    seed: int = 0,
 ) -> None:
-    """Write a model folder (weights with text head, config, generation config, tokenizer) to `directory`."""
+    """Write a model folder (weights with text head, config, generation config, tokenizer) to `directory`.
+
+    Args:
+        directory: where to write.
+        hidden_size: width; the FFNs are twice as wide.
+        num_layers: decoder layers.
+        codebook_size: codes per codebook, the two stream ids included.
+        output_scale: weight of the last norm. Behind random heads a scale of 1 keeps all logits near zero, and an
+            adapter, which cannot train the heads, could never become sure of anything: 10 lets it learn.
+        seed: of the random weights.
+    """
     tokenizer = make_tokenizer()
     ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL_TOKENS}
     config = HiggsAudioV2Config(
@@ -81,6 +97,7 @@ def make_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    model.model.norm.weight.data.fill_(output_scale)
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=50, top_p=0.95)
     model.generation_config._from_model_config = False  # else RAS is dropped when the folder is loaded
     model.generation_config.update(allow_custom_entries=True, ras_win_len=7, ras_win_max_num_repeat=2)

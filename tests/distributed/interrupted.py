@@ -1,0 +1,92 @@
+"""Training runs that something happens to at a chosen step: called by tests, and started as a script.
+
+torchrun interrupted.py ranks jobs.json    runs of jobs.json one after another; a signal hits the last rank alone
+python interrupted.py cli recipe.yaml STEP    the command line, which waits in STEP until a file `go` is there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+import speechtune.run
+from speechtune.cli import main as command_line
+from speechtune.config import RunConfig, load_config
+from speechtune.families.base import Batch, Losses
+from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+from speechtune.run import Outcome
+
+WAIT_SECONDS = 60
+
+
+class HookedFamily(HiggsAudioV2Family):
+    """Calls `action` during the first forward pass of step `step`, counted from the start of this launch."""
+
+    def __init__(self, config: RunConfig, step: int, action: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.passes_left = (step - 1) * config.train.accumulation
+        self.action = action
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        if model.training:
+            if self.passes_left == 0:
+                self.action()
+            self.passes_left -= 1
+        return super().losses(model, batch)
+
+
+def sigterm() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def train(config: RunConfig, step: int | None = None, action: Callable[[], None] = sigterm) -> Outcome:
+    """`run_training`, with something happening in step `step`; may be called again and again in one process."""
+    original = speechtune.run.create_family
+    if step is not None:
+        speechtune.run.create_family = lambda config: HookedFamily(config, step, action)
+    try:
+        return speechtune.run.run_training(config)
+    finally:
+        speechtune.run.create_family = original
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def run_ranks(jobs: Path) -> None:
+    """Run the jobs; for each the ranks meet at a port of its own, torchrun's store being used up after one."""
+    last_rank = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    for job in json.loads(jobs.read_text(encoding="utf-8")):
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
+        config = load_config(Path(job["config"]))
+        result = train(config, job["signal_step"] if last_rank else None).result
+        finished = (config.output_dir / "lora_adapters").exists()
+        seen = {"step": result.state.step, "signal": result.signal, "finished": finished}
+        Path(f"{job['config']}.rank{os.environ['RANK']}").write_text(json.dumps(seen))
+
+
+def run_command_line(recipe: Path, step: int) -> int:
+    """`speechtune train`, which says in a file `reached` that it is in step `step`, and waits there."""
+
+    def wait() -> None:
+        recipe.with_name("reached").touch()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not recipe.with_name("go").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    speechtune.run.create_family = lambda config: HookedFamily(config, step, wait)
+    return command_line(["train", str(recipe)])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "ranks":
+        run_ranks(Path(sys.argv[2]))
+    else:
+        sys.exit(run_command_line(Path(sys.argv[2]), int(sys.argv[3])))

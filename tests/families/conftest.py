@@ -1,0 +1,57 @@
+"""Fixtures of the Higgs Audio v2 tests: two real utterances, and a model that has learnt them by heart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from higgs_cases import Case, family_on, make_case, train
+from transformers import AutoTokenizer, DacFeatureExtractor, HiggsAudioV2Processor, PreTrainedTokenizerBase
+
+from helpers import DemoClip
+from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_base: Path) -> HiggsAudioV2Family:
+    """The family on the tiny base; its models are loaded afresh by each test."""
+    return family_on(tiny_base / "model", tiny_base / "codec")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> PreTrainedTokenizerBase:
+    """The tiny base's tokenizer as transformers loads it."""
+    return AutoTokenizer.from_pretrained(tiny_base / "model")
+
+
+@pytest.fixture(scope="session")
+def cases(tiny_family: HiggsAudioV2Family, demo_clips: list[DemoClip]) -> list[Case]:
+    """Two utterances of 12 and 17 frames with references of 8 and 6, cut out of real speech."""
+    first, second, third, fourth = demo_clips[:4]
+    return [
+        make_case(tiny_family, first, 12, second, 8),
+        make_case(tiny_family, fourth, 17, third, 6),
+    ]
+
+
+@pytest.fixture(scope="session")
+def overfitted(tiny_family: HiggsAudioV2Family, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder trained in full on `family.losses` until it knows both utterances by heart."""
+    model = train(tiny_family, cases)
+    folder = tmp_path_factory.mktemp("overfitted") / "model"
+    model.save_pretrained(folder)
+    tiny_family.save_assets(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native_processor(tiny_family: HiggsAudioV2Family, tokenizer: PreTrainedTokenizerBase) -> HiggsAudioV2Processor:
+    """The native processor with the tiny tokenizer and codec, and the released one's feature extractor."""
+
+    class Processor(HiggsAudioV2Processor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+            """Without torchaudio transformers offers a placeholder for the codec class, and nothing would fit it."""
+            return type(argument)
+
+    extractor = DacFeatureExtractor(sampling_rate=24_000, hop_length=1)
+    return Processor(extractor, tokenizer, tiny_family.codec.model)

@@ -1,0 +1,30 @@
+"""Verify LoRA adapters: `python tools/verify_lora_adapters.py --path P [--find-all] [--verbose] [--base BASE]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from speechtune.cli import guarded
+
+
+def main() -> int:
+    """Exit code 0 when all are valid, else 1."""
+    parser = argparse.ArgumentParser(description="Verify a saved LoRA adapter.")
+    parser.add_argument("--path", type=Path, required=True, help="adapter folder")
+    parser.add_argument("--find-all", action="store_true", help="verify every adapter under the path")
+    parser.add_argument("--verbose", action="store_true", help="list the tensors too")
+    parser.add_argument("--base", help="hub id or folder of the base: load it and prove the adapter's effect")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+
+    def run() -> int:
+        from speechtune.adapter_files import run_verify
+
+        flags = {"find_all": options.find_all, "verbose": options.verbose, "as_json": options.json}
+        return run_verify(options.path, options.base, **flags)
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
