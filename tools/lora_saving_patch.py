@@ -23,7 +23,7 @@ def trainer_scripts(folder: Path) -> Iterator[str]:
 
     A file that cannot be read is named with the reason.
     """
-    for path in sorted(folder.rglob("*.py")):
+    for path in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).parts[:-1]
         if any(part in SKIPPED or part.startswith(".") for part in parts):
             continue
@@ -57,13 +57,19 @@ def last_name(node: ast.expr) -> str:
 def main() -> int:
     """Print the function, or the list; exit status 1 if a list is empty, 2 if there is no such folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", type=Path, metavar="FOLDER", help="list the training scripts below this folder")
+    parser.add_argument(
+        "--list", "--list-scripts", type=Path, metavar="FOLDER", nargs="?", const=Path(), help="list training scripts"
+    )
+    parser.add_argument("--script", type=Path, help="where one script builds its trainer; `speechtune lint` checks it")
+    parser.add_argument("--generate-function", action="store_true", help="print the function (also without any flag)")
     options = parser.parse_args()
+    if options.script is not None:
+        options.list = options.script
     if options.list is None:
         print(STANDALONE.read_text(encoding="utf-8"), end="")
         return 0
-    if not options.list.is_dir():
-        print(f"{options.list}: not a folder", file=sys.stderr)
+    if not options.list.exists():
+        print(f"{options.list}: no such file or folder", file=sys.stderr)
         return 2
     lines = list(trainer_scripts(options.list))
     for line in lines:

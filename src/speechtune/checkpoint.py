@@ -70,6 +70,8 @@ def write_verified(
     try:
         aside.chmod(0o777 & ~_umask())
         write(aside)
+        for path in aside.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
         with ThreadPoolExecutor() as pool:  # the disk, the hash and the comparison work at the same time
             hashes = pool.submit(_file_hashes, aside)
             compared = pool.submit(_compare, aside, tensors)

@@ -38,6 +38,9 @@ def guarded(run: Any) -> int:
             raise
         print(f"speechtune: {error.name} is missing: pip install 'speechtune[{EXTRAS[error.name]}]'", file=sys.stderr)
         return ConfigError.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
         return CheckpointError.exit_code
@@ -67,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     validate.add_argument("--metadata-only", action="store_true", help="do not decode the audio")
     validate.add_argument("--audio-root", type=Path, help="confine every audio path to this folder")
     validate.add_argument("--allow-urls", action="store_true", help="accept audio given as http(s) URL")
+    validate.add_argument("--min-seconds", type=float, default=0.1, help="shortest clip (default: %(default)s)")
     validate.add_argument(
         "--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)"
     )
@@ -193,7 +197,8 @@ def _validate(options: argparse.Namespace) -> int:
     from speechtune.config import DataConfig
     from speechtune.validate import print_report, validate
 
-    data = DataConfig(audio_root=options.audio_root, allow_urls=options.allow_urls, max_seconds=options.max_seconds)
+    names = ("audio_root", "allow_urls", "min_seconds", "max_seconds")
+    data = DataConfig(**{name: getattr(options, name) for name in names})
     report = validate(options.manifest, data, deep=not options.metadata_only)
     if options.json:
         print(report.to_json())
@@ -253,17 +258,22 @@ def train(config: Any, *, as_json: bool = False) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from speechtune.config import DataConfig
     from speechtune.families.base import AudioRef, Clip, GenerationOptions, Sample
     from speechtune.generate import answer, load_model, model_config, write_output, write_outputs
-    from speechtune.manifest import load_samples
+    from speechtune.prompts import read_prompts
 
     if (options.manifest is None) == (options.text is None):
         raise ConfigError("name a manifest, or one text with --text")
     if (options.reference is None) != (options.reference_text is None):
         raise ConfigError("--reference and --reference-text belong together")
     if options.manifest:
-        samples = load_samples(options.manifest, DataConfig())
+        if options.reference is not None:
+            raise ConfigError("--reference goes with --text; a manifest names its own references")
+        given = {name: getattr(options, name) for name in ("system", "scene") if getattr(options, name) is not None}
+        samples = [replace(sample, **given) for sample in read_prompts(options.manifest, DataConfig())]
     else:
         clips = (Clip(AudioRef(options.reference), options.reference_text),) if options.reference else ()
         samples = [Sample(options.out.stem, options.text, None, clips, options.system, options.scene)]

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from speechtune.errors import ConfigError
 
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
@@ -153,8 +155,8 @@ class TrackingConfig(Section):
     """Steps between console lines; metrics.jsonl gets every step."""
     detail_every_steps: int | None = Field(default=None, ge=1)
     """Steps between console lines that name the samples of the step, their positions and targets; None for none."""
-    trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate: tensorboard, wandb, mlflow, ...; empty for none."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of accelerate; empty for none."""
     logging_dir: Path | None = None
     """Folder for trackers; None means `logs` in the run directory."""
 

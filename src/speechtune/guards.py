@@ -39,7 +39,7 @@ def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> No
 
 
 def check_targets(batch: Batch, where: str) -> None:
-    """A batch must have targets for at least its first head, or its loss is a constant.
+    """A batch must have targets for every head, or a loss is a constant.
 
     Raises:
         TrainingError: no target in the batch.

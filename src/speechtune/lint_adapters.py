@@ -331,5 +331,5 @@ def _after_method(script: Script, state: _Precision, call: cst.Call) -> _Precisi
 
 
 def _is_half(script: Script, node: cst.BaseExpression | None) -> bool:
-    value = script.value_at(node)
-    return value is not None and (script.comes_from(value, {"torch"}, _HALF) or literal(value) == "float16")
+    values = [value for value in (node, script.value_at(node)) if value is not None]
+    return any(script.comes_from(value, {"torch"}, _HALF) or literal(value) == "float16" for value in values)

@@ -33,7 +33,7 @@ _UNPADDED = ("pack", "group", "chunk", "block", "stream")
 _IGNORE_NAMES = ("ignore_index", "ignore_id", "ignore_token", "label_pad", "loss_mask", "labels_mask")
 _TRAINER_METHODS = {"compute_loss", "log", "store_flos", "compute_loss_context_manager", "_prepare_inputs"}
 _TRAINER_METHODS |= {"_prepare_input", "autocast_smart_context_manager", "get_batch_samples", "is_world_process_zero"}
-_STEPS = {"backward", "training_step"}
+_NOT_MODELS = ("token", "processor", "extractor", "config")
 _SAVES = {"save_pretrained", "save_model", "save_state", "_save_checkpoint"}
 _NOISE = {"print", "debug", "info", "warning", "warn", "error", "exception", "log", "print_exc", "write", "empty_cache"}
 
@@ -95,14 +95,13 @@ def unmasked_labels(script: Script) -> Iterator[Fault]:
         if source is None or not _is_model_input(script, node, value, source) or _is_exempt(script, node):
             continue
         region = script.function(node) or script.module
-        words = {name.value for name in inside(region, cst.Name)} | {
-            literal(s) for s in inside(region, cst.SimpleString)
-        }
+        words = {name.value for name in inside(region, cst.Name)}
+        words |= {literal(string) for string in inside(region, cst.SimpleString)}
         certain = padded or bool(words & {"attention_mask", "pad_token_id"})
         message = (
-            f"labels are a copy of input_ids and are masked nowhere: padding is trained as if it were text"
-            f"{'' if certain else ' (if rows are padded)'}, and so is the prompt. Set both to -100 in the labels; a "
-            "collator can do it"
+            "labels are a copy of input_ids and are masked nowhere: padding"
+            f"{'' if certain else ' (if rows are padded)'} is trained as if it were text, and so is the prompt. "
+            "Set both to -100 in the labels; a collator can do it"
         )
         yield Fault("L5", node, message, note=not certain)
 
@@ -241,31 +240,42 @@ def hidden_nan(script: Script) -> Iterator[Fault]:
 
 def swallowed_errors(script: Script) -> Iterator[Fault]:
     """L7: a handler for everything around a training step or a save that goes on as if nothing had happened."""
-    trainers = [training.call for training in script.trainings if training.trainer]
     for try_ in script.all(cst.Try):
-        names = {callee(call) for call in calls_in([try_.body])}
-        runs = [call for call in calls_in([try_.body], "train") if script.call_at(receiver(call)) in trainers]
-        function = script.function(try_)
-        step = bool(names & _STEPS) or (
-            function is not None and function.name.value in {"training_step", "compute_loss"}
-        )
+        step, stored = _guarded(script, try_)
         for handler in try_.handlers:
-            everything = handler.type is None or any(
-                name.value in {"Exception", "BaseException"} for name in inside(handler.type, cst.Name)
-            )
+            named = inside(handler.type, cst.Name) if handler.type is not None else []
+            everything = handler.type is None or any(is_name(name, "Exception", "BaseException") for name in named)
             if not everything or inside(handler.body, cst.Raise) or any(calls_in([handler.body], "exit", "_exit")):
                 continue
-            what = ""
             if step and _zero_loss(script, handler):
                 what = "puts a loss of zero in the place of"
-            elif (names & _STEPS and _goes_on(handler, _NOISE)) or ((names & _SAVES or runs) and _goes_on(handler, ())):
+            elif (step and _goes_on(handler, _NOISE)) or (stored and _goes_on(handler, ())):
                 what = "passes over"
-            if what:
-                message = (
-                    f"this handler catches everything and {what} any error of the {'step' if step else 'save'} above: "
-                    "a run that learns, or stores, nothing looks sound. Catch the error you expect, or raise"
-                )
-                yield Fault("L7", handler, message)
+            else:
+                continue
+            message = (
+                f"this handler catches everything and {what} any error of the {step or stored} above: a run that "
+                "learns, or stores, nothing looks sound. Catch the error you expect, or raise"
+            )
+            yield Fault("L7", handler, message)
+
+
+def _guarded(script: Script, try_: cst.Try) -> tuple[str, str]:
+    """What of a training step, and of the training and saving as a whole, a try block holds; "" for nothing."""
+    trainers = [training.call for training in script.trainings if training.trainer]
+    step = stored = ""
+    for call in calls_in([try_.body]):
+        owner = receiver(call)
+        if callee(call) in {"backward", "training_step"}:
+            step = "training step"
+        elif callee(call) == "train" and script.call_at(owner) in trainers:
+            stored = "training"
+        elif callee(call) in _SAVES and not any(part in script.code(owner or call.func) for part in _NOT_MODELS):
+            stored = stored or "save"
+    function = script.function(try_)
+    if function is not None and function.name.value in {"training_step", "compute_loss"}:
+        step = "training step"
+    return step, stored
 
 
 def _zero_loss(script: Script, handler: cst.ExceptHandler) -> bool:
@@ -282,17 +292,10 @@ def _zero_loss(script: Script, handler: cst.ExceptHandler) -> bool:
 
 def _goes_on(handler: cst.ExceptHandler, noise: Iterable[str]) -> bool:
     """Whether a handler holds nothing but pass, continue, and calls that only report."""
-    statements = [s for line in handler.body.body for s in getattr(line, "body", [line])]
-    for statement in statements:
-        reports = (
-            isinstance(statement, cst.Expr)
-            and isinstance(statement.value, cst.Call)
-            and callee(statement.value) in noise
-        )
-        if not (reports or (isinstance(statement, cst.Pass | cst.Continue | cst.Expr) and not _is_call(statement))):
+    for statement in [small for line in handler.body.body for small in getattr(line, "body", [line])]:
+        value = statement.value if isinstance(statement, cst.Expr) else None
+        if isinstance(value, cst.Call) and callee(value) not in noise:
+            return False
+        if not isinstance(statement, cst.Pass | cst.Continue | cst.Expr):
             return False
     return True
-
-
-def _is_call(statement: cst.CSTNode) -> bool:
-    return isinstance(statement, cst.Expr) and isinstance(statement.value, cst.Call)

@@ -30,7 +30,7 @@ from speechtune.precision import PrecisionPlan
 from speechtune.ranks import sum_over_ranks
 from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
 from speechtune.schedule import learning_rate
-from speechtune.tracking import EvaluationRecord, Record, Tracker, log
+from speechtune.tracking import EvaluationRecord, Record, Tracker, log, log_details
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
 
@@ -82,6 +82,7 @@ class Run:
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0
         self.saved_step = -1
+        self.unproven = True
         self.saver = Saver(background=config.lora.enabled)  # a full model is too large to copy for it
 
     def train(self) -> TrainResult:
@@ -94,6 +95,7 @@ class Run:
             parts = (job.model, self.optimizer, self.scaler, identity, rank)
             state = restore(resumed, *parts, force=config.checkpoint.force)
             self.state = replace(state, total_steps=self.total_steps, identity=identity)
+            self.unproven = False
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
         job.model.train()
         started, first_losses = time.monotonic(), {}
@@ -155,14 +157,9 @@ class Run:
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
         ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
         guards.check_losses(losses, where, ids)
-        every = self.config.tracking.detail_every_steps
-        if every is not None and (step + 1) % every == 0:
-            for batch in batches:
-                log.info(
-                    "%s: %d positions, targets %s: %s", where, batch.num_tokens, batch.target_counts, batch.sample_ids
-                )
+        log_details(self.config.tracking.detail_every_steps, step + 1, batches)
         rate = learning_rate(step, self.total_steps, self.config.train)
-        grad_norm = self._update(where, ids, rate, first=step == 0)
+        grad_norm = self._update(where, ids, rate)
         sizes = self._sum([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
         now = time.monotonic()
         seconds = now - step_started
@@ -190,7 +187,7 @@ class Run:
             self.scaler.scale(loss * ranks).backward()  # DDP averages over ranks; the counts already span them
         return sums
 
-    def _update(self, where: str, ids: Sequence[str], rate: float, *, first: bool) -> float:
+    def _update(self, where: str, ids: Sequence[str], rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
@@ -198,19 +195,19 @@ class Run:
         total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total_norm)
         self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
-        if self.skipped > MAX_SKIPPED_STEPS or not self.job.precision.scaler:
+        if not self.skipped or self.skipped > MAX_SKIPPED_STEPS:
             guards.check_gradients(self.parameters, norm, where, ids)
         # After the guard: clipping by a norm of NaN makes every gradient NaN, and none could be named.
         nn.utils.clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, total_norm)
-        before = {}
-        if first:
-            if self.config.lora.enabled and not self.skipped:
-                guards.check_reached(self.parameters, where)
-            before = checksums(self.parameters)
+        prove = self.unproven and not self.skipped  # the first step that the optimizer really takes
+        if prove and self.config.lora.enabled:
+            guards.check_reached(self.parameters, where)
+        before = checksums(self.parameters) if prove else {}
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if first and not self.skipped:
+        if prove:
             guards.check_moved(before, checksums(self.parameters), where)
+            self.unproven = False
         return norm
 
     def _evaluate(self, tracker: Tracker, eval_set: EncodedSet) -> None:

@@ -181,7 +181,8 @@ def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = N
         ManifestError: the manifest has faults, or quarantine would set aside more than `config.quarantine_limit`.
     """
     result = read_samples(path, config)
-    faults = result.faults + check_audio(result.samples, config).faults
+    deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding
+    faults = result.faults + check_audio(result.samples, config, deep=deep).faults
     for note in result.notes:
         logger.warning("%s: %s", path, note)
     if not faults:

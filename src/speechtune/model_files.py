@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from speechtune.checkpoint import Problem
 from speechtune.errors import ConfigError
@@ -42,6 +43,19 @@ def require_sound(directory: Path, option: str) -> None:
     if problems:
         listed = "; ".join(map(str, problems))
         raise ConfigError(f"{option}={directory}: {listed}; download these files again")
+
+
+def hub_commit(repository: str, revision: str | None) -> str:
+    """Commit that a hub id stands at: a branch may move under the same name.
+
+    Raises:
+        ConfigError: the hub does not answer, and nothing is cached.
+    """
+    try:
+        file = cached_file(repository, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{repository}: not found on the hub or in its cache: {error}") from None
+    return extract_commit_hash(file, None) or "unknown"
 
 
 def _reason(path: Path) -> str | None:

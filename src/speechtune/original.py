@@ -53,7 +53,12 @@ FLAGS = (
     Flag("--resume", "checkpoint.resume", "", "auto, or a checkpoint to go on from (not in the original)"),
 )
 TOWER_FLAGS = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
-FIXED = {"lora.targets": "attention", "checkpoint.keep_last": 3}
+FIXED = {  # what the original left to its trainer's defaults
+    "lora.targets": "attention",
+    "checkpoint.keep_last": 3,
+    "train.schedule": "linear",
+    "train.betas": (0.9, 0.999),
+}
 LLM_PARAMETERS = r"model\.(embed_tokens|layers|norm)\..*"
 
 

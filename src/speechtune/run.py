@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -74,6 +76,13 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         TrainingError: accelerate runs another kind of job than was launched.
     """
     tracking = config.tracking
+    for name in tracking.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name} is not installed: pip install {name}, or name another tracker"
+            )
+    if world_size() > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE={world_size()} without MASTER_ADDR: start several processes with torchrun")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
         log_with=list(tracking.trackers) or None,
@@ -136,7 +145,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
             raise ConfigError(
                 f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
-                "checkpoint.resume=auto, or choose another folder"
+                "checkpoint.resume=auto (--resume auto with the original's flags), or choose another folder"
             )
         clear_leftovers(config.output_dir)
         (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")

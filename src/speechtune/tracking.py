@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from speechtune.families.base import Batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,6 +96,16 @@ class Tracker:
                     raise
 
 
+def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
+    """Every so many steps, name what a step is made of: positions, targets and samples of each micro-batch."""
+    if every is not None and step % every == 0:
+        for batch in batches:
+            counts = heads({head: float(count) for head, count in batch.target_counts.items()}, "%s %.0f")
+            log.info(
+                "step %d: %d positions, targets %s, %s", step, batch.num_tokens, counts, ", ".join(batch.sample_ids)
+            )
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`, and a torn last line: a resumed run writes them again."""
     if not path.exists():
@@ -124,9 +136,9 @@ def flatten(values: Mapping[str, object]) -> dict[str, object]:
     return flat
 
 
-def heads(losses: Mapping[str, float]) -> str:
-    """Losses per head for a console line."""
-    return " ".join(f"{head} {value:.4f}" for head, value in losses.items())
+def heads(values: Mapping[str, float], form: str = "%s %.4f") -> str:
+    """Values per head for a console line."""
+    return " ".join(form % (head, value) for head, value in values.items())
 
 
 def duration(seconds: float) -> str:

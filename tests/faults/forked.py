@@ -19,8 +19,8 @@ def fork(work: Callable[[], int], output: Path) -> int:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout = open(1, "w", closefd=False)  # pytest's captured streams belong to the parent
-        sys.stderr = open(2, "w", closefd=False)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # pytest's captured streams belong to the parent
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         code = work()
     except BaseException:
         traceback.print_exc()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from forked import fork, wait
-from helpers import DemoClip
 from safetensors.torch import load_file
 
 import speechtune.run  # noqa: F401  # imported before the fork: a child lives for a second
+from helpers import DemoClip
 from speechtune.checkpoint import find_checkpoints, newest_valid, verify_folder
 from speechtune.cli import guarded, train
 from speechtune.config import RunConfig

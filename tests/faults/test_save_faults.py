@@ -1,4 +1,4 @@
-"""Disks that fill up, turn read-only, belong to somebody else or vanish under a run: the promised message and exit code.
+"""Disks that fill up, turn read-only, are not ours or vanish under a run: the promised message and exit code.
 
 What is promised stands in docs/checkpoints.md.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from forked import fork, wait
-from helpers import DemoClip
 
 import speechtune.run  # noqa: F401  # imported before the fork: quick there, and readable without rights
+from helpers import DemoClip
 from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.cli import guarded, train
 from speechtune.config import RunConfig

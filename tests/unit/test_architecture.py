@@ -21,7 +21,7 @@ LAYERS = [
     ["speechtune.config"],
     ["speechtune.families.base"],
     ["speechtune.audio"],
-    ["speechtune.readers", "speechtune.rows", "speechtune.manifest", "speechtune.validate"],
+    ["speechtune.readers", "speechtune.rows", "speechtune.prompts", "speechtune.manifest", "speechtune.validate"],
     [
         "speechtune.precision",
         "speechtune.fingerprint",

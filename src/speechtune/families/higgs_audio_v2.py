@@ -33,7 +33,8 @@ from speechtune.families.base import Audio, AudioRef, Batch, Clip, Encoded, Gene
 from speechtune.families.higgs_codec import HiggsCodec
 from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, pad_inputs, render_prompt, row_labels, undelay
 from speechtune.families.higgs_legacy import is_legacy, legacy_config, load_legacy
-from speechtune.model_files import require_sound
+from speechtune.fingerprint import folder_fingerprint
+from speechtune.model_files import hub_commit, require_sound
 from speechtune.precision import PrecisionPlan
 
 log = logging.getLogger("speechtune")
@@ -137,12 +138,11 @@ class HiggsAudioV2Family:
     @cached_property
     def encode_key(self) -> str:
         """Identity of the codes: class, weights (by content where local) and rate."""
-        from speechtune.fingerprint import folder_fingerprint
-
         path = Path(self.codec_path)
-        identity = (
-            folder_fingerprint(path) if path.is_dir() else f"{self.codec_path}@{self.config.model.codec_revision}"
-        )
+        if path.is_dir():
+            identity = folder_fingerprint(path)
+        else:
+            identity = f"{self.codec_path}@{hub_commit(self.codec_path, self.config.model.codec_revision)}"
         return f"higgs_audio_v2 codes v1 {identity} {self.sampling_rate} Hz"
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
@@ -220,7 +220,7 @@ class HiggsAudioV2Family:
         if len(parts) != len(features) + 1:
             raise ManifestError(f"sample {sample.id}: {len(features)} clips for {len(parts) - 1} places in the prompt")
         config = self.model_config
-        if sample.system not in self._prompts_seen:
+        if with_target and sample.system not in self._prompts_seen:
             self._prompts_seen.add(sample.system)
             if sample.system is not None:
                 log.info("prompts carry the system message %r: generate with --system to match", sample.system)
