@@ -211,162 +211,288 @@ def test_faults(name: str, tmp_path: Path) -> None:
 
 
 SOUND = cases("""
-## configuration for another file
+## L1 configuration for another file
 config = LoraConfig(r=8)
-## configuration read by locals
+pass  # else: Trainer(model=m)
+## L1 configuration read by locals
 def f(m):
     c = LoraConfig()
-    return locals()
-## configuration in a class
-class C:
+    return locals()  # else: return m
+## L1 configuration in a class
+class C:  # else: if m:
     lora = LoraConfig()
 Trainer(model=m)
-## configuration used by a closure
+## L1 configuration used by a closure
 def f(m):
     c = LoraConfig()
     def g():
-        return get_peft_model(m, c)
+        return get_peft_model(m, c)  # else: return m
     return g
-## configuration yielded
+## L1 configuration yielded
 def f():
     c = LoraConfig()
-    yield c
-## configuration chosen
+    yield c  # else: yield c.r
+## L1 configuration chosen
 def f(m, x):
     c = LoraConfig()
     d = x or c
-    return get_peft_model(m, d)
-## base saved before
+    return get_peft_model(m, d)  # else: return m
+## L1 configuration of another package
+from vllm import LoraConfig as Config  # else: from peft import LoraConfig as Config
+c = Config()
+Trainer(model=m)
+## L1 expected to fail
+def test():
+    with pytest.raises(ValueError):  # else: with m:
+        LoraConfig(r=-1)
+    Trainer(model=m)
+## L2 base saved before
 def f(m, a):
     m.save_pretrained('b')
     p = get_peft_model(m, a)
     Trainer(model=p)
-## both trained
+    pass  # else: m.save_pretrained('b')
+## L2 both trained
 def f(m, a):
     p = get_peft_model(m, a)
     Trainer(model=p)
-    Trainer(model=m)
+    Trainer(model=m)  # else: pass
     m.save_pretrained('o')
-## base made anew
+## L2 base made anew
 def f(m, a):
     p = get_peft_model(m, a)
     Trainer(model=p)
-    m = g()
+    m = g()  # else: pass
     m.save_pretrained('o')
-## wrap in a branch
+## L2 wrapped in a branch
 def f(m, a):
     p = m
-    if a:
+    if a:  # else: with a:
         p = get_peft_model(m, a)
     Trainer(model=p)
     m.save_pretrained('o')
-## state dict given
+## L2 merged in place
 def f(m, a):
     p = get_peft_model(m, a)
     Trainer(model=p)
-    m.save_pretrained('o', state_dict=g(p))
-## copy and original saved
+    p.merge_and_unload()  # else: pass
+    m.save_pretrained('o')
+## L2 state dict given
+def f(m, a):
+    p = get_peft_model(m, a)
+    Trainer(model=p)
+    m.save_pretrained('o', state_dict=g(p))  # else: m.save_pretrained('o')
+## L2 perhaps without peft_config
+def f(m, a):
+    c = LoraConfig() if a else None  # else: c = LoraConfig()
+    Trainer(model=m, peft_config=c)
+    m.save_pretrained('o')
+## L2 copy and original saved
 def f(m):
     s = copy.deepcopy(m)
     Trainer(model=s)
     m.save_pretrained('teacher')
-    s.save_pretrained('o')
-## wrapper that asks first
+    s.save_pretrained('o')  # else: pass
+## L2 wrapper asked first
 class W(nn.Module):
     pass
 t = Trainer(model=W())
-if hasattr(t.model, 'save_pretrained'):
+if hasattr(t.model, 'save_pretrained'):  # else: if t:
     t.model.save_pretrained('o')
-## wrapper that delegates
+## L2 wrapper tried
 class W(nn.Module):
-    def __getattr__(self, n):
+    pass
+t = Trainer(model=W())
+try:  # else: if t:
+    t.model.save_pretrained('o')
+except AttributeError:  # else: if t:
+    torch.save(t.model.state_dict(), 'o')
+## L2 wrapper that delegates
+class W(nn.Module):
+    def __getattr__(self, n):  # else: def other(self, n):
         return 1
 w = W()
 w.save_pretrained('o')
-## wrapper with a mixin
-class W(nn.Module, Mixin):
+## L2 wrapper with a mixin
+class W(nn.Module, Mixin):  # else: class W(nn.Module):
     pass
 w = W()
 w.save_pretrained('o')
-## reloaded with the adapter
+## L2 reloaded with the adapter
 m = AutoModel.from_pretrained('x')
 Trainer(model=m)
 m = AutoModel.from_pretrained('x')
-m.load_adapter('o')
+m.load_adapter('o')  # else: pass
 m.save_pretrained('p')
-## fp16 with DeepSpeed
+## L2 base saved beside the adapter
+m = AutoModel.from_pretrained('x')
+t = Trainer(model=m)
+t.save_model('o')  # else: pass
+m = AutoModel.from_pretrained('x')
+m.save_pretrained('base')
+## L3 DeepSpeed
 def f(m, a):
     m = get_peft_model(m, a).half()
-    Trainer(model=m, args=TrainingArguments('o', deepspeed='z.json'))
-## fp16 with unknown arguments
+    Trainer(model=m, args=TrainingArguments('o', deepspeed='z.json'))  # else: Trainer(model=m)
+## L3 unknown arguments
 def f(m, a, args):
     m = get_peft_model(m, a).half()
-    Trainer(model=m, args=args)
-## fp16 with SGD
+    Trainer(model=m, args=args)  # else: Trainer(model=m, args=TrainingArguments(args.o))
+## L3 adafactor
 def f(m, a):
     m = get_peft_model(m, a).half()
-    torch.optim.SGD(m.parameters())
+    Trainer(m, TrainingArguments(optim='adafactor'))  # else: Trainer(m, TrainingArguments(optim='adamw_torch'))
+## L3 SGD
+def f(m, a):
+    m = get_peft_model(m, a).half()
+    torch.optim.SGD(m.parameters())  # else: torch.optim.AdamW(m.parameters())
     m(1).backward()
-## fp16 with GradScaler
+## L3 another eps
+def f(m, a):
+    m = get_peft_model(m, a).half()
+    torch.optim.AdamW(m.parameters(), eps=1e-4)  # else: torch.optim.AdamW(m.parameters(), lr=1e-4)
+    m(1).backward()
+## L3 GradScaler
 def f(m, a):
     m = get_peft_model(m, a).half()
     torch.optim.AdamW(m.parameters())
-    s = torch.amp.GradScaler()
+    s = torch.amp.GradScaler()  # else: s = m
     s.scale(m(1)).backward()
-## fp16 back in fp32
+## L3 scaler of accelerate
+def f(m, a):
+    x = Accelerator(mixed_precision='fp16')  # else: x = Accelerator(mixed_precision='no')
+    m = get_peft_model(m, a).half()
+    torch.optim.AdamW(m.parameters())
+    x.backward(m(1))
+## L3 back in fp32
 def f(m, a):
     m = get_peft_model(m, a).half()
-    m.float()
+    m.float()  # else: m.cuda()
     Trainer(model=m)
-## fp16 and quantized
-def f(q, a):
-    m = AutoModel.from_pretrained('x', dtype=torch.float16, quantization_config=q)
+## L3 cast parameter by parameter
+def f(m, a):
+    m = get_peft_model(m, a).half()
+    for p in m.parameters():
+        p.data = p.data.float()  # else: print(p.shape)
+    Trainer(model=m)
+## L3 adapter in fp32
+def f(a):
+    m = AutoModel.from_pretrained('x', torch_dtype=torch.float16)
+    m = get_peft_model(m, a)  # else: m.add_adapter(a)
+    Trainer(model=m)
+## L3 base in bf16
+def f(a):
+    m = AutoModel.from_config(a, dtype=torch.bfloat16)  # else: m = AutoModel.from_config(a, dtype='float16')
     m.add_adapter(a)
     Trainer(model=m)
-## step of an unknown base
-from mine import Base
+## L3 quantized
+def f(q, a):
+    q = dict(quantization_config=q)
+    m = AutoModel.from_config(a, dtype=torch.half, **q)  # else: m = AutoModel.from_config(a, dtype=torch.half)
+    m.add_adapter(a)
+    Trainer(model=m)
+## L3 half for inference only
+def f(m, a):
+    m = get_peft_model(m, a)
+    m.half()
+    pass  # else: Trainer(model=m)
+## L4 unknown base
+from mine import Base  # else: from transformers import Trainer as Base
 class A(Base):
     def training_step(self, m, x):
         return m(x)
-## step by a method not seen
+## L4 by a method not seen
 class A(Mixin, Trainer):
     def training_step(self, m, x):
         loss = m(x)
-        self.step_amp(loss)
+        self.step_amp(loss)  # else: self.log(loss)
         return loss
-## labels changed by name
+## L4 by a function of another file
+class A(Trainer):
+    def training_step(self, m, x):
+        loss = m(x)
+        propagate(loss)  # else: float(loss)
+        return loss
+## L4 not written yet
+class A(Trainer):
+    def training_step(self, m, x):
+        raise NotImplementedError  # else: return m(x)
+## L5 changed by a function
 def f(t, x):
     input_ids = t(x, padding=True)
     labels = input_ids.clone()
-    cut(labels)
+    cut(labels)  # else: labels = labels.to('cuda')
     return labels
-## labels never read
+## L5 never read
 def f(input_ids):
     labels = input_ids.clone()
-    return input_ids
-## errors that end the run
-import sys
+    return input_ids  # else: return labels
+## L5 ids of another text
+def f(t, x, y):
+    r, s = t(x, padding=True), t(y)
+    r['labels'] = s['input_ids']  # else: r['labels'] = r['input_ids']
+    return r
+## L5 masked in a collator
+def f(r):
+    r['labels'] = r['input_ids'].copy()
+    return r
+def collate(rows):
+    return g(rows, -100)  # else: return g(rows, 0)
+## L5 ignored by the loss
+def f(input_ids, pad):
+    labels = input_ids.clone()
+    return nn.CrossEntropyLoss(ignore_index=pad)(g(input_ids), labels)  # else: return nn.CrossEntropyLoss()(1, labels)
+## L5 padded by a collator that masks
+def f(t, x):
+    r = t(x, truncation=True)  # else: r = t(x, padding='max_length')
+    r['labels'] = r['input_ids'].copy()
+    return r
+collator = DataCollatorForSeq2Seq(t)
+## L5 for an evaluation
+def f(m, b):
+    with torch.no_grad():  # else: with m:
+        return m(**b, labels=b['input_ids'])
+## L6 not in fp16
+args = TrainingArguments('o', bf16=True)  # else: args = TrainingArguments('o', fp16=True)
+## L6 shown
+args = TrainingArguments('o', fp16=True, logging_nan_inf_filter=False)  # else: args = TrainingArguments('o', fp16=True)
+## L7 the run ends
 try:
     m.save_pretrained('o')
 except Exception:
-    sys.exit(1)
-## errors of the tokenizer
+    sys.exit(1)  # else: pass
+## L7 one kind of error
 try:
-    tokenizer.save_pretrained('o')
+    m.save_pretrained('o')
+except ConnectionError:  # else: except (ConnectionError, Exception):
+    pass
+## L7 the tokenizer
+try:
+    tokenizer.save_pretrained('o')  # else: m.save_pretrained('o')
 except Exception:
     pass
+## L7 handled
+try:
+    loss.backward()
+except Exception:
+    repair(m)  # else: print(m)
+## L7 a loss of zero in an evaluation
+def evaluate(m):  # else: def compute_loss(m):
+    try:
+        return m()
+    except Exception:
+        return torch.tensor(0.0)
 """)
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_no_false_alarm(name: str, tmp_path: Path) -> None:
-    assert codes(tmp_path, IMPORTS + SOUND[name]) == []
-
-
-def test_other_packages_may_have_a_lora_config(tmp_path: Path) -> None:
-    code = "c = LoraConfig()\nm = g()\nTrainer(model=m)"
-    assert codes(tmp_path, f"from vllm import LoraConfig\n{code}") == []
-    assert codes(tmp_path, f"from peft import LoraConfig\n{code}") == ["L1"]
+    """With the line's `# else:` in its place, the fault is there, and is found."""
+    lines = [line.partition("  # else: ") for line in SOUND[name].splitlines()]
+    indents = [line[: len(line) - len(line.lstrip())] for line, _, _ in lines]
+    twin = [indent + other if mark else line for (line, mark, other), indent in zip(lines, indents, strict=True)]
+    assert codes(tmp_path, IMPORTS + "\n".join(line for line, _, _ in lines)) == []
+    assert codes(tmp_path, IMPORTS + "\n".join(twin)) == [name[:2]]
 
 
 STAYS = cases("""
