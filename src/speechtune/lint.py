@@ -183,9 +183,12 @@ def _read(path: Path) -> bytes:
 
 
 def _check(path: Path, source: bytes) -> tuple[Script, list[Fault]]:
-    script = Script(path, source)
     rules = RULES if any(word in source for word in _CONCERNED) else ()
-    found = [fault for rule in rules for fault in rule(script)]
+    try:
+        script = Script(path, source)
+        found = [fault for rule in rules for fault in rule(script)]
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply to be read; nothing was checked or changed") from error
     return script, sorted(found, key=lambda fault: (script.start(fault.node), fault.code))
 
 

@@ -199,23 +199,22 @@ def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Itera
 
 
 class _Edit(cst.CSTTransformer):
-    def __init__(self, script: Script, mend: Mend) -> None:
+    def __init__(self, mend: Mend) -> None:
         super().__init__()
-        self.config = script.module.config_for_parsing
         self.mend = mend
 
     def on_leave(self, original_node: cst.CSTNode, updated_node: Any) -> Any:
         updated: Any = super().on_leave(original_node, updated_node)
         for node, code in self.mend.replace:
             if node is original_node:
-                updated = cst.parse_expression(code, config=self.config)
-        added = [cst.parse_statement(code, self.config) for node, code in self.mend.insert if node is original_node]
+                updated = cst.parse_expression(code)
+        added = [cst.parse_statement(code) for node, code in self.mend.insert if node is original_node]
         return cst.FlattenSentinel([updated, *added]) if added else updated
 
 
 def mended_source(script: Script, mend: Mend) -> bytes:
     """The script with one mend applied, everything else as it was; SyntaxError if the result does not compile."""
-    source = script.module.visit(_Edit(script, mend)).bytes
+    source = script.module.visit(_Edit(mend)).bytes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compile(source, str(script.path), "exec", dont_inherit=True)  # compiled, not run

@@ -28,7 +28,6 @@ Node = TypeVar("Node", bound=cst.CSTNode)
 
 HF_ROOTS = {"transformers", "trl"}
 OPTIMIZERS = ("Adam", "SGD", "Adafactor", "Lion", "Lamb", "RMSprop", "Muon", "Prodigy", "Optimizer")
-_TOO_DEEP = "nested too deeply to be read; nothing was checked or changed"
 _LIGHTNING = {"pytorch_lightning", "lightning", "pl"}
 
 
@@ -138,16 +137,11 @@ class Script:
             self._wrapper = MetadataWrapper(cst.parse_module(source))
         except (cst.ParserSyntaxError, SyntaxError, ValueError) as error:
             raise ConfigError(_syntax_message(path, source, error)) from error
-        except RecursionError as error:
-            raise ConfigError(f"{path}: {_TOO_DEEP}") from error
         self.module = self._wrapper.module
 
     @cached_property
     def _facts(self) -> dict[Any, dict[cst.CSTNode, Any]]:
-        try:
-            facts = self._wrapper.resolve_many((PositionProvider, ScopeProvider, ExpressionContextProvider))
-        except RecursionError as error:
-            raise ConfigError(f"{self.path}: {_TOO_DEEP}") from error
+        facts = self._wrapper.resolve_many((PositionProvider, ScopeProvider, ExpressionContextProvider))
         return cast(dict[Any, dict[cst.CSTNode, Any]], facts)
 
     @cached_property
@@ -253,14 +247,7 @@ class Script:
     def bindings(self) -> dict[Variable, list[Binding]]:
         """All places that bind a variable, in source order."""
         found: dict[Variable, list[Binding]] = defaultdict(list)
-        for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
-            variable = (
-                self.variable(node)
-                if self._facts[ExpressionContextProvider].get(node) is ExpressionContext.STORE
-                else None
-            )
-            if variable is None:
-                continue
+        for node, variable in self._used(ExpressionContext.STORE):
             holder = self.parent(node)
             holder = self.parent(holder) if isinstance(holder, cst.AssignTarget) else holder
             if isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr):
@@ -275,15 +262,16 @@ class Script:
     def reads(self) -> dict[Variable, list[cst.BaseExpression]]:
         """All places that read a variable, in source order."""
         found: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
-        for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
-            variable = (
-                self.variable(node)
-                if self._facts[ExpressionContextProvider].get(node) is ExpressionContext.LOAD
-                else None
-            )
-            if variable is not None:
-                found[variable].append(node)
+        for node, variable in self._used(ExpressionContext.LOAD):
+            found[variable].append(node)
         return found
+
+    def _used(self, context: ExpressionContext) -> Iterator[tuple[cst.BaseExpression, Variable]]:
+        contexts = self._facts[ExpressionContextProvider]
+        for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
+            variable = self.variable(node) if contexts.get(node) is context else None
+            if variable is not None:
+                yield node, variable
 
     def binding_at(self, expression: cst.CSTNode, variable: Variable | None = None) -> Binding | None:
         """The binding a variable certainly has at a place; None if that cannot be told."""

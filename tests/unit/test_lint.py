@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from speechtune import lint as lint_module
+from speechtune import lint_fixes
 from speechtune.errors import ConfigError
 from speechtune.lint import Finding, fix, lint, lint_paths, run_lint
 
@@ -190,6 +191,10 @@ def f(t, x):
     r = t(x, padding=True)
     r['labels'] = list(r['input_ids'])
     return r
+## L5 with -100 in a comparison only
+def f(r, labels):
+    r['labels'] = r['input_ids'].copy()
+    return r, [label for label in labels if label != -100]
 ## L7 bare
 def f(m):
     try:
@@ -271,6 +276,21 @@ def f(m, a):
         p = get_peft_model(m, a)
     Trainer(model=p)
     m.save_pretrained('o')
+## L2 wrapped by another method, perhaps
+class T:
+    def f(self, a):
+        self.p = get_peft_model(self.m, a)
+        Trainer(model=self.p)
+        self.m.save_pretrained('o')
+    def g(self):
+        self.p = h()  # else: pass
+## L2 older name of another model
+def f(m, a):
+    b = m
+    m = g()  # else: pass
+    p = get_peft_model(m, a)
+    Trainer(model=p)
+    b.save_pretrained('o')
 ## L2 merged in place
 def f(m, a):
     p = get_peft_model(m, a)
@@ -375,6 +395,12 @@ def f(m, a):
     for p in m.parameters():
         p.data = p.data.float()  # else: print(p.shape)
     Trainer(model=m)
+## L3 half in a branch
+def f(m, a):
+    m = get_peft_model(m, a)
+    if a:  # else: with a:
+        m.half()
+    Trainer(model=m)
 ## L3 adapter in fp32
 def f(a):
     m = AutoModel.from_pretrained('x', torch_dtype=torch.float16)
@@ -448,6 +474,11 @@ def f(t, x):
     r['labels'] = r['input_ids'].copy()
     return r
 collator = DataCollatorForSeq2Seq(t)
+## L5 in blocks
+def f(r, n):
+    r = {k: [v[i : i + n] for i in range(0, len(v), n)] for k, v in r.items()}  # else: r = dict(r)
+    r['labels'] = r['input_ids'].copy()
+    return r
 ## L5 for an evaluation
 def f(m, b):
     with torch.no_grad():  # else: with m:
@@ -476,6 +507,14 @@ try:
     loss.backward()
 except Exception:
     repair(m)  # else: print(m)
+## L7 raised where it matters
+def compute_loss(m, strict):
+    try:
+        return m()
+    except Exception:
+        if strict:
+            raise  # else: print(m)
+        return torch.tensor(0.0)
 ## L7 a loss of zero in an evaluation
 def evaluate(m):  # else: def compute_loss(m):
     try:
@@ -638,6 +677,14 @@ t = Trainer(model=peft.get_peft_model(m, a))
 t.train()
 < m.save_pretrained('o', safe_serialization=False)
 > t.model.save_pretrained('o', safe_serialization=False)
+## by accelerate
+import peft
+def f(accelerator, m, a):
+    p = peft.get_peft_model(m, a)
+    opt = AdamW(p.parameters())
+    p, opt = accelerator.prepare(p, opt)
+<     m.save_pretrained('o', safe_serialization=False)
+>     accelerator.unwrap_model(p).save_pretrained('o', safe_serialization=False)
 ## by the wrapper's variable
 import torch
 import peft
@@ -677,6 +724,13 @@ def test_a_mend_changes_nothing_else(kind: str, tmp_path: Path) -> None:
     assert len(changed) == 2 and report.left == []
 
 
+def test_inserted_lines_end_as_the_others_do(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_bytes((CORPUS / "faulty_config_unused.py").read_bytes().replace(b"\n", b"\r\n"))
+    assert fix(path).fixed
+    assert path.read_bytes().count(b"\n") == path.read_bytes().count(b"\r\n")
+
+
 def test_backups_are_kept_and_modes_too(tmp_path: Path) -> None:
     text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
     path = script(tmp_path, text)
@@ -705,6 +759,19 @@ def test_a_full_disk_leaves_the_script(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="No space left"):
+        fix(path)
+    assert path.read_text("utf-8") == text and [file.name for file in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_without_a_backup_nothing_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    path = script(tmp_path, text)
+
+    def refuse(path: Path, original: bytes) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(lint_fixes, "_backup", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"):
         fix(path)
     assert path.read_text("utf-8") == text and [file.name for file in tmp_path.iterdir()] == ["train.py"]
 

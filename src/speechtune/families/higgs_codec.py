@@ -16,6 +16,7 @@ from transformers import AutoConfig  # before the stand-in below: transformers l
 
 from speechtune.families.base import Audio
 
+TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
 CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
 
 
@@ -93,8 +94,9 @@ class HiggsCodec:
         model, info = codec_class().from_pretrained(
             path, revision=revision, dtype=torch.float32, output_loading_info=True
         )
-        if info["missing_keys"]:  # transformers puts random weights there, and codes of random weights are noise
-            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])[:5]}")
+        missing = sorted(key for key in info["missing_keys"] if not key.endswith(TRAINING_BUFFERS))
+        if missing:  # transformers puts random weights there, and codes of random weights are noise
+            raise ValueError(f"weights are missing: {missing[:5]}")
         self.model = model.eval().to(device)
         self.sampling_rate: int = self.model.config.sample_rate
         self.codebook_size: int = self.model.config.codebook_size
