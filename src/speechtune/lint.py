@@ -187,7 +187,7 @@ def _check(path: Path, source: bytes) -> tuple[Script, list[Fault]]:
     try:
         script = Script(path, source)
         found = [fault for rule in rules for fault in rule(script)]
-    except RecursionError as error:
+    except (RecursionError, MemoryError) as error:  # the compiler's words for too deep
         raise ConfigError(f"{path}: nested too deeply to be read; nothing was checked or changed") from error
     return script, sorted(found, key=lambda fault: (script.start(fault.node), fault.code))
 
@@ -206,7 +206,7 @@ def _mended(script: Script, fault: Fault, faults: Sequence[Fault]) -> bytes | No
     try:
         source = mended_source(script, fault.mend)
         _, left = _check(script.path, source)
-    except (SyntaxError, ConfigError):
+    except ConfigError:
         return None
     before, after = ([found.message for found in some if found.code == fault.code] for some in (faults, left))
     return source if after.count(fault.message) < before.count(fault.message) else None

@@ -128,15 +128,23 @@ class Script:
     """A parsed file with positions, parents, scopes and qualified names.
 
     Raises:
-        ConfigError: the file does not parse.
+        ConfigError: this Python cannot parse the file.
     """
 
     def __init__(self, path: Path, source: bytes) -> None:
         self.path = path
         try:
+            # Not run. Python's own parser comes first: it says what is wrong and where, and it refuses nesting at which
+            # libcst's would end the process.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile(source, str(path), "exec", dont_inherit=True)
             self._wrapper = MetadataWrapper(cst.parse_module(source))
-        except (cst.ParserSyntaxError, SyntaxError, ValueError) as error:
-            raise ConfigError(_syntax_message(path, source, error)) from error
+        except (SyntaxError, ValueError, cst.ParserSyntaxError) as error:
+            line = getattr(error, "lineno", None) or getattr(error, "raw_line", None) or 1
+            reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+            message = f"{path}:{line}: not readable as Python: {reason}; nothing was checked or changed"
+            raise ConfigError(message) from error
         self.module = self._wrapper.module
 
     @cached_property
@@ -362,15 +370,3 @@ class Script:
                     if (model := receiver(getter)) is not None:
                         found.append(Training(call, model, False))
         return found
-
-
-def _syntax_message(path: Path, source: bytes, error: Exception) -> str:
-    line = getattr(error, "raw_line", None) or getattr(error, "lineno", None) or 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, str(path), "exec", dont_inherit=True)  # not run: Python's own message is clearer
-    except (SyntaxError, ValueError) as own:
-        line, error = getattr(own, "lineno", None) or line, own
-    reason = getattr(error, "msg", None) or str(error).splitlines()[0]
-    return f"{path}:{line}: not readable as Python: {reason}; nothing was checked or changed"

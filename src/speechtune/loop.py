@@ -29,7 +29,7 @@ from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
 from speechtune.ranks import sum_over_ranks
 from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
-from speechtune.schedule import learning_rate
+from speechtune.schedule import learning_rate, make_optimizer
 from speechtune.tracking import EvaluationRecord, Record, Tracker, log, log_details
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
@@ -58,26 +58,13 @@ class Run:
         self.job, self.accelerator, self.config = job, accelerator, config
         self.parameters = trainable(job.model)
         guards.check_trainable(self.parameters, lora=config.lora.enabled)
-        self.plan = BatchPlan(
-            lengths=job.train_set.lengths,
-            batch_size=config.train.batch_size,
-            accumulation=config.train.accumulation,
-            world_size=accelerator.num_processes,
-            seed=config.train.seed,
-            group_by_length=config.train.group_by_length,
-        )
+        settings, ranks = config.train, accelerator.num_processes
+        sizes = (settings.batch_size, settings.accumulation, ranks)
+        self.plan = BatchPlan(job.train_set.lengths, *sizes, settings.seed, settings.group_by_length)
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
-        settings = config.train
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=job.precision.device.type == "cuda",
-        )
+        self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
         self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
-        objective = Objective(job.model, job.family, job.precision, settings.head_weights)
+        objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
         self.objective = accelerator.prepare(objective)
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0

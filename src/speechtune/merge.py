@@ -102,7 +102,7 @@ def merge(
     stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
-    facts = provenance(config, base, adapter, family)
+    facts = provenance(config, base, adapter)
     with native_adapter(adapter) as native:
         model = load_adapter(base, native).eval()
     merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
@@ -188,10 +188,10 @@ def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> 
     return model(**inputs).logits.float()
 
 
-def provenance(config: RunConfig, base: nn.Module, adapter: Path, family: Family) -> dict[str, Any]:
+def provenance(config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, Any]:
     """What a merged model was made of: base by revision or content, adapter by content, codec, versions."""
     directory = adapter_folder(adapter)
-    folder = Path(config.model.path)
+    folder, codec = Path(config.model.path), config.model.codec_path
     return {
         "base_model_path": config.model.path,
         "base_revision": config.model.revision or getattr(cast(Any, base).config, "_commit_hash", None),
@@ -200,8 +200,9 @@ def provenance(config: RunConfig, base: nn.Module, adapter: Path, family: Family
         "lora_adapter_sha256": file_sha256(weights_file(directory)),
         "lora_config_sha256": file_sha256(directory / CONFIG_NAME),
         "lora_step": training_step(directory),
-        "codec_path": config.model.codec_path,
-        "codec_identity": family.encode_key,
+        "codec_path": codec,
+        "codec_revision": config.model.codec_revision,
+        "codec_sha256": folder_fingerprint(Path(codec)) if codec and Path(codec).is_dir() else None,
         "versions": {
             "speechtune": __version__,
             "transformers": transformers.__version__,

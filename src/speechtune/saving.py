@@ -18,7 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speechtune.adapter import WEIGHTS_NAME, adapter_state, trainable
-from speechtune.checkpoint import STATE_NAME, check_writable, newest_valid, read_state, verify_folder, write_verified
+from speechtune.checkpoint import (
+    STATE_NAME,
+    check_writable,
+    find_checkpoints,
+    newest_valid,
+    read_state,
+    verify_folder,
+    write_verified,
+)
 from speechtune.errors import CheckpointError
 
 log = logging.getLogger("speechtune")
@@ -182,7 +190,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint a run goes on from, or None for a fresh start; says which were passed over and why.
 
     Raises:
-        CheckpointError: a named checkpoint does not verify.
+        CheckpointError: a named checkpoint does not verify, or the run went on from it already.
     """
     if resume is None:
         return None
@@ -192,10 +200,18 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
             log.warning("resume passes over %s: %s", path, problem)
         log.info("resuming from %s", chosen) if chosen else log.info("nothing to resume in %s: a fresh run", output_dir)
         return chosen
-    problems = verify_folder(Path(resume))
+    chosen = Path(resume)
+    problems = verify_folder(chosen)
     if problems:
         raise CheckpointError(f"{resume}: cannot resume from it: " + "; ".join(map(str, problems)))
-    return Path(resume)
+    step = read_state(chosen)["step"]
+    later = [path.name for n, path in find_checkpoints(output_dir) if n > step and not verify_folder(path)]
+    if later:  # they would be taken for this branch's own by the next resume=auto
+        raise CheckpointError(
+            f"{resume}: {output_dir} holds later checkpoints ({', '.join(later)}): resume from the newest with "
+            "checkpoint.resume=auto, remove them, or name another output_dir"
+        )
+    return chosen
 
 
 def restore(

@@ -1,10 +1,26 @@
-"""Learning rate by step, a pure function: nothing to save, nothing to restore."""
+"""The optimizer, and its learning rate by step: a pure function, so that there is nothing to save or restore."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
 
 from speechtune.config import TrainConfig
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over what is trained, fused where the device has such a kernel."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -188,7 +188,7 @@ def run_on_two_ranks(folder: Path, jobs: dict[str, tuple[RunConfig, int | None]]
 def test_the_environment_of_accelerate_launch_changes_nothing(
     configure: Configure, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It exports the answers of `accelerate config`; taken up, they would train in bfloat16 what the plan calls fp32."""
+    """It exports the answers of `accelerate config`; taken up, they would train an fp32 plan in bfloat16."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     train(configure(tmp_path / "output"))

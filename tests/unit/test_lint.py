@@ -808,6 +808,14 @@ def test_what_is_not_python(source: bytes, line: int, tmp_path: Path) -> None:
     assert path.read_bytes() == source
 
 
+@pytest.mark.parametrize(
+    "text", ["(" * 5000 + ")" * 5000, "+".join("1" * 5000), "-" * 20000 + "1", "[" * 150 + "]" * 150]
+)
+def test_nesting_without_end(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.py.*nest"):
+        lint(script(tmp_path, f"LoraConfig = {text}\n"))
+
+
 def test_scripts_are_not_run(tmp_path: Path) -> None:
     witness = tmp_path / "ran"
     text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")

@@ -228,6 +228,15 @@ def test_which_checkpoint_a_run_goes_on_from(
         choose_checkpoint(tmp_path, str(tmp_path / "nowhere"))
 
 
+def test_a_branch_off_an_earlier_checkpoint_is_refused(tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    """Guards against `auto` taking the abandoned branch's checkpoint-6 for the end of a run begun anew from step 3."""
+    early, late = trained(1).save(tmp_path / "checkpoint-3"), trained(1).save(tmp_path / "checkpoint-6", step=6)
+    with pytest.raises(CheckpointError, match=r"holds later checkpoints \(checkpoint-6\)"):
+        choose_checkpoint(tmp_path, str(early))
+    (late / "optimizer.pt").unlink()  # what does not verify is no branch to mix up with
+    assert choose_checkpoint(tmp_path, str(early)) == early
+
+
 # -- signals -------------------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,7 @@ def test_the_console_gets_the_first_the_last_and_every_tenth(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("speechtune"), "handlers", [])
     writer = tracker(tmp_path, FakeAccelerator(), every=10)
     with caplog.at_level(logging.INFO, "speechtune"):
         for step in range(1, 26):
