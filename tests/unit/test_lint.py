@@ -251,6 +251,14 @@ def test():
     with pytest.raises(ValueError):  # else: with m:
         LoraConfig(r=-1)
     Trainer(model=m)
+## L1 tried
+def knows_targets(m):
+    try:  # else: with m:
+        LoraConfig(target_parameters=['x'])
+        return True
+    except TypeError:  # else: if m:
+        return False
+Trainer(model=m)
 ## L2 base saved before
 def f(m, a):
     m.save_pretrained('b')
@@ -808,9 +816,7 @@ def test_what_is_not_python(source: bytes, line: int, tmp_path: Path) -> None:
     assert path.read_bytes() == source
 
 
-@pytest.mark.parametrize(
-    "text", ["(" * 5000 + ")" * 5000, "+".join("1" * 5000), "-" * 20000 + "1", "[" * 150 + "]" * 150]
-)
+@pytest.mark.parametrize("text", ["(" * 5000 + ")" * 5000, "+".join("1" * 5000), "-" * 20000 + "1"])
 def test_nesting_without_end(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.py.*nest"):
         lint(script(tmp_path, f"LoraConfig = {text}\n"))

@@ -52,9 +52,9 @@ class Trained:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
 
-    def writer(self, directory: Path) -> Callable[[], Path]:
+    def writer(self, directory: Path, step: int = 3) -> Callable[[], Path]:
         """What the loop makes: with an adapter a copy of this moment, else a view of the live model."""
-        state = RunState(step=3, total_steps=9, epoch=0.5, identity=IDENTITY)
+        state = RunState(step=step, total_steps=9, epoch=0.5, identity=IDENTITY)
         parts = (self.model, self.optimizer, self.scaler, [rng_state()], state, "family: x\n")
         copy = isinstance(self.model, PeftModel)
         return checkpoint_writer(directory, *parts, lambda folder: None, "card", copy=copy)
@@ -230,7 +230,7 @@ def test_which_checkpoint_a_run_goes_on_from(
 
 def test_a_branch_off_an_earlier_checkpoint_is_refused(tmp_path: Path, trained: Callable[..., Trained]) -> None:
     """Guards against `auto` taking the abandoned branch's checkpoint-6 for the end of a run begun anew from step 3."""
-    early, late = trained(1).save(tmp_path / "checkpoint-3"), trained(1).save(tmp_path / "checkpoint-6", step=6)
+    early, late = trained(1).save(tmp_path / "checkpoint-3"), trained(1).writer(tmp_path / "checkpoint-6", step=6)()
     with pytest.raises(CheckpointError, match=r"holds later checkpoints \(checkpoint-6\)"):
         choose_checkpoint(tmp_path, str(early))
     (late / "optimizer.pt").unlink()  # what does not verify is no branch to mix up with
