@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from speechtune.errors import ConfigError
@@ -218,7 +218,7 @@ def _print_reports(reports: Sequence[FixReport], console: Console) -> None:
         console.print(Text(f"{report.path}: mended {codes}; the original is {report.backup}\n{report.diff}"))
     findings = [finding for report in reports for finding in report.left]
     if findings:
-        table = Table("where", "code", "finding", "--fix")
+        table = Table(Column("where", overflow="fold"), "code", "finding", "--fix")
         for found in findings:
             where = f"{found.path}:{found.line}:{found.column}"
             code = found.code if found.severity == "error" else f"{found.code} note"

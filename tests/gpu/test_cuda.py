@@ -1,0 +1,49 @@
+"""On a CUDA device: the plan follows the capability, and a small run trains, saves and resumes there. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import DemoClip
+from speechtune.checkpoint import verify_folder
+from speechtune.config import RunConfig
+from speechtune.precision import plan_precision
+from speechtune.run import run_training
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, make_config: Callable[..., RunConfig], write_chatml: Callable, demo_clips: list[DemoClip]
+) -> RunConfig:
+    if not torch.cuda.is_available():
+        pytest.fail("no CUDA device: run these tests on a machine that has one")
+    return make_config(
+        data={"train": write_chatml(tmp_path / "train.json", demo_clips[:4])},
+        train={"max_steps": 6, "batch_size": 2, "learning_rate": 1e-3},
+        checkpoint={"every_steps": 3, "resume": "auto"},
+    )
+
+
+def test_a_run_trains_in_the_precision_of_the_device(config: RunConfig) -> None:
+    plan = plan_precision()
+    assert plan.name == ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
+    outcome = run_training(config)
+    assert outcome.job.precision.name == plan.name
+    assert outcome.proof.base_unchanged
+    assert outcome.proof.lora_b_moved == outcome.proof.lora_b_total > 0
+    assert all(
+        parameter.dtype == torch.float32 for parameter in outcome.job.model.parameters() if parameter.requires_grad
+    )
+    assert verify_folder(config.output_dir / "lora_adapters") == []
+
+
+def test_a_stopped_run_goes_on(config: RunConfig) -> None:
+    half = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})})
+    run_training(half)
+    assert run_training(config).result.state.step == 6
