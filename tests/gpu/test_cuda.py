@@ -1,4 +1,4 @@
-"""On a CUDA device: the plan follows the capability, and a small run trains, saves and resumes there. `pytest -m gpu`."""
+"""On a CUDA device the plan follows the capability, and a small run trains, saves and resumes. `pytest -m gpu`."""
 
 from __future__ import annotations
 
