@@ -9,18 +9,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from speechtune.errors import CheckpointError
-from speechtune.fingerprint import file_sha256
+from speechtune.fingerprint import file_blake3, map_file
 
 log = logging.getLogger("speechtune")
 
@@ -93,20 +94,20 @@ def verify_folder(directory: Path) -> list[Problem]:
     """Compare a published folder with its MANIFEST.json; an empty list means every byte is as it was written."""
     try:
         listed = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-        entries = [(str(entry["name"]), entry["bytes"], entry["sha256"]) for entry in listed]
+        entries = [(str(entry["name"]), entry["bytes"], entry["blake3"]) for entry in listed]
     except OSError:
         return [Problem(MANIFEST_NAME, "missing: the folder was never finished")]
     except (ValueError, KeyError, TypeError):
         return [Problem(MANIFEST_NAME, "not readable as a manifest")]
     problems = []
-    for name, num_bytes, sha256 in entries:
+    for name, num_bytes, blake3 in entries:
         file = directory / name
         if not file.is_file():
             problems.append(Problem(name, "missing"))
         elif (size := file.stat().st_size) != num_bytes:
             problems.append(Problem(name, f"{size} bytes, {num_bytes} were written"))
-        elif file_sha256(file) != sha256:
-            problems.append(Problem(name, "changed since it was written (sha256 differs)"))
+        elif file_blake3(file) != blake3:
+            problems.append(Problem(name, "changed since it was written (blake3 differs)"))
     return problems
 
 
@@ -221,24 +222,38 @@ def _sync_directory(directory: Path) -> None:
 
 def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     stored: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path.name}: empty after writing")
-        stored.update(load_file(path))
+        stored.update(load_file(path))  # maps the file; no byte of a tensor is read yet
     missing, extra = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
     if missing or extra:
         raise CheckpointError(
             f"{directory.name}: read back {len(stored)} tensors of {len(tensors)}: missing {missing[:3]}, "
             f"left over {extra[:3]}; the object saved is not the model trained"
         )
-    for name, tensor in tensors.items():
-        if stored[name].dtype != tensor.dtype or not torch.equal(stored[name], tensor.detach().to("cpu")):
-            raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
+    for path in files:
+        for name, saved in _tensor_bytes(path):
+            live = tensors[name].detach().to("cpu").contiguous()
+            same_kind = stored[name].dtype == live.dtype and stored[name].shape == live.shape
+            if not same_kind or not np.array_equal(saved, live.flatten().view(torch.uint8).numpy()):
+                raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
+
+
+def _tensor_bytes(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and bytes of each tensor of a safetensors file, as they lie in it."""
+    content = map_file(path)
+    data_start = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a JSON header, the data
+    for name, entry in json.loads(content[8:data_start]).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, np.frombuffer(content, np.uint8, end - start, data_start + start)
 
 
 def _file_hashes(directory: Path) -> list[dict[str, Any]]:
     return [
-        {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "blake3": file_blake3(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 CHUNK_ELEMENTS = 1 << 24  # 128 MiB once widened to 64 bits
 
@@ -15,6 +17,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_blake3(path: Path) -> str:
+    """BLAKE3 of a file's bytes, as hex: what manifests hold, for it keeps up with a fast disk."""
+    return blake3(map_file(path)).hexdigest()
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes for reading, mapped at once where the system can, which saves a page fault each 4 KiB."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return b""
+        return mmap.mmap(
+            file.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0), prot=mmap.PROT_READ
+        )
 
 
 def folder_fingerprint(directory: Path) -> str:

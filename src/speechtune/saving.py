@@ -176,7 +176,7 @@ def twice(save: Callable[[], Path]) -> Path:
     try:
         return save()
     except CheckpointError as error:
-        log.error("%s; trying once more in %d s", error, RETRY_SECONDS)
+        log.error("%s; trying once more in %d s", error, RETRY_SECONDS, exc_info=error)
         time.sleep(RETRY_SECONDS)
         return save()
 

@@ -230,7 +230,7 @@ def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_
     if name == "lora_alpha changed":  # a scale can be changed on purpose; changed weights cannot
         load_adapter(copy.deepcopy(loaded_base), listed)
     else:
-        assert "sha256 differs" in refused(loaded_base, listed)
+        assert "blake3 differs" in refused(loaded_base, listed)
     (listed / "MANIFEST.json").unlink()
     report = verify_adapter(listed)
     status = {check.name: check.status for check in report.checks}
@@ -251,8 +251,8 @@ def test_a_bin_carries_its_own_checksums(adapter: Path) -> None:
 
 def test_weights_of_another_checkpoint(listed: Path, run: Path, loaded_base: nn.Module) -> None:
     shutil.copyfile(run / "checkpoint-2" / WEIGHTS, listed / WEIGHTS)
-    assert ["sha256 differs" in fault for fault in verify_adapter(listed).faults] == [True]
-    assert "sha256 differs" in refused(loaded_base, listed)
+    assert ["blake3 differs" in fault for fault in verify_adapter(listed).faults] == [True]
+    assert "blake3 differs" in refused(loaded_base, listed)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": [{"nbme": "x"}]}', '{"files": []}', '{"files": 3}'])

@@ -260,7 +260,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated": ("model.safetensors", cut_to(50), "50 bytes"),
     "emptied": ("model.safetensors", cut_to(0), "0 bytes"),
     "longer": ("sub/note.txt", put("step 1 and more"), "15 bytes, 6 were written"),
-    "one bit flipped": ("model.safetensors", flip_a_byte, "sha256"),
+    "one bit flipped": ("model.safetensors", flip_a_byte, "blake3"),
     "no manifest": ("MANIFEST.json", Path.unlink, "never finished"),
     "torn manifest": ("MANIFEST.json", cut_to(60), "not readable"),
     "not text": ("MANIFEST.json", put(b"\xff\xfe"), "not readable"),
