@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,31 +46,31 @@ def plain_save(model: PeftModel, directory: Path) -> None:
             os.fsync(file.fileno())
 
 
-def measure(pairs: int = 5) -> dict[str, list[float]]:
-    """Ratios to the plain save of the same pair: the time training waits, and the time until the save is published.
+def measure(pairs: int = 15) -> dict[str, list[float]]:
+    """Ratios to the plain save beside it: a verified save, and what training waits for when the save runs beside it.
 
     One pair goes before them unmeasured: the first writes find cold caches.
     """
     model = adapter_model()
-    result: dict[str, list[float]] = {"training waits / plain": [], "published / plain": [], "plain seconds": []}
+    state = adapter_state(model)
+    result: dict[str, list[float]] = {"verified / plain": [], "training waits / plain": [], "plain seconds": []}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         target = Path(folder) / "adapter"
         for pair in range(pairs + 1):
-            started = time.perf_counter()
-            plain_save(model, target)
-            plain = time.perf_counter() - started
+            plain = timed(lambda: plain_save(model, target))
             shutil.rmtree(target)
-            started = time.perf_counter()
-            copied = cpu_copy(trainable(model))
-            waited = time.perf_counter() - started
-            state = adapter_state(model, copied)
-            write_verified(
-                target, lambda aside, copied=copied: model.save_pretrained(str(aside), state_dict=copied), state
-            )
-            published = time.perf_counter() - started
+            verified = timed(lambda: write_verified(target, lambda aside: model.save_pretrained(str(aside)), state))
             shutil.rmtree(target)
+            copied = timed(lambda: cpu_copy(trainable(model)))
             if pair:
-                result["training waits / plain"].append(waited / plain)
-                result["published / plain"].append(published / plain)
+                result["verified / plain"].append(verified / plain)
+                result["training waits / plain"].append(copied / plain)
                 result["plain seconds"].append(plain)
     return result
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

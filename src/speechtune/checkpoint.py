@@ -73,9 +73,9 @@ def write_verified(
         write(aside)
         for path in aside.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
-        with ThreadPoolExecutor() as pool:  # the disk, the hash and the comparison work at the same time
-            hashes = pool.submit(_file_hashes, aside)
+        with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
             compared = pool.submit(_compare, aside, tensors)
+            hashes = pool.submit(_file_hashes, aside)
             _sync_files(aside)
             compared.result()
             _write_manifest(aside, hashes.result())
@@ -237,8 +237,14 @@ def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, saved in _tensor_bytes(path):
             live = tensors[name].detach().to("cpu").contiguous()
             same_kind = stored[name].dtype == live.dtype and stored[name].shape == live.shape
-            if not same_kind or not np.array_equal(saved, live.flatten().view(torch.uint8).numpy()):
+            if not same_kind or not _same_bytes(saved, live.flatten().view(torch.uint8).numpy()):
                 raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    if len(one) % 8 == len(other) % 8 == 0:  # eight bytes at a time: twice as fast
+        one, other = one.view(np.uint64), other.view(np.uint64)
+    return np.array_equal(one, other)
 
 
 def _tensor_bytes(path: Path) -> Iterator[tuple[str, np.ndarray]]:
