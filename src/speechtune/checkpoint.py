@@ -192,6 +192,7 @@ def _save_error(directory: Path, error: OSError) -> CheckpointError:
         errno.EROFS: "the file system is read-only: set output_dir to one that can be written",
         errno.EACCES: "no permission: change the folder's owner or mode, or set output_dir elsewhere",
         errno.EPERM: "not permitted: change the folder's owner or mode, or set output_dir elsewhere",
+        errno.ENOENT: "a folder above it cannot be made: name another",
         errno.ENOTDIR: "a file stands where a folder should be: remove it or set output_dir elsewhere",
         errno.EEXIST: "a file stands where a folder should be: remove it or set output_dir elsewhere",
     }

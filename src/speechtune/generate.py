@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from speechtune.adapter import load_adapter, stored_base
+from speechtune.adapter import adapter_folder, load_adapter, stored_base
 from speechtune.audio import write_wav
 from speechtune.cache import encode_samples
 from speechtune.config import RunConfig, build_config
@@ -29,7 +29,7 @@ def model_config(model: str | None, codec: str | None, adapter: Path | None = No
     Raises:
         ConfigError: neither a model nor an adapter that names one.
     """
-    path = model or (stored_base(adapter) if adapter else None)
+    path = model or (stored_base(adapter_folder(adapter)) if adapter else None)
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
     return build_config({"family": family_of(path), "model": {"path": path, "codec_path": codec}}, f"model {path}")
@@ -46,7 +46,7 @@ def load_model(config: RunConfig, adapter: Path | None, plan: PrecisionPlan | No
     family = create_family(config)
     model = family.load(plan)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter_folder(adapter))
     return family, model.eval()
 
 

@@ -100,7 +100,8 @@ class Run:
                 stop = self._any_rank(interruption.signal)
                 interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
                 last = stop or step + 1 == self.total_steps
-                if job.eval_set is not None and (last or (step + 1) % config.evaluate.every_steps == 0):
+                due = last or (step + 1) % config.evaluate.every_steps == 0
+                if job.eval_set is not None and due and not stop:  # who is asked to stop has no time to evaluate
                     self._evaluate(tracker, job.eval_set)
                 if last or (step + 1) % config.checkpoint.every_steps == 0:
                     self._save()

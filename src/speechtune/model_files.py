@@ -33,16 +33,19 @@ def inspect_folder(directory: Path) -> list[Problem]:
     return problems
 
 
-def require_sound(directory: Path, option: str) -> None:
-    """Refuse a local model folder whose files are corrupt.
+def require_sound(place: str, option: str) -> None:
+    """Refuse a local model folder that is not there, or whose files are corrupt; a hub id passes.
 
     Raises:
         ConfigError: names every file and its fault.
     """
+    directory = Path(place)
+    if not directory.is_dir() and place.startswith(("/", ".", "~")):
+        raise ConfigError(f"{option}={place}: no such folder")
     problems = inspect_folder(directory) if directory.is_dir() else []
     if problems:
         listed = "; ".join(map(str, problems))
-        raise ConfigError(f"{option}={directory}: {listed}; download these files again")
+        raise ConfigError(f"{option}={place}: {listed}; download these files again")
 
 
 def hub_commit(repository: str, revision: str | None) -> str:

@@ -28,6 +28,7 @@ from speechtune.adapter import (
     freeze,
     frozen,
     lora_b_norms,
+    matching_modules,
     save_lora_adapters,
     target_pattern,
     trainable,
@@ -155,6 +156,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if unknown:
         raise ConfigError(f"train.head_weights: no head {unknown[0]!r}; {family.name} has: {', '.join(family.heads)}")
     lora = config.lora
+    if lora.enabled:  # before hours of encoding: the base is there, and the targets match
+        matching_modules(family.skeleton(), target_pattern(family, lora))
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
     training, evaluation = load_sets(config)
     ranks = accelerator.num_processes

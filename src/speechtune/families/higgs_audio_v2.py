@@ -78,6 +78,7 @@ class HiggsAudioV2Family:
         """Configuration of the base model; the released one is known without asking the hub."""
         model = self.config.model
         path = Path(model.path)
+        require_sound(model.path, "model.path")
         if is_legacy(path):
             return legacy_config(path)
         if model.path == RELEASED_MODEL and model.revision is None:
@@ -94,7 +95,7 @@ class HiggsAudioV2Family:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text tokenizer; its special ids must be those of the model's configuration."""
         model = self.config.model
-        require_sound(Path(model.path), "model.path")
+        require_sound(model.path, "model.path")
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
         except (OSError, ValueError) as error:
@@ -112,7 +113,7 @@ class HiggsAudioV2Family:
     def codec(self) -> HiggsCodec:
         """The audio codec, on the GPU where there is one."""
         model = self.config.model
-        require_sound(Path(self.codec_path), "model.codec_path")
+        require_sound(self.codec_path, "model.codec_path")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             codec = HiggsCodec(self.codec_path, model.codec_revision, device)
@@ -138,6 +139,7 @@ class HiggsAudioV2Family:
     @cached_property
     def encode_key(self) -> str:
         """Identity of the codes: class, weights (by content where local) and rate."""
+        require_sound(self.codec_path, "model.codec_path")
         path = Path(self.codec_path)
         if path.is_dir():
             identity = folder_fingerprint(path)
@@ -148,7 +150,7 @@ class HiggsAudioV2Family:
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its text head (a default load would drop it) onto the plan's device."""
         settings = self.config.model
-        require_sound(Path(settings.path), "model.path")
+        require_sound(settings.path, "model.path")
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
             return model.to(plan.device)
