@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     validate = verbs.add_parser("validate", help="list every fault of a data file with line and reason")
     validate.add_argument(
-        "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt folder, ..."
+        "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt or Speechocean762 folder"
     )
     validate.add_argument("--metadata-only", action="store_true", help="do not decode the audio")
     validate.add_argument("--audio-root", type=Path, help="confine every audio path to this folder")

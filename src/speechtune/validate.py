@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,14 @@ from rich.text import Text
 from speechtune.config import DataConfig
 from speechtune.families.base import AudioRef, Sample
 from speechtune.manifest import Fault, Progress, check_audio, read_samples
+from speechtune.rows import printable
+from speechtune.speechocean import (
+    SCORE_FIELDS,
+    SPLITS,
+    find_long_clips,
+    is_speechocean,
+    read_speechocean,
+)
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
 """Lower edges of the duration histogram; the last bin is open."""
@@ -53,6 +62,8 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
     Raises:
         ManifestError: there is no such file, or it is of no known layout.
     """
+    if is_speechocean(path):
+        return _validate_speechocean(path, config, deep, progress)
     result = read_samples(path, config)
     check = check_audio(result.samples, config, deep, progress)
     faults = sorted(result.faults + check.faults, key=lambda fault: fault.row)
@@ -84,6 +95,36 @@ def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -
     }
 
 
+def label_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts of utterances, words, phones and errors, score histograms, and speakers by gender and age in years.
+
+    `samples` from `read_speechocean`. `prevalence` is the share of phones with an annotated mispronunciation; scores
+    are binned to whole numbers, downwards.
+    """
+    words = [word for sample in samples for word in sample.extra["labels"]["words"]]
+    phones = Counter(phone for word in words for phone in word["phones"])
+    said = Counter(item["pronounced"] for word in words for item in word["mispronunciations"])
+    scores: dict[str, Counter[int]] = {name: Counter() for name in (*SCORE_FIELDS, "completeness")}
+    for sample in samples:
+        for name, value in sample.extra["labels"]["scores"].items():
+            scores[name][math.floor(value)] += 1
+    people = {sample.speaker: sample.extra for sample in samples}
+    ages = sorted(extra["age"] for extra in people.values() if "age" in extra)
+    return {
+        "utterances": len(samples),
+        "speakers": len(people),
+        "words": len(words),
+        "phones": phones.total(),
+        "mispronounced": said.total(),
+        "prevalence": round(said.total() / max(phones.total(), 1), 5),
+        "scores": {name: {str(k): counts[k] for k in sorted(counts)} for name, counts in scores.items() if counts},
+        "phone_counts": dict(phones.most_common()),
+        "pronounced_counts": dict(said.most_common()),
+        "genders": dict(Counter(extra.get("gender", "(not given)") for extra in people.values()).most_common()),
+        "ages": {str(age): count for age, count in Counter(ages).items()},
+    }
+
+
 def guess_script(text: str) -> str:
     """Most frequent script of the letters of `text`, from their Unicode names, e.g. "Latin script"."""
     scripts = Counter(map(_script, text))
@@ -106,6 +147,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(f"{name} ({len(groups)})", Text("\n".join(lines)))
     lines = [f"{name:>9} s: {count}" for name, count in values["duration_histogram"].items() if count]
     table.add_row("durations", Text("\n".join(lines)))
+    for split, labels in values.get("pronunciation", {}).items():
+        table.add_row(split, Text("\n".join(_label_lines(labels))))
     console.print(table)
     for note in report.notes:
         console.print(Text(f"note: {note}"))
@@ -121,6 +164,46 @@ def print_report(report: Report, console: Console) -> None:
         kinds = Counter(fault.code for fault in report.faults).most_common()
         counts = ", ".join(f"{count} {code}" for code, count in kinds)
         console.print(Text(f"... and {len(report.faults) - _FAULTS_SHOWN} more; in all: {counts}"))
+
+
+def _validate_speechocean(path: Path, config: DataConfig, deep: bool, progress: Progress | None) -> Report:
+    results = {split: read_speechocean(path, split, config, headers=False) for split in SPLITS}
+    samples = [sample for result in results.values() for sample in result.samples]
+    check = check_audio(samples, config, deep, progress)
+    faults = [fault for result in results.values() for fault in result.faults] + check.faults
+    faults += find_long_clips(samples, check.durations, config)
+    faults += _overlaps(results["train"].samples, results["test"].samples)
+    bad = {(fault.source, fault.sample_id) for fault in faults}
+    sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
+    values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
+    values["pronunciation"] = {
+        split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in SPLITS
+    }
+    return Report(path, faults, values, [note for result in results.values() for note in result.notes])
+
+
+def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Fault]:
+    """Faults of test utterances whose id or speaker also stands in the training split: no test of unseen voices."""
+    ids, speakers = {sample.id for sample in train}, {sample.speaker for sample in train}
+    faults: list[Fault] = []
+    for sample in test:
+        what = "utterance" if sample.id in ids else f"speaker {sample.speaker}" if sample.speaker in speakers else ""
+        if what:
+            reason = f"the {what} also stands in the training split"
+            faults.append(Fault(sample.source, sample.id, "split_overlap", printable(reason), sample.extra["row"]))
+    return faults
+
+
+def _label_lines(values: Mapping[str, Any]) -> list[str]:
+    """One split's labels for people: counts, then one line per histogram."""
+    errors = f"{values['mispronounced']} of {values['phones']} ({values['prevalence']:.2%})"
+    lines = [f"{values['utterances']} utterances, {values['speakers']} speakers, {values['words']} words"]
+    lines.append(f"mispronounced phones: {errors}")
+    groups = {name: values[name] for name in ("genders", "ages", "pronounced_counts", "phone_counts")}
+    for name, counts in {**values["scores"], **groups}.items():
+        shown = "  ".join(f"{value}: {count}" for value, count in counts.items())
+        lines.append(f"{name.replace('_', ' ')}  {shown or '-'}")
+    return lines
 
 
 def _clips(sample: Sample) -> list[AudioRef]:

@@ -1,0 +1,397 @@
+"""Speechocean762 in its official layout -> `Sample`s with the labels of pronunciation, every fault collected.
+
+The corpus (Zhang et al., Interspeech 2021, arXiv 2104.01378; OpenSLR 101) scores read English by hand: utterances 0-10,
+words 0-10, phones 0-2, and for a phone scored below 0.5 what was said in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from speechtune.config import DataConfig
+from speechtune.errors import ManifestError
+from speechtune.families.base import AudioRef, Sample
+from speechtune.manifest import ReadResult, check_audio
+from speechtune.phones import PhoneError, StarPolicy, base_phone, read_mispronunciation, realised_phones, split_phones
+from speechtune.readers import Context
+from speechtune.rows import Fault, Row, printable
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+SCORES_FILE = Path("resource", "scores.json")
+SCORE_FIELDS = ("accuracy", "fluency", "prosodic", "total")
+"""Scores every utterance has; `completeness` is kept where it is given."""
+WORD_SCORE_FIELDS = ("accuracy", "stress", "total")
+"""Scores a word may have."""
+MAX_SCORE = 10.0
+"""Best score of an utterance or a word; the worst is 0."""
+MAX_PHONE_ACCURACY = 2.0
+"""Best accuracy of a phone; 1 is a heavy accent, 0 wrong or missed."""
+MISPRONOUNCED_BELOW = 0.5
+"""Accuracy under which the corpus names what was said instead of the phone."""
+MAX_CLIP_SECONDS = 40.0
+"""Longest clip: a padded batch with a longer one crashes in the speech encoder that hears these clips."""
+
+_TABLES = {"text": "missing_text", "wav.scp": "missing_audio", "utt2spk": "missing_speaker"}
+_GENDERS = ("f", "m")
+_AGE = re.compile("[0-9]{1,3}")
+_KEY = re.compile(r'"([^"\\]*)"\s*:\s*\{')
+_NOT_TEXT = re.compile("[\ud800-\udfff\0]")
+
+
+_Tables = Mapping[str, Mapping[str, tuple[str, int]]]  # file -> key -> (value, line)
+_Details = Mapping[str, Mapping[str, Any]]  # speaker -> what is known of the person
+
+
+def is_speechocean(path: Path) -> bool:
+    """Whether `path` is a folder laid out like Speechocean762."""
+    return os.path.isfile(path / SCORES_FILE)
+
+
+def read_speechocean(
+    folder: Path, split: Split, config: DataConfig, star_policy: StarPolicy = "base", headers: bool = True
+) -> ReadResult:
+    """Read one split of a Speechocean762 folder; utterances with faults give no sample.
+
+    `Sample.extra` holds `labels` (`scores`, and `words` with `text`, `phones`, `phones_accuracy`, `realised`,
+    `mispronunciations` and the word's scores), `age` in years and `gender` where they are given, `split`, `layout` and
+    `row` (from 1 within the split). `headers` also opens every clip, for missing files and durations out of bounds.
+
+    Raises:
+        ManifestError: not such a folder, or `scores.json` is no JSON object.
+    """
+    source = _read_scores(folder / SCORES_FILE)
+    reader = _SplitReader(folder, split, config, star_policy, source)
+    samples = reader.read()
+    if headers:
+        check = check_audio(samples, config)
+        reader.faults += check.faults + find_long_clips(samples, check.durations, config)
+        bad = {fault.row for fault in reader.faults}
+        samples = [sample for sample in samples if sample.extra["row"] not in bad]
+    notes = [f"{text} ({count})" for text, count in reader.notes.items()]
+    return ReadResult(samples, reader.faults, notes, reader.num_rows)
+
+
+def find_long_clips(samples: Sequence[Sample], durations: Mapping[AudioRef, float], config: DataConfig) -> list[Fault]:
+    """Faults of clips over `MAX_CLIP_SECONDS` that `config.max_seconds` lets pass; `durations` from `check_audio`."""
+    faults: list[Fault] = []
+    for sample in samples:
+        seconds = durations.get(sample.audio, 0.0) if sample.audio is not None else 0.0
+        if MAX_CLIP_SECONDS < seconds <= config.max_seconds:
+            reason = f"{sample.audio}: {seconds:.1f} s is longer than {MAX_CLIP_SECONDS:g} s; cut it"
+            faults.append(Fault(sample.source, sample.id, "too_long", printable(reason), sample.extra["row"]))
+    return faults
+
+
+def split_speakers(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(train, held out): a share of the speakers with all their utterances, in the order given.
+
+    At least one speaker is held out when `fraction` > 0, and at least one is left. The choice depends on the seed and
+    the speakers' names alone.
+
+    Raises:
+        ManifestError: a sample without speaker, or fewer than two speakers to split.
+    """
+    if fraction <= 0:
+        return list(samples), []
+    nameless = [sample for sample in samples if sample.speaker is None]
+    if nameless:
+        raise ManifestError(f"{nameless[0].source}: {nameless[0].id}: no speaker, so speakers cannot be held out")
+    speakers = {str(sample.speaker) for sample in samples}
+    if len(speakers) < 2:
+        raise ManifestError(f"cannot hold out {fraction:g} of {len(speakers)} speaker(s): at least 2 are needed")
+    count = min(max(1, round(len(speakers) * fraction)), len(speakers) - 1)
+    ranked = sorted(speakers, key=lambda speaker: hashlib.sha256(f"{seed}:{speaker}".encode()).digest())
+    held = set(ranked[:count])
+    return [s for s in samples if s.speaker not in held], [s for s in samples if s.speaker in held]
+
+
+@dataclass(slots=True)
+class _Scores:
+    """`scores.json`: its utterances, the line each begins at, and keys that stand twice in one object."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[str, int]
+    doubled: frozenset[str]
+
+    def source(self, utterance: str) -> str:
+        return f"{self.path}:{self.lines.get(utterance, 1)}"
+
+
+def _read_scores(path: Path) -> _Scores:
+    doubled: set[str] = set()
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(items)
+        if len(values) < len(items):
+            doubled.update(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+        return values
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, object_pairs_hook=pairs)
+    except OSError as error:
+        reason = "is this the folder of Speechocean762, with train, test and resource in it?"
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}; {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path}: expected an object with the utterance ids as keys, found {type(values).__name__}")
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        for found in _KEY.finditer(line):
+            lines.setdefault(found[1], number)
+    return _Scores(path, values, lines, frozenset(doubled))
+
+
+@dataclass(slots=True)
+class _SplitReader:
+    """The tables of one split, and the faults and notes found so far."""
+
+    folder: Path
+    split: Split
+    config: DataConfig
+    star_policy: StarPolicy
+    scores: _Scores
+    faults: list[Fault] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+
+    def read(self) -> list[Sample]:
+        tables = {name: self._table(name, required=True) for name in _TABLES}
+        people = {name: self._table(name, required=False) for name in ("spk2age", "spk2gender")}
+        order = list(dict.fromkeys(key for table in tables.values() for key in table))
+        self.num_rows = len(order)
+        if not order:
+            self._file_fault(f"{self.folder / self.split / 'text'}:1", "empty_manifest", "holds no utterances")
+        speakers = dict.fromkeys(value for value, _ in tables["utt2spk"].values())
+        details = {speaker: self._details(speaker, people) for speaker in speakers}
+        for key in sorted(self.scores.doubled - self.scores.values.keys()):
+            self._file_fault(f"{self.scores.path}:1", "duplicate_key", f"an object holds the key {key!r:.60} twice")
+        spoilt = {fault.sample_id for fault in self.faults}  # which of two lines is right is not ours to say
+        samples: list[Sample] = []
+        for number, utterance in enumerate(order, 1):
+            name = next(name for name in tables if utterance in tables[name])
+            source = f"{self.folder / self.split / name}:{tables[name][utterance][1]}"
+            context = Context(Row(number, source), printable(utterance), self.folder, self.config)
+            sample = self._utterance(context, utterance, tables, details)
+            self.faults += context.faults
+            if sample is not None and context.sample_id not in spoilt:
+                samples.append(sample)
+                self.notes.update(context.notes)
+        return samples
+
+    def _file_fault(self, source: str, code: str, message: str, sample_id: str = "-") -> None:
+        self.faults.append(Fault(source, printable(sample_id), code, printable(message)))
+
+    def _table(self, name: str, required: bool) -> dict[str, tuple[str, int]]:
+        """Key -> (value, line) of one table; the first of doubled lines counts, and the others are faults."""
+        path = self.folder / self.split / name
+        table: dict[str, tuple[str, int]] = {}
+        try:
+            # surrogateescape: a byte that is not UTF-8 becomes a fault of its line
+            content = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        except FileNotFoundError:
+            if required:
+                self._file_fault(f"{path}:1", "missing_table", "no such file; every split needs it")
+            else:
+                self.notes[f"{self.split}/{name} is missing: not known of any speaker"] += 1
+            return table
+        except OSError as error:
+            self._file_fault(f"{path}:1", "missing_table", f"cannot be read: {error.strerror}")
+            return table
+        for number, line in enumerate(content.split("\n"), 1):
+            key, *rest = line.split(None, 1) or [""]
+            if not key:
+                continue
+            if _NOT_TEXT.search(line):
+                reason = "the line holds bytes that are not UTF-8, or NUL"
+                self._file_fault(f"{path}:{number}", "bad_unicode", reason, key)
+            elif not rest:
+                self._file_fault(f"{path}:{number}", "bad_line", "a line is an id, a tab or blank, and a value", key)
+            elif key in table:
+                reason = f"the id already stands in line {table[key][1]}"
+                self._file_fault(f"{path}:{number}", "duplicate_id", reason, key)
+            else:
+                table[key] = (rest[0].strip(), number)
+        return table
+
+    def _details(self, speaker: str, people: _Tables) -> dict[str, Any]:
+        """Age in years and gender of a speaker, as far as they are given."""
+        details: dict[str, Any] = {}
+        for name, table in people.items():
+            key = name.removeprefix("spk2")
+            if speaker not in table:
+                if table:
+                    self.notes[f"{self.split}: speakers without {key}"] += 1
+                continue
+            value, line = table[speaker]
+            sound = value.lower() in _GENDERS if key == "gender" else _AGE.fullmatch(value) is not None
+            if sound:
+                details[key] = value.lower() if key == "gender" else int(value)
+            else:
+                wanted = "m or f" if key == "gender" else "a number of years"
+                source = f"{self.folder / self.split / name}:{line}"
+                self._file_fault(source, "bad_field", f"speaker {speaker}: {key} {value!r:.40} is not {wanted}")
+        return details
+
+    def _utterance(self, context: Context, utterance: str, tables: _Tables, details: _Details) -> Sample | None:
+        for name, code in _TABLES.items():
+            if utterance not in tables[name]:
+                context.fault(code, f"no sound line of {self.split}/{name} is for it")
+        row = context.row
+        text = tables["text"].get(utterance, ("", 0))[0]
+        if text:
+            context.text(text, "the text")
+        audio = None
+        if utterance in tables["wav.scp"]:
+            place, line = tables["wav.scp"][utterance]
+            context.row = Row(row.number, f"{self.folder / self.split / 'wav.scp'}:{line}")
+            audio = _audio(context, place)
+        context.row = Row(row.number, self.scores.source(utterance))
+        labels = _Labels(context, self.star_policy, self.split).read(self.scores, utterance, text)
+        context.row = row
+        if context.faults or labels is None:
+            return None
+        speaker = tables["utt2spk"][utterance][0]
+        extra = {"labels": labels, **details[speaker], "split": self.split, "layout": "speechocean762"}
+        extra["row"] = row.number
+        return Sample(context.sample_id, text, audio, speaker=speaker, language="en", source=row.source, extra=extra)
+
+
+def _audio(context: Context, place: str) -> AudioRef | None:
+    """The clip of a line of wav.scp: relative to the dataset's folder, else to the current one."""
+    if place.endswith("|"):
+        context.fault("bad_path", f"{place!r:.80} is a command; commands are not run, give a path")
+        return None
+    named = context.audio({"audio_url": place})
+    if named is None or named[0].path is None or os.path.isfile(named[0].path):
+        return None if named is None else named[0]
+    here = Context(context.row, context.sample_id, Path.cwd(), context.config)
+    other = here.path(place)
+    return AudioRef(path=other) if other is not None and os.path.isfile(other) else named[0]
+
+
+@dataclass(slots=True)
+class _Labels:
+    """Checks what `scores.json` says of one utterance; faults and notes go to the context."""
+
+    context: Context
+    star_policy: StarPolicy
+    split: Split
+
+    def read(self, scores: _Scores, utterance: str, text: str) -> dict[str, Any] | None:
+        fault = self.context.fault
+        entry = scores.values.get(utterance)
+        if utterance in scores.doubled:
+            fault("duplicate_id", "scores.json holds this utterance twice")
+        if not isinstance(entry, dict):
+            fault("missing_scores", "scores.json holds no object for this utterance")
+            return None
+        values = {name: self._score(entry, name, "", required=True) for name in SCORE_FIELDS}
+        values["completeness"] = self._score(entry, "completeness", "", required=False)
+        words = entry.get("words")
+        if not isinstance(words, list) or not words:
+            fault("missing_words", "scores.json gives no list of words")
+            return None
+        read = [self._word(word, f"word {number}") for number, word in enumerate(words, 1)]
+        if not self.context.faults:
+            own = text if entry.get("text") is None else str(entry["text"])
+            spoken = " ".join(word["text"] for word in read)
+            for other, what in ((own, "'text' in scores.json"), (spoken, "the words of scores.json")):
+                if other.casefold().split() != text.casefold().split():
+                    fault("text_mismatch", f"the text {text!r:.60} differs from {what}, {other!r:.60}")
+                    break
+        return {"scores": {name: value for name, value in values.items() if value is not None}, "words": read}
+
+    def _score(
+        self, values: Mapping[str, Any], name: str, where: str, required: bool, best: float = MAX_SCORE
+    ) -> float | None:
+        label = f"{where}: {name!r}" if where else repr(name)
+        value = values.get(name)
+        if value is None:
+            if required:
+                self.context.fault("missing_score", f"{label} is missing")
+            else:
+                what = "words" if where else "utterances"
+                self.context.notes.append(f"{self.split}: {what} without {name!r}")
+        elif not isinstance(value, int | float) or isinstance(value, bool):
+            self.context.fault("bad_score", f"{label} is not a number but {value!r:.40}")
+        elif not 0 <= value <= best:  # NaN is not, either
+            self.context.fault("bad_score", f"{label} is {value!r:.40}, outside 0 to {best:g}")
+        else:
+            return value
+        return None
+
+    def _word(self, word: Any, where: str) -> dict[str, Any]:
+        fault = self.context.fault
+        if not isinstance(word, dict):
+            fault("missing_words", f"{where} is not an object but {word!r:.60}")
+            return {}
+        text = word.get("text")
+        if not isinstance(text, str) or not text.strip():
+            fault("missing_words", f"{where} has no text")
+        where = f"{where} ({text})" if isinstance(text, str) else where
+        result: dict[str, Any] = {"text": text}
+        for name in WORD_SCORE_FIELDS:
+            if (score := self._score(word, name, where, required=False)) is not None:
+                result[name] = score
+        try:
+            labels = split_phones(word.get("phones"))
+            result["phones"] = [base_phone(label) for label in labels]
+        except PhoneError as error:
+            fault(error.code, f"{where}: {error}")
+            return result
+        accuracies = self._accuracies(word, where, len(labels))
+        result["phones_accuracy"] = accuracies
+        return result | self._mispronunciations(word, where, result["phones"], accuracies)
+
+    def _accuracies(self, word: Mapping[str, Any], where: str, count: int) -> list[float | None]:
+        values = word.get("phones-accuracy")
+        if not isinstance(values, list):
+            self.context.fault("missing_score", f"{where}: no list 'phones-accuracy'")
+            return []
+        if len(values) != count:
+            reason = f"{where}: {count} phone(s), but {len(values)} value(s) in 'phones-accuracy'"
+            self.context.fault("count_mismatch", reason)
+        named = {f"phones-accuracy[{index}]": value for index, value in enumerate(values)}
+        return [self._score(named, name, where, required=True, best=MAX_PHONE_ACCURACY) for name in named]
+
+    def _mispronunciations(
+        self, word: Mapping[str, Any], where: str, phones: list[str], accuracies: list[float | None]
+    ) -> dict[str, Any]:
+        """The annotated errors and the realised phones of a word."""
+        wrong = {index for index, value in enumerate(accuracies) if value is not None and value < MISPRONOUNCED_BELOW}
+        values = word.get("mispronunciations")
+        if values is None and not wrong:
+            values = []  # the corpus lists them for phones scored below 0.5 only
+        if not isinstance(values, list):
+            reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
+            self.context.fault("missing_mispronunciations", reason)
+            return {}
+        found, faults = [], len(self.context.faults)
+        for value in values:
+            try:
+                found.append(read_mispronunciation(value, phones))
+            except PhoneError as error:
+                self.context.fault(error.code, f"{where}: {error}")
+        if len(self.context.faults) > faults:
+            return {}
+        try:
+            realised = realised_phones(phones, found, self.star_policy)
+        except PhoneError as error:
+            self.context.fault(error.code, f"{where}: {error}")
+            return {}
+        silent = len(wrong - {item.index for item in found})
+        note = f"{self.split}: phones below {MISPRONOUNCED_BELOW:g} without mispronunciation, taken as canonical"
+        self.context.notes += [note] * silent
+        return {"mispronunciations": [asdict(item) for item in found], "realised": realised}
