@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from adapter_helpers import train_adapter
 from helpers import DemoClip, merged, read_demo_clips
 from speechtune.audio import read_audio
 from speechtune.config import RunConfig, build_config
@@ -94,6 +95,18 @@ def write_chatml(demo_clips: list[DemoClip]) -> Callable[[Path, Sequence[DemoCli
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def adapter_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: Path,
+    cache_dir: Path,
+    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
+    demo_clips: list[DemoClip],
+) -> Path:
+    """The folder of a finished run with an adapter; do not write to it."""
+    return train_adapter(tmp_path_factory.mktemp("trained") / "run", tiny_base, cache_dir, write_chatml, demo_clips)
 
 
 def _chatml_row(target: DemoClip, clips: Sequence[DemoClip]) -> dict[str, Any]:

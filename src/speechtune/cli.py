@@ -63,20 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
-    validate = verbs.add_parser("validate", help="list every fault of a data file with line and reason")
-    validate.add_argument(
-        "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt or Speechocean762 folder"
-    )
-    validate.add_argument("--metadata-only", action="store_true", help="do not decode the audio")
-    validate.add_argument("--audio-root", type=Path, help="confine every audio path to this folder")
-    validate.add_argument("--allow-urls", action="store_true", help="accept audio given as http(s) URL")
-    validate.add_argument("--min-seconds", type=float, default=0.1, help="shortest clip (default: %(default)s)")
-    validate.add_argument(
-        "--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)"
-    )
-    validate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    validate.set_defaults(run=_validate)
-
+    _validate_verb(verbs)
     for name, help_text, function in (
         ("encode", "encode all clips of a recipe's data into the cache, resumably", _encode),
         ("train", "train as a recipe says", _train),
@@ -95,28 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
         verb.set_defaults(run=function)
 
-    generate = verbs.add_parser("generate", help="speak a text in the voice of a reference, or a whole manifest")
-    generate.add_argument("manifest", type=Path, nargs="?", help="manifest whose texts are spoken; else --text")
-    generate.add_argument("--text", help="what to say")
-    generate.add_argument("--reference", type=Path, help="recording of the voice")
-    generate.add_argument("--reference-text", help="what is said in the recording")
-    generate.add_argument("--system", help="system message, where the training data carried one of their own")
-    generate.add_argument("--scene", help="description of the scene")
-    generate.add_argument("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
-    generate.add_argument("--codec", help="hub id or folder of the codec (default: the released one)")
-    generate.add_argument("--adapter", type=Path, help="PEFT folder")
-    generate.add_argument("--out", type=Path, required=True, help="wav file, or folder for a manifest")
-    generate.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
-    generate.add_argument("--temperature", type=float, help="0 is greedy")
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
-    generate.add_argument("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
-    generate.add_argument("--max-new-tokens", type=int, help="length cap in rows, 25 a second (default: 2048)")
-    generate.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
-    generate.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
-    generate.add_argument("--json", action="store_true", help="print one JSON object")
-    generate.set_defaults(run=_generate)
+    _generate_verb(verbs)
 
     doctor = verbs.add_parser("doctor", help="check machine, files, data and one real training step; says the cure")
     doctor.add_argument("recipe", type=Path, nargs="?", help="YAML recipe; without one the environment only")
@@ -142,6 +108,47 @@ def build_parser() -> argparse.ArgumentParser:
     lint.add_argument("--fix", action="store_true", help="mend what can be mended, keeping a backup")
     _call(lint, "speechtune.lint", "run_lint")
     return parser
+
+
+def _validate_verb(verbs: Any) -> None:
+    validate = verbs.add_parser("validate", help="list every fault of a data file with line and reason")
+    validate.add_argument(
+        "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt or Speechocean762 folder"
+    )
+    validate.add_argument("--metadata-only", action="store_true", help="do not decode the audio")
+    validate.add_argument("--audio-root", type=Path, help="confine every audio path to this folder")
+    validate.add_argument("--allow-urls", action="store_true", help="accept audio given as http(s) URL")
+    validate.add_argument("--min-seconds", type=float, default=0.1, help="shortest clip (default: %(default)s)")
+    validate.add_argument(
+        "--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)"
+    )
+    validate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    validate.set_defaults(run=_validate)
+
+
+def _generate_verb(verbs: Any) -> None:
+    generate = verbs.add_parser("generate", help="speak a text in the voice of a reference, or a whole manifest")
+    generate.add_argument("manifest", type=Path, nargs="?", help="manifest whose texts are spoken; else --text")
+    generate.add_argument("--text", help="what to say")
+    generate.add_argument("--reference", type=Path, help="recording of the voice")
+    generate.add_argument("--reference-text", help="what is said in the recording")
+    generate.add_argument("--system", help="system message, where the training data carried one of their own")
+    generate.add_argument("--scene", help="description of the scene")
+    generate.add_argument("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
+    generate.add_argument("--codec", help="hub id or folder of the codec (default: the released one)")
+    generate.add_argument("--adapter", type=Path, help="PEFT folder")
+    generate.add_argument("--out", type=Path, required=True, help="wav file, or folder for a manifest")
+    generate.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, help="0 is greedy")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
+    generate.add_argument("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
+    generate.add_argument("--max-new-tokens", type=int, help="length cap in rows, 25 a second (default: 2048)")
+    generate.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    generate.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.set_defaults(run=_generate)
 
 
 def _adapter_verbs(actions: Any) -> None:

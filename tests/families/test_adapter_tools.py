@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,11 @@ from adapter_helpers import (
     plain_logits,
     read_weights,
     to_binary,
-    train_adapter,
     write_weights,
 )
-from helpers import DemoClip
 from speechtune.adapter_files import find_adapters, run_find, run_verify, verify_adapter
 from speechtune.checkpoint import verify_folder
+from speechtune.cli import main
 from speechtune.convert import boson_name, convert, layout_of, run_convert
 from speechtune.errors import AdapterError, CheckpointError
 from speechtune.extract import extract, read_lora, run_extract
@@ -46,14 +45,8 @@ Prefix = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_base: Path,
-    cache_dir: Path,
-    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
-    demo_clips: list[DemoClip],
-) -> Path:
-    return train_adapter(tmp_path_factory.mktemp("trained") / "run", tiny_base, cache_dir, write_chatml, demo_clips)
+def run(adapter_run: Path) -> Path:
+    return adapter_run
 
 
 @pytest.fixture(scope="module")
@@ -487,3 +480,23 @@ def test_json_of_each_command(run: Path, adapter: Path, tiny_base: Path, tmp_pat
     assert json.loads(capsys.readouterr().out)["alpha"] == 8
     assert run_merge(tmp_path / "out", tmp_path / "merged", compare_models=True, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["comparison"]["positions"] > 5
+
+
+def test_the_verbs_hand_on_their_arguments(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Guards against a flag whose name on the command line is not the function's: a TypeError instead of a verb."""
+    boson, native, merged = tmp_path / "boson", tmp_path / "native", tmp_path / "merged"
+    base = str(tiny_base / "model")
+    assert main(["adapters", "convert", str(adapter), str(boson), "--to", "boson", "--base", base]) == 0
+    assert main(["adapters", "convert", str(boson), str(native), "--to", "native", "--base", base]) == 0
+    assert main(["adapters", "verify", str(native), "--base", base, "--verbose"]) == 0
+    assert main(["adapters", "find", str(tmp_path), "--verbose", "--json"]) == 0
+    assert main(["merge", str(native), str(merged), "--model", base, "--compare-models", "--dtype", "float32"]) == 0
+    full = tmp_path / "full"
+    full.mkdir()
+    save_file(
+        {f"module.{name}": tensor.clone() for name, tensor in live_model(tiny_base, adapter).state_dict().items()},
+        full / "model.safetensors",
+    )
+    rescued = tmp_path / "rescued"
+    assert main(["adapters", "extract", str(full), str(rescued), "--alpha", "32", "--base", base]) == 0
+    assert main(["adapters", "verify", str(rescued)]) == 0

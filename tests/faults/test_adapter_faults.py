@@ -35,14 +35,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
-def run(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_base: Path,
-    cache_dir: Path,
-    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
-    demo_clips: list[DemoClip],
-) -> Path:
-    return train_adapter(tmp_path_factory.mktemp("trained") / "run", tiny_base, cache_dir, write_chatml, demo_clips)
+def run(adapter_run: Path) -> Path:
+    return adapter_run
 
 
 @pytest.fixture(scope="module")
