@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from speechtune.checkpoint import MANIFEST_NAME, Problem, verify_folder
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError
 from speechtune.families.base import Family
 from speechtune.save_adapters import save_lora_adapters as save_lora_adapters  # the public place of it
+from speechtune.stored_adapter import layout_hint, read_adapter, read_config
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
-CONFIG_NAME = "adapter_config.json"
-KEY_PREFIX = "base_model.model."
-LORA_PART = re.compile(r"\.lora_(embedding_)?([AB]|magnitude_vector)\b")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what .bin files put around their tensors
-# torch.load meets damage at any depth of zip, pickle and tensor storage
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError)
-UNREADABLE += (RuntimeError, KeyError, IndexError, AttributeError)
+ADAPTER = "default"
+"""Name under which PEFT keeps the adapter that is trained here; others on the model belong to its base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +48,7 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
         regex = re.compile(pattern)
     except re.error as error:
         raise AdapterError(f"lora.targets={pattern!r}: neither a preset nor a valid regex: {error}") from None
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | LoraLayer)]
     names = [name for name in linear if regex.fullmatch(name)]
     if not names:
         examples = ", ".join(sorted({name for name in linear if "layers.0." in name})[:6])
@@ -81,7 +72,7 @@ def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: i
         AdapterError: the targets match nothing.
     """
     pattern = target_pattern(family, settings)
-    matching_modules(model, pattern)
+    matching_modules(plain_model(model), pattern)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by it; a float is fine
@@ -90,15 +81,78 @@ def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: i
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         modules_to_save=list(settings.modules_to_save) or None,
+        trainable_token_indices=family.token_indices(settings.trainable_tokens) or None,
     )
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, lora)  # pyright: ignore[reportArgumentType]
+        if isinstance(model, PeftModel):
+            model.add_adapter(ADAPTER, lora)
+            adapted = model
+        else:
+            adapted = cast(PeftModel, get_peft_model(model, lora))  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise AdapterError(f"lora: PEFT cannot apply the adapter: {error}") from None
+    activate(adapted)
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.float()  # PEFT leaves modules_to_save in the base's dtype
-    return adapted  # pyright: ignore[reportReturnType]
+    on_meta = next(adapted.parameters()).is_meta  # a skeleton, for counting
+    if not on_meta and family.initial_adapter is not None:
+        _start_from(adapted, family.initial_adapter)
+    return adapted
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, adapters injected, or the model itself."""
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def carried_adapters(model: PeftModel) -> list[str]:
+    """Frozen adapters that belong to the base: all but the one this package trains."""
+    return [name for name in model.peft_config if name != ADAPTER]
+
+
+def activate(model: PeftModel) -> None:
+    """Switch every adapter on and let only our own be trained: PEFT would switch the others off without a word."""
+    carried = carried_adapters(model)
+    if not carried:
+        return
+    cast(Any, model.base_model).set_adapter([*carried, ADAPTER])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(f".{other}." in f"{name}." for other in carried))
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The base alone, with what it carries, for the time of a `with` block."""
+    carried = carried_adapters(model)
+    if not carried:
+        with model.disable_adapter():
+            yield
+        return
+    cast(Any, model.base_model).set_adapter(carried)
+    try:
+        yield
+    finally:
+        activate(model)
+
+
+def _start_from(adapted: PeftModel, directory: Path) -> None:
+    """Copy a saved adapter's weights into a fresh one of the same shape."""
+    stored, config, live = read_adapter(directory), read_config(directory), adapter_state(adapted)
+    own = adapted.peft_config[ADAPTER]
+    found = {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
+    asked = {"rank": own.r, "alpha": own.lora_alpha, "rslora": own.use_rslora, "dora": own.use_dora}  # pyright: ignore[reportAttributeAccessIssue]
+    if found != asked:
+        raise AdapterError(f"{directory}: the adapter to go on from has {found}, this run's lora section says {asked}")
+    if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in live.items()}:
+        raise AdapterError(
+            f"{directory}: the adapter to go on from has other tensors than this run's: {len(stored)} and {len(live)}, "
+            f"only there {sorted(set(stored) - set(live))[:2]}, only here {sorted(set(live) - set(stored))[:2]}; set "
+            "lora.targets to what it adapts, without modules_to_save or trainable_tokens"
+        )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(stored[name])  # the state's tensors share memory with the parameters
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:
@@ -157,11 +211,16 @@ def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = Fals
             that converts it); keys missing or left over; shapes that differ.
     """
     stored = read_adapter(directory)
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in plain_model(model).named_modules()}
     if hint := layout_hint(stored, modules):
         raise AdapterError(f"{directory}: {hint}")
     try:
-        loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)  # pyright: ignore[reportArgumentType]
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(directory), ADAPTER, is_trainable=is_trainable)
+            activate(model)
+            loaded = model
+        else:
+            loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise AdapterError(f"{directory}: the adapter does not load: {error}") from None
     wanted = adapter_state(loaded)
@@ -174,159 +233,6 @@ def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = Fals
     return loaded
 
 
-def adapter_folder(path: Path) -> Path:
-    """The folder that holds an adapter's files: `path`, or the `lora_adapters` in a run's or checkpoint's folder.
-
-    Raises:
-        AdapterError: no such folder.
-    """
-    if not path.is_dir():
-        raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
-    inner = path / "lora_adapters"
-    names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
-    return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
-
-
-def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a saved adapter; refuses one that no base could make good.
-
-    Raises:
-        AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
-            never trained, weights that are not those MANIFEST.json lists.
-    """
-    read_config(directory)
-    weights = weights_file(directory)
-    tensors = read_tensors(weights)
-    faults = value_faults(tensors)
-    if not faults and (directory / MANIFEST_NAME).exists():
-        faults = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
-    if faults:
-        raise AdapterError(f"{directory}: " + "; ".join(faults))
-    return tensors
-
-
-def manifest_problems(directory: Path) -> list[Problem]:
-    """Differences between an adapter's config and weights and what its folder's MANIFEST.json says of them."""
-    own = {CONFIG_NAME, weights_file(directory).name}
-    try:
-        problems = verify_folder(directory)
-        listed = {entry["name"] for entry in json.loads((directory / MANIFEST_NAME).read_bytes())["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
-    unlisted = [Problem(name, f"not in {MANIFEST_NAME}") for name in sorted(own - listed)]
-    return [problem for problem in problems if problem.file in own | {MANIFEST_NAME}] + unlisted
-
-
-def read_config(directory: Path) -> LoraConfig:
-    """Configuration of a saved adapter.
-
-    Raises:
-        AdapterError: it is missing, unreadable, or not of a LoRA.
-    """
-    file = directory / CONFIG_NAME
-    if not file.is_file():
-        raise AdapterError(f"{directory}: no {CONFIG_NAME}; not a PEFT adapter folder")
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{file}: not readable as a PEFT configuration: {type(error).__name__}: {error}") from None
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"{file}: peft_type is {getattr(config.peft_type, 'value', None)!r}, not 'LORA'")
-    if not isinstance(config.r, int) or config.r < 1 or not isinstance(config.lora_alpha, int | float):
-        raise AdapterError(f"{file}: r={config.r!r}, lora_alpha={config.lora_alpha!r}: no rank and scale of a LoRA")
-    return config
-
-
-def weights_file(directory: Path) -> Path:
-    """The file of an adapter's tensors: safetensors before .bin, as PEFT chooses.
-
-    Raises:
-        AdapterError: neither is there.
-    """
-    for name in (WEIGHTS_NAME, BIN_NAME):
-        if (directory / name).is_file():
-            return directory / name
-    raise AdapterError(f"{directory}: no {WEIGHTS_NAME} and no {BIN_NAME}: the adapter's weights are missing")
-
-
-def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors or torch file whose names are `wanted`; no pickled code is run.
-
-    Raises:
-        AdapterError: the file is not readable, with what it holds instead where that can be told.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
-        if not head:
-            raise AdapterError(f"{path}: empty (0 bytes of weights)")
-        if head.startswith(b"version https://git-lfs"):
-            raise AdapterError(f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise AdapterError(f"{path}: a web page, not weights: the download failed; fetch the file again")
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        # Memory-mapped: of a full checkpoint only the wanted tensors are read.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        tensors = _unwrapped(loaded)
-        return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
-    except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{path}: truncated or not a weights file: {reason}") from None
-
-
-def _unwrapped(loaded: Any) -> dict[str, torch.Tensor]:
-    for name in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-    if not isinstance(loaded, dict) or not loaded:
-        raise ValueError("no tensors by name in it")
-    return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
-def value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """What is wrong with an adapter's numbers, whatever its base: not finite, or nothing was trained."""
-    lora = {name: tensor for name, tensor in tensors.items() if LORA_PART.search(name)}
-    if not lora:
-        return ["no LoRA tensor in the weights"]
-    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    broken = [name for name, tensor in tensors.items() if name not in odd and not bool(tensor.isfinite().all())]
-    zero_a = [name for name, tensor in lora.items() if re.search(r"lora_(embedding_)?A", name) and not tensor.any()]
-    b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(embedding_)?B", name)]
-    faults = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
-    if broken:
-        faults.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
-    if zero_a:
-        faults.append(f"{len(zero_a)} lora_A hold only zeros (first {zero_a[0]}): lost in saving, they start random")
-    if b_parts and not any(bool(tensor.any()) for tensor in b_parts):
-        faults.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
-    return faults
-
-
-def lora_module(name: str) -> str | None:
-    """Name of the module in the base that a tensor of an adapter belongs to; None when it is no LoRA tensor."""
-    found = LORA_PART.search(name)
-    return name[: found.start()].removeprefix(KEY_PREFIX) if found else None
-
-
-def layout_hint(names: Iterable[str], modules: set[str]) -> str | None:
-    """What to do when an adapter's names differ from the base's modules by a leading `model.` alone."""
-    stored = {module for name in names if (module := lora_module(name))}
-    if not stored or stored & modules:
-        return None
-    for to, moved in (
-        ("native", {f"model.{name}" for name in stored}),
-        ("boson", {name.removeprefix("model.") for name in stored}),
-    ):
-        if moved <= modules:
-            return (
-                f"its keys have another layout than the base's (it says {min(stored)}, the base has {min(moved)}): "
-                f"convert it with `speechtune adapters convert PATH OUTPUT --to {to}`"
-            )
-    return None
-
-
 def describe_settings(settings: LoraSettings, pattern: str) -> dict[str, Any]:
     """What makes two adapters interchangeable for a resume."""
     return {
@@ -336,16 +242,5 @@ def describe_settings(settings: LoraSettings, pattern: str) -> dict[str, Any]:
         "rslora": settings.rslora,
         "dora": settings.dora,
         "modules_to_save": list(settings.modules_to_save),
+        "trainable_tokens": list(settings.trainable_tokens),
     }
-
-
-def stored_base(directory: Path) -> str | None:
-    """The base an adapter says it was trained on.
-
-    Raises:
-        AdapterError: no readable adapter_config.json.
-    """
-    try:
-        return json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{directory}/{CONFIG_NAME}: not readable: {error}") from None

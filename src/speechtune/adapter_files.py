@@ -21,15 +21,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from speechtune.adapter import (
+from speechtune.adapter import adapter_off, adapter_state, lora_b_norms
+from speechtune.checkpoint import ASIDE, CHECKPOINT, MANIFEST_NAME, STATE_NAME
+from speechtune.config import RunConfig
+from speechtune.errors import AdapterError, ConfigError
+from speechtune.families import create_family
+from speechtune.generate import load_model, model_config
+from speechtune.stored_adapter import (
     BIN_NAME,
     CONFIG_NAME,
     KEY_PREFIX,
     WEIGHTS_NAME,
     adapter_folder,
-    adapter_state,
     layout_hint,
-    lora_b_norms,
     lora_module,
     manifest_problems,
     read_config,
@@ -37,11 +41,6 @@ from speechtune.adapter import (
     value_faults,
     weights_file,
 )
-from speechtune.checkpoint import ASIDE, CHECKPOINT, MANIFEST_NAME, STATE_NAME
-from speechtune.config import RunConfig
-from speechtune.errors import AdapterError, ConfigError
-from speechtune.families import create_family
-from speechtune.generate import load_model, model_config
 
 Status = Literal["ok", "fault", "warning", "unchecked"]
 COLORS = {"ok": "green", "fault": "red", "warning": "yellow", "unchecked": "dim"}
@@ -103,7 +102,7 @@ def verify_adapter(path: Path, base: str | None = None, *, look_up_base: bool = 
             reason = "the base was not looked up" if named else "the adapter names no base; --base names one"
             checks.append(Check("base", "unchecked", reason))
         if base and all(check.status != "fault" for check in checks):
-            checks.append(_check_effect(model_config(base, None), directory))
+            checks.append(_check_effect(model_config(base, None, directory), directory))
     file = _weights_or_none(directory)
     return Verification(
         str(directory),
@@ -235,7 +234,7 @@ def _check_effect(config: RunConfig, directory: Path) -> Check:
     except AdapterError as error:
         return Check("effect", "fault", str(error))
     logits, _ = family.probe(model)
-    with cast(PeftModel, model).disable_adapter():
+    with adapter_off(cast(PeftModel, model)):
         difference = float((family.probe(model)[0] - logits).abs().max())
     if not difference > 0.0:  # also NaN
         return Check("effect", "fault", f"logits with and without the adapter differ by {difference}")

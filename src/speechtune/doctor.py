@@ -181,7 +181,7 @@ class Patient:
 
     def data(self) -> str:
         """The manifest reads, and its first samples encode."""
-        training, evaluation = load_sets(self.config)
+        training, evaluation = load_sets(self.config, self.family)
         chosen = training[:TRIED_SAMPLES]
         urls = self.config.data.allow_urls
         self._encoded = encode_samples(self.family, chosen, self.config.cache_dir, allow_urls=urls, quiet=True)
@@ -221,7 +221,7 @@ class Patient:
         """Save the weights verified, load the adapter onto a fresh base, compare logits."""
         with tempfile.TemporaryDirectory(prefix="speechtune-doctor-") as folder:
             saved = Path(folder) / "saved"
-            write_verified(saved, lambda aside: save_weights(self.model, aside, ""), model_tensors(self.model))
+            write_verified(saved, lambda aside: save_weights(self.model, aside, {}), model_tensors(self.model))
             if not self.config.lora.enabled:
                 return "the full model reads back bit for bit"
             trained, _ = self.family.probe(self.model.eval())

@@ -8,7 +8,7 @@ from torch import nn
 
 from speechtune.batching import evaluation_batches
 from speechtune.cache import EncodedSet
-from speechtune.ranks import sum_over_ranks
+from speechtune.ranks import sum_heads
 
 
 @torch.no_grad()
@@ -26,13 +26,13 @@ def evaluation_losses(
     family = eval_set.family
     was_training = objective.training
     objective.eval()
-    per_batch = []
+    sums, counts = [], []
     rank, ranks = accelerator.process_index, accelerator.num_processes
     for indices in evaluation_batches(eval_set.lengths, batch_size, rank, ranks):
         batch = family.collate([eval_set[i] for i in indices]).to(accelerator.device)
-        _, sums = objective(batch, dict.fromkeys(batch.target_counts, 1.0))
-        values = {head: float(value) for head, value in sums.items()}
-        per_batch.append(values | {f"{head} count": float(batch.target_counts[head]) for head in sums})
+        _, found = objective(batch, dict.fromkeys(batch.target_counts, 1.0))
+        sums.append({head: float(value) for head, value in found.items()})
+        counts.append({head: float(batch.target_counts[head]) for head in found})
     objective.train(was_training)
-    totals = sum_over_ranks(accelerator, per_batch, [n for head in family.heads for n in (head, f"{head} count")])
-    return {head: totals[head] / totals[f"{head} count"] for head in family.heads if totals[f"{head} count"]}
+    total, targets = (sum_heads(accelerator, values, family.heads) for values in (sums, counts))
+    return {head: value / targets[head] for head, value in total.items()}

@@ -14,11 +14,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from speechtune.adapter import CONFIG_NAME, KEY_PREFIX, read_tensors
 from speechtune.adapter_files import Verification, verify_adapter
 from speechtune.checkpoint import STATE_NAME, write_verified
 from speechtune.convert import layout_of, native_adapter, write_adapter
 from speechtune.errors import AdapterError
+from speechtune.stored_adapter import CONFIG_NAME, KEY_PREFIX, read_tensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 NOT_WEIGHTS = re.compile(r"optimizer|scheduler|rng_state|scaler|training_args")

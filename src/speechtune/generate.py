@@ -6,19 +6,21 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from speechtune.adapter import adapter_folder, load_adapter, stored_base
+from speechtune.adapter import load_adapter
 from speechtune.audio import write_wav
+from speechtune.base_recipe import check_base, read_recipe
 from speechtune.cache import encode_samples
 from speechtune.config import RunConfig, build_config
 from speechtune.errors import ConfigError
 from speechtune.families import create_family, family_of
 from speechtune.families.base import Family, GenerationOptions, Output, Sample
 from speechtune.precision import PrecisionPlan, plan_precision
+from speechtune.stored_adapter import adapter_folder, stored_base
 
 log = logging.getLogger("speechtune")
 
@@ -29,10 +31,19 @@ def model_config(model: str | None, codec: str | None, adapter: Path | None = No
     Raises:
         ConfigError: neither a model nor an adapter that names one.
     """
-    path = model or (stored_base(adapter_folder(adapter)) if adapter else None)
+    folder = adapter_folder(adapter) if adapter else None
+    recipe = read_recipe(folder) if folder else None
+    path = model or (stored_base(folder) if folder else None)
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
-    return build_config({"family": family_of(path), "model": {"path": path, "codec_path": codec}}, f"model {path}")
+    values: dict[str, Any] = {"path": path, "codec_path": codec}
+    lora = {}
+    if recipe:  # what the adapter was trained on, unless the caller says otherwise
+        given = {name: value for name, value in values.items() if value is not None}
+        same = {"path", "revision"} if model and model != recipe.model["path"] else set()
+        values = {name: value for name, value in recipe.model.items() if name not in same} | given
+        lora = {"trainable_tokens": recipe.trainable_tokens}
+    return build_config({"family": family_of(path), "model": values, "lora": lora}, f"model {path}")
 
 
 def load_model(config: RunConfig, adapter: Path | None, plan: PrecisionPlan | None = None) -> tuple[Family, nn.Module]:
@@ -46,7 +57,10 @@ def load_model(config: RunConfig, adapter: Path | None, plan: PrecisionPlan | No
     family = create_family(config)
     model = family.load(plan)
     if adapter is not None:
-        model = load_adapter(model, adapter_folder(adapter))
+        folder = adapter_folder(adapter)
+        if recipe := read_recipe(folder):
+            check_base(recipe, folder, family, model, plan)
+        model = load_adapter(model, folder)
     return family, model.eval()
 
 
@@ -60,16 +74,16 @@ def answer(
     batch_size: int = 8,
     allow_urls: bool = False,
 ) -> Iterator[Output]:
-    """Generate for samples in batches; their own target audio is not looked at."""
-    prompts = [replace(sample, audio=None) for sample in samples]
+    """Generate for samples in batches; their own answers are not looked at."""
+    prompts = [family.prompt(sample) for sample in samples]
     encoded = encode_samples(family, prompts, cache_dir, allow_urls=allow_urls)
+    started = time.monotonic()
     for first in range(0, len(prompts), batch_size):
-        started = time.monotonic()
         chosen = range(first, min(first + batch_size, len(prompts)))
         outputs = family.generate(model, [(prompts[i], encoded.features(i)) for i in chosen], options)
-        seconds = time.monotonic() - started
-        spoken = sum(output.audio.duration_seconds for output in outputs if output.audio)
-        log.info("%d/%d generated, %.2f s of audio in %.2f s", chosen[-1] + 1, len(prompts), spoken, seconds)
+        done, seconds = chosen[-1] + 1, time.monotonic() - started
+        left = seconds / done * (len(prompts) - done)
+        log.info("%d/%d generated, %.2f a second, %.0f s left", done, len(prompts), done / seconds, left)
         yield from outputs
 
 

@@ -39,11 +39,13 @@ def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> No
 
 
 def check_targets(batch: Batch, where: str) -> None:
-    """A batch must have targets for every head, or a loss is a constant.
+    """A batch must have targets, and for every head it names, or a loss is a constant.
 
     Raises:
         TrainingError: no target in the batch.
     """
+    if not batch.target_counts:
+        raise TrainingError(f"{where}: no target at all in the batch of samples {_some(batch.sample_ids)}")
     empty = [head for head, count in batch.target_counts.items() if count == 0]
     if empty:
         raise TrainingError(f"{where}: no target for {_some(empty)} in the batch of samples {_some(batch.sample_ids)}")

@@ -18,7 +18,8 @@ from speechtune.saving import RunState
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged."""
+    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged, `notes` are the
+    texts (by file name) that lie beside a saved adapter."""
 
     config: RunConfig
     family: Family
@@ -27,7 +28,7 @@ class Job:
     train_set: EncodedSet
     eval_set: EncodedSet | None
     identity: Mapping[str, Any]
-    model_card: str
+    notes: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from speechtune.fingerprint import checksums
 from speechtune.interruption import Interruption, ignore_signals
 from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
-from speechtune.ranks import sum_over_ranks
+from speechtune.ranks import sum_heads, sum_over_ranks
 from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
 from speechtune.schedule import learning_rate, make_optimizer
 from speechtune.tracking import EvaluationRecord, Record, Tracker, log, log_details
@@ -137,10 +137,11 @@ class Run:
         where = f"step {step + 1}"
         for batch in batches:
             guards.check_targets(batch, where)
-        counts = self._sum([{head: float(n) for head, n in b.target_counts.items()} for b in batches])
+        heads = self.job.family.heads
+        counts = sum_heads(self.accelerator, [batch.target_counts for batch in batches], heads)
         self.optimizer.zero_grad(set_to_none=True)
         per_batch = [self._backward(batch, counts, where, last=batch is batches[-1]) for batch in batches]
-        sums = self._sum([{h: float(v) for h, v in sums.items()} for sums in per_batch])
+        sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
         losses = {head: value / counts[head] for head, value in sums.items()}
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
         ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
@@ -220,9 +221,7 @@ class Run:
         job, step, best = self.job, self.state.step, self.state.best_step
         directory = self._checkpoint(step)
         parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
-        publish = checkpoint_writer(
-            directory, *parts, job.family.save_assets, job.model_card, copy=self.config.lora.enabled
-        )
+        publish = checkpoint_writer(directory, *parts, job.family.save_assets, job.notes, copy=self.config.lora.enabled)
 
         def save() -> None:
             twice(publish)

@@ -84,7 +84,7 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     num_rows = 0
     for row in iterate_rows(path):
         num_rows += 1
-        context = Context(row, _sample_id(row, stem), folder, config)
+        context = Context(row, row_id(row, stem), folder, config)
         sample = read_row(context)
         first = first_row.setdefault(context.sample_id, row.number)
         if first != row.number:
@@ -182,32 +182,51 @@ def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = N
     """
     result = read_samples(path, config)
     deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding
-    faults = result.faults + check_audio(result.samples, config, deep=deep).faults
+    faults = check_audio(result.samples, config, deep=deep).faults
+    return borrow_references(keep_sound(path, result, faults, config, quarantine_dir, iterate_rows(path)))
+
+
+def keep_sound(
+    path: Path,
+    result: ReadResult,
+    audio_faults: Sequence[Fault],
+    config: DataConfig,
+    quarantine_dir: Path | None,
+    rows: Iterable[Row],
+) -> list[Sample]:
+    """The samples without faults: all of them, or with `config.on_error` "quarantine" what is left of them.
+
+    The quarantine file gets the contents of the faulty ones among `rows`, which are read only when there are any;
+    a fault of no row is looked up by its source.
+
+    Raises:
+        ManifestError: as `load_samples`.
+    """
+    faults = sorted([*result.faults, *audio_faults], key=lambda fault: fault.row)
     for note in result.notes:
         logger.warning("%s: %s", path, note)
     if not faults:
         return result.samples
-    faults.sort(key=lambda fault: fault.row)
     bad_rows = {fault.row for fault in faults if fault.row}
     kept = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
-    share = len(bad_rows) / max(result.num_rows, 1)
-    head = f"{path}: {len(faults)} fault(s) in {len(bad_rows)} of {result.num_rows} rows"
+    num_bad = result.num_rows - len(kept)
+    head = f"{path}: {len(faults)} fault(s) in {num_bad} of {result.num_rows} rows"
     if config.on_error == "fail":
         raise _error(f"{head}; mend them, or set data.on_error=quarantine", faults)
     folder = quarantine_dir or (path if path.is_dir() else path.parent)
     target = folder / f"quarantine-{path.resolve().stem}.jsonl"
     try:
-        _write_quarantine(target, path, faults)
+        _write_quarantine(target, rows, faults)
     except OSError as error:
         raise _error(f"{head}; the quarantine file {target} cannot be written: {error.strerror}", faults) from None
     if any(fault.code == UNREADABLE_REST for fault in faults):
         raise _error(f"{head}; the file breaks off, so the number of rows is unknown", faults)
+    share = num_bad / max(result.num_rows, 1)
     if share > config.quarantine_limit:
         limit = f"{share:.1%} exceeds data.quarantine_limit ({config.quarantine_limit:.1%})"
         raise _error(f"{head}; {limit}; see {target}", faults)
     if not kept:
         raise _error(f"{head}; no sample is left; see {target}", faults)
-    kept = borrow_references(kept)
     logger.warning("QUARANTINE: %s; %d samples are left; see %s", head, len(kept), target)
     return kept
 
@@ -230,7 +249,8 @@ def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tupl
     return [sample for sample in samples if sample.id not in held], [s for s in samples if s.id in held]
 
 
-def _sample_id(row: Row, stem: str) -> str:
+def row_id(row: Row, stem: str) -> str:
+    """The id a row gives itself, else the stem of its file and its number."""
     value = row.value if isinstance(row.value, dict) else {}
     misc = value.get("misc")
     for given in (value.get("id"), misc.get("id") if isinstance(misc, dict) else None):
@@ -295,19 +315,20 @@ def _error(head: str, faults: list[Fault]) -> ManifestError:
     return ManifestError("\n".join([head, *lines]), tuple(faults))
 
 
-def _write_quarantine(target: Path, path: Path, faults: list[Fault]) -> None:
+def _write_quarantine(target: Path, rows: Iterable[Row], faults: list[Fault]) -> None:
     """Append the faulty rows as they stand in the manifest; a rerun adds only what is new."""
-    by_row: defaultdict[int, list[Fault]] = defaultdict(list)
+    by_row: defaultdict[int | str, list[Fault]] = defaultdict(list)
     for fault in faults:
-        by_row[fault.row].append(fault)
+        by_row[fault.row or fault.source].append(fault)
     target.parent.mkdir(parents=True, exist_ok=True)
     known = set(target.read_text(encoding="utf-8").splitlines()) if target.exists() else set()
     lines: list[str] = []
-    for row in iterate_rows(path):
-        if row.number not in by_row:
+    for row in rows:
+        found = by_row.get(row.number or row.source)
+        if not found:
             continue
-        record: dict[str, Any] = {"source": row.source, "row": row.number, "id": by_row[row.number][0].sample_id}
-        record["faults"] = [{"code": fault.code, "message": fault.message} for fault in by_row[row.number]]
+        record: dict[str, Any] = {"source": row.source, "row": row.number, "id": found[0].sample_id}
+        record["faults"] = [{"code": fault.code, "message": fault.message} for fault in found]
         record["content"] = row.raw if row.value is None else row.value
         if (line := json.dumps(record)) not in known:  # ASCII: lone surrogates must survive
             lines.append(line + "\n")

@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from speechtune import __version__
-from speechtune.adapter import CONFIG_NAME, adapter_folder, load_adapter, weights_file
+from speechtune.adapter import adapter_off, load_adapter
 from speechtune.adapter_files import training_step
+from speechtune.base_recipe import check_base, read_recipe
 from speechtune.checkpoint import check_writable, write_verified
 from speechtune.config import RunConfig
 from speechtune.convert import native_adapter
@@ -33,6 +34,8 @@ from speechtune.families.base import Family
 from speechtune.fingerprint import file_sha256, folder_fingerprint
 from speechtune.generate import model_config
 from speechtune.precision import PrecisionPlan
+from speechtune.saving import model_tensors
+from speechtune.stored_adapter import CONFIG_NAME, adapter_folder, weights_file
 
 log = logging.getLogger("speechtune")
 
@@ -103,6 +106,8 @@ def merge(
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
     facts = provenance(config, base, adapter)
+    if recipe := read_recipe(adapter_folder(adapter)):
+        check_base(recipe, adapter, family, base, MERGE_PLAN)
     with native_adapter(adapter) as native:
         model = load_adapter(base, native).eval()
     merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
@@ -120,7 +125,7 @@ def merge(
             family.save_assets(aside)
         (aside / "merge_info.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
-    write_verified(output, write, merged.state_dict())
+    write_verified(output, write, model_tensors(merged))
     log.info(
         "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g",
         output,
@@ -140,7 +145,7 @@ def merge_checked(
     """
     logits, rows = family.probe(model, GREEDY_STEPS)
     on = _text_logits(model, text[1]) if text else None
-    with model.disable_adapter():
+    with adapter_off(model):
         effect = float((family.probe(model)[0] - logits).abs().max())
         off = _text_logits(model, text[1]) if text else None
     if not effect > 0.0:  # also NaN

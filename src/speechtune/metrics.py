@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-FIELDS = ("accuracy", "fluency", "prosodic", "total")
+from speechtune.assessment import SCORE_FIELDS as FIELDS
+
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 CHUNK_ELEMENTS = 2_000_000  # indices drawn at once by the bootstrap

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -46,6 +49,17 @@ def require_sound(place: str, option: str) -> None:
     if problems:
         listed = "; ".join(map(str, problems))
         raise ConfigError(f"{option}={place}: {listed}; download these files again")
+
+
+def copy_files(place: str, revision: str | None, patterns: Sequence[str], directory: Path) -> None:
+    """Copy the files of a model folder or hub id that match one of the patterns."""
+    source = Path(place)
+    if not source.is_dir():
+        source = Path(snapshot_download(place, revision=revision, allow_patterns=list(patterns)))
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
 
 
 def hub_commit(repository: str, revision: str | None) -> str:

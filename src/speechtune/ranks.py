@@ -10,6 +10,15 @@ import torch
 from accelerate import Accelerator
 
 
+def sum_heads(
+    accelerator: Accelerator, per_batch: Sequence[Mapping[str, float]], heads: Sequence[str]
+) -> dict[str, float]:
+    """Add up per-head numbers over batches and ranks; a head that no batch of any rank had is left out."""
+    seen = [{head: value, f"{head} seen": 1.0} for values in per_batch for head, value in values.items()]
+    totals = sum_over_ranks(accelerator, seen, [name for head in heads for name in (head, f"{head} seen")])
+    return {head: totals[head] for head in heads if totals[f"{head} seen"]}
+
+
 def sum_over_ranks(
     accelerator: Accelerator, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
 ) -> dict[str, float]:

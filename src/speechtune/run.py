@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,22 +27,23 @@ from speechtune.adapter import (
     describe_settings,
     freeze,
     frozen,
-    lora_b_norms,
     matching_modules,
     save_lora_adapters,
     target_pattern,
     trainable,
 )
+from speechtune.base_recipe import describe_base
 from speechtune.cache import EncodedSet, encode_samples
 from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
+from speechtune.datasets import load_samples, split_validation
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
-from speechtune.fingerprint import tensors_fingerprint
+from speechtune.fingerprint import checksums, tensors_fingerprint
 from speechtune.loop import Job, Run, TrainResult
-from speechtune.manifest import load_samples, split_samples
 from speechtune.precision import plan_precision
+from speechtune.save_adapters import RECIPE_NAME
 from speechtune.saving import ADAM_MOMENTS, write_state
 from speechtune.tracking import configure_logging, flatten
 
@@ -100,8 +101,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def load_sets(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
-    """Read, check and split the data of a run into training and evaluation samples.
+def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sample]]:
+    """Read, check and split the data of a run into what the family makes training and evaluation samples of.
 
     Raises:
         ConfigError: no training data named.
@@ -110,16 +111,21 @@ def load_sets(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
     data = config.data
     if data.train is None:
         raise ConfigError("data.train: required for this, but not given")
-    samples = load_samples(data.train, data, config.output_dir)
+    training, evaluation = _split(config, load_samples(data.train, data, config.output_dir))
+    return family.expand(training), family.expand(evaluation)
+
+
+def _split(config: RunConfig, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    data = config.data
     if not config.evaluate.enabled:
         if data.validation_split or data.eval:
             log.info("evaluation is off: all %d samples are trained on, data.eval is not read", len(samples))
         return samples, []
     if data.validation_split > 0:
-        training, held_out = split_samples(samples, data.validation_split, config.train.seed)
+        training, held_out = split_validation(samples, data.validation_split, config.train.seed)
         log.info("validation_split %g holds out %d of %d samples", data.validation_split, len(held_out), len(samples))
         return training, held_out
-    return samples, load_samples(data.eval, data, config.output_dir) if data.eval else []
+    return samples, load_samples(data.eval, data, config.output_dir, "test") if data.eval else []
 
 
 def encode_sets(
@@ -159,14 +165,16 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if lora.enabled:  # before hours of encoding: the base is there, and the targets match
         matching_modules(family.skeleton(), target_pattern(family, lora))
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
-    training, evaluation = load_sets(config)
+    training, evaluation = load_sets(config, family)
     ranks = accelerator.num_processes
     shard = (accelerator.process_index, ranks) if ranks > 1 else None
     train_set, *eval_sets = encode_sets(config, family, [training, evaluation] if evaluation else [training], shard)
     accelerator.wait_for_everyone()
     model = family.load(plan)
     base_fingerprint = tensors_fingerprint(model.named_parameters())
+    notes = {"README.md": model_card(config, family, train_set)}
     if lora.enabled:
+        notes[RECIPE_NAME] = describe_base(config, family, model, plan).to_json()
         model = apply_lora(model, family, lora, config.train.seed)
     elif config.train.freeze:
         freeze(model, config.train.freeze)
@@ -185,8 +193,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
         check_writable(config.output_dir, trained * (1 + ADAM_MOMENTS))
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
-    card = model_card(config, train_set)
-    return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, card)
+    return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, notes)
 
 
 def run_training(config: RunConfig) -> Outcome:
@@ -197,9 +204,9 @@ def run_training(config: RunConfig) -> Outcome:
     """
     accelerator = start_accelerator(config)
     job = prepare(config, accelerator)
-    frozen_before = tensors_fingerprint(frozen(job.model))
+    frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     result = Run(job, accelerator).train()
-    proof = prove(job.model, tensors_fingerprint(frozen(job.model)) == frozen_before)
+    proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
     if accelerator.is_main_process and result.signal is None:
         finish(job, result, proof)
     accelerator.wait_for_everyone()
@@ -207,28 +214,32 @@ def run_training(config: RunConfig) -> Outcome:
     return Outcome(result, proof, job)
 
 
-def prove(model: nn.Module, base_unchanged: bool) -> Proof:
-    """Measure the proof on a trained model.
+def lora_b_checksums(model: nn.Module) -> dict[str, str]:
+    """Checksum of every lora_B of the adapter that is trained; empty for a full model."""
+    state = adapter_state(model) if isinstance(model, PeftModel) else {}
+    return checksums({name: tensor for name, tensor in state.items() if "lora_B" in name})
+
+
+def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: bool) -> Proof:
+    """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step.
 
     Raises:
         TrainingError: the frozen base changed, or no lora_B moved.
     """
-    norms = lora_b_norms(adapter_state(model)) if isinstance(model, PeftModel) else {}
-    moved = sum(norm > 0 for norm in norms.values())
-    if norms and not moved:
-        raise TrainingError(f"all {len(norms)} lora_B are still zero after training: the adapter does nothing")
+    after = lora_b_checksums(model)
+    moved = sum(adapter_before[name] != now for name, now in after.items())
+    if after and not moved:
+        raise TrainingError(f"all {len(after)} lora_B are after training what they were before: nothing was learnt")
     if not base_unchanged:
         raise TrainingError("the frozen base changed during training: the adapter would not fit the original base")
-    return Proof(len(norms), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
+    return Proof(len(after), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
 
 
 def finish(job: Job, result: TrainResult, proof: Proof) -> None:
     """Write `lora_adapters/` (with LoRA) and the run's trainer state."""
     output_dir = job.config.output_dir
     if isinstance(job.model, PeftModel):
-        save_lora_adapters(
-            job.model, output_dir / "lora_adapters", model_card=job.model_card, save_embedding_layers=False
-        )
+        save_lora_adapters(job.model, output_dir / "lora_adapters", notes=job.notes, save_embedding_layers=False)
     write_state(output_dir / STATE_NAME, result.state)
     summary = {
         "speechtune": __version__,
@@ -253,7 +264,7 @@ def show_counts(model: nn.Module, family: Family, console: Console | None = None
     (console or Console(stderr=True)).print(table)
 
 
-def model_card(config: RunConfig, train_set: EncodedSet) -> str:
+def model_card(config: RunConfig, family: Family, train_set: EncodedSet) -> str:
     """README.md of an adapter in the hub's form."""
     lora, base = config.lora, config.model.path
     local = Path(base).exists()
@@ -263,7 +274,7 @@ def model_card(config: RunConfig, train_set: EncodedSet) -> str:
         "---",
         "library_name: peft",
         *([] if local else [f"base_model: {base}"]),
-        "pipeline_tag: text-to-speech",
+        f"pipeline_tag: {family.pipeline_tag}",
         "tags:",
         "- lora",
         "- speechtune",
@@ -274,7 +285,7 @@ def model_card(config: RunConfig, train_set: EncodedSet) -> str:
         f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets `{lora.targets}`,",
         f"learning rate {config.train.learning_rate:g}, seed {config.train.seed}.",
         "",
-        "Load it with `PeftModel.from_pretrained(base, folder)`. Clone a voice only with its owner's consent.",
+        f"Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,8 @@ log = logging.getLogger("speechtune")
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
-ADAPTER_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, MANIFEST_NAME, "adapter_model.bin"})
+RECIPE_NAME = "base_recipe.json"
+ADAPTER_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, MANIFEST_NAME, "adapter_model.bin"})
 COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
 SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
 NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"
@@ -34,6 +35,7 @@ def save_lora_adapters(
     *,
     replace: bool = True,
     model_card: str | None = None,
+    notes: Mapping[str, str] | None = None,
     allow_untrained: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool | None = None,
@@ -45,6 +47,7 @@ def save_lora_adapters(
         output_dir: the adapter's own folder; it appears only when complete.
         replace: put it in the place of an older adapter; a folder holding anything else is never replaced.
         model_card: text of README.md (default: PEFT's card).
+        notes: further texts to lie beside the weights, by file name.
         allow_untrained: accept an adapter whose every lora_B is still zero.
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
         is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
@@ -69,10 +72,11 @@ def save_lora_adapters(
         embeddings = len(state) > len(named_state(peft_model, name, False))
         _check_state(state, allow_untrained)
         _prepare_place(directory, state, replace)
+        texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
         write_verified(
             directory,
-            lambda aside: _write(peft_model, name, aside, embeddings, tensors.keys() != state.keys(), model_card),
+            lambda aside: _write(peft_model, name, aside, embeddings, tensors.keys() != state.keys(), texts),
             tensors,
             replace=replace,
         )
@@ -209,7 +213,7 @@ def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: 
 
 
 def _write(
-    peft_model: PeftModel, name: str, aside: Path, embeddings: bool, renamed: bool, model_card: str | None
+    peft_model: PeftModel, name: str, aside: Path, embeddings: bool, renamed: bool, texts: Mapping[str, str]
 ) -> None:
     try:
         peft_model.save_pretrained(str(aside), selected_adapters=[name], save_embedding_layers=embeddings)
@@ -224,5 +228,5 @@ def _write(
         stored = load_file(aside / WEIGHTS_NAME)
         plain = {key.replace(COMPILED_PART, ""): tensor for key, tensor in stored.items()}
         save_file(plain, aside / WEIGHTS_NAME, metadata={"format": "pt"})
-    if model_card is not None:
-        (aside / CARD_NAME).write_text(model_card, encoding="utf-8")
+    for file_name, text in texts.items():
+        (aside / file_name).write_text(text, encoding="utf-8")

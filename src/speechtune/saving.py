@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from speechtune.adapter import WEIGHTS_NAME, adapter_state, trainable
+from speechtune.adapter import ADAPTER, adapter_state, trainable
 from speechtune.checkpoint import (
     STATE_NAME,
     check_writable,
@@ -28,6 +28,7 @@ from speechtune.checkpoint import (
     write_verified,
 )
 from speechtune.errors import CheckpointError
+from speechtune.stored_adapter import WEIGHTS_NAME
 
 log = logging.getLogger("speechtune")
 
@@ -59,16 +60,25 @@ def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = N
     """
     if isinstance(model, PeftModel):
         return adapter_state(model, state)
-    return dict(model.state_dict() if state is None else state)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}  # a tied head is saved once, under the embedding's name
+    tensors = model.state_dict() if state is None else state
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def save_weights(
-    model: nn.Module, directory: Path, model_card: str, state: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module, directory: Path, notes: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a model's adapter, or the full model, into an existing folder; `state` as for `model_tensors`."""
+    """Write a model's adapter with its notes (texts by file name), or the full model, into an existing folder.
+
+    `state` as for `model_tensors`.
+    """
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=state)
-        (directory / "README.md").write_text(model_card, encoding="utf-8")
+        model.save_pretrained(
+            str(directory), save_embedding_layers=False, state_dict=state, selected_adapters=[ADAPTER]
+        )
+        for name, text in notes.items():
+            (directory / name).write_text(text, encoding="utf-8")
     else:
         cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
 
@@ -82,7 +92,7 @@ def checkpoint_writer(
     state: RunState,
     config_yaml: str,
     write_extras: Callable[[Path], None],
-    model_card: str,
+    notes: Mapping[str, str],
     *,
     copy: bool,
 ) -> Callable[[], Path]:
@@ -90,14 +100,16 @@ def checkpoint_writer(
 
     With `copy` what is trained is copied now, and the function may run while training goes on.
     """
-    weights = cpu_copy(trainable(model)) if copy else None
+    # PEFT stores the buffers of modules_to_save with them
+    buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
+    weights = cpu_copy(trainable(model) | buffers) if copy else None
     optimizer_state = cpu_copy(optimizer.state_dict()) if copy else optimizer.state_dict()
     scaler_state = scaler.state_dict()
     tensors = model_tensors(model, weights)
     bytes_needed = bytes_of_save(tensors.values(), optimizer)
 
     def write(aside: Path) -> None:
-        save_weights(model, aside, model_card, weights)
+        save_weights(model, aside, notes, weights)
         torch.save({"optimizer": optimizer_state, "scaler": scaler_state}, aside / OPTIMIZER_NAME)
         torch.save(rng_states, aside / RNG_NAME)
         write_state(aside / STATE_NAME, state)

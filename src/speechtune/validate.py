@@ -17,16 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from speechtune.config import DataConfig
+from speechtune.datasets import Source, find_source, read_source
 from speechtune.families.base import AudioRef, Sample
 from speechtune.manifest import Fault, Progress, check_audio, read_samples
 from speechtune.rows import printable
-from speechtune.speechocean import (
-    SCORE_FIELDS,
-    SPLITS,
-    find_long_clips,
-    is_speechocean,
-    read_speechocean,
-)
+from speechtune.speechocean import find_long_clips
+from speechtune.speechocean_labels import SCORE_FIELDS, Split
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
 """Lower edges of the duration histogram; the last bin is open."""
@@ -57,13 +53,15 @@ class Report:
 
 
 def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progress | None = None) -> Report:
-    """Read a manifest and check its audio: headers, or with `deep` every decoded sample.
+    """Read data of any kind and check its audio: headers, or with `deep` every decoded sample.
 
     Raises:
         ManifestError: there is no such file, or it is of no known layout.
+        ModuleNotFoundError: pyarrow, which the hub's copy of Speechocean762 needs, is not installed.
     """
-    if is_speechocean(path):
-        return _validate_speechocean(path, config, deep, progress)
+    source = find_source(path)
+    if source is not None:
+        return _validate_pronunciation(path, source, config, deep, progress)
     result = read_samples(path, config)
     check = check_audio(result.samples, config, deep, progress)
     faults = sorted(result.faults + check.faults, key=lambda fault: fault.row)
@@ -98,8 +96,8 @@ def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -
 def label_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counts of utterances, words, phones and errors, score histograms, and speakers by gender and age in years.
 
-    `samples` from `read_speechocean`. `prevalence` is the share of phones with an annotated mispronunciation; scores
-    are binned to whole numbers, downwards.
+    `samples` with `labels`, as `read_speechocean` gives them. `prevalence` is the share of phones with an annotated
+    mispronunciation; scores are binned to whole numbers, downwards.
     """
     words = [word for sample in samples for word in sample.extra["labels"]["words"]]
     phones = Counter(phone for word in words for phone in word["phones"])
@@ -147,6 +145,8 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(f"{name} ({len(groups)})", Text("\n".join(lines)))
     lines = [f"{name:>9} s: {count}" for name, count in values["duration_histogram"].items() if count]
     table.add_row("durations", Text("\n".join(lines)))
+    if "tasks" in values:
+        table.add_row("tasks", Text("\n".join(f"{task}: {count}" for task, count in values["tasks"].items())))
     for split, labels in values.get("pronunciation", {}).items():
         table.add_row(split, Text("\n".join(_label_lines(labels))))
     console.print(table)
@@ -166,19 +166,27 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"... and {len(report.faults) - _FAULTS_SHOWN} more; in all: {counts}"))
 
 
-def _validate_speechocean(path: Path, config: DataConfig, deep: bool, progress: Progress | None) -> Report:
-    results = {split: read_speechocean(path, split, config, headers=False) for split in SPLITS}
+def _validate_pronunciation(
+    path: Path, source: Source, config: DataConfig, deep: bool, progress: Progress | None
+) -> Report:
+    # a parquet file that names no split is read as training data
+    splits: tuple[Split | None, ...] = source.splits or (None if source.format == "jsonl" else "train",)
+    results = {split: read_source(source, split, config) for split in splits}
     samples = [sample for result in results.values() for sample in result.samples]
     check = check_audio(samples, config, deep, progress)
     faults = [fault for result in results.values() for fault in result.faults] + check.faults
     faults += find_long_clips(samples, check.durations, config)
-    faults += _overlaps(results["train"].samples, results["test"].samples)
+    if "train" in results and "test" in results:
+        faults += _overlaps(results["train"].samples, results["test"].samples)
     bad = {(fault.source, fault.sample_id) for fault in faults}
     sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
     values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
-    values["pronunciation"] = {
-        split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in SPLITS
-    }
+    if source.format == "jsonl":
+        values["tasks"] = dict(Counter(sample.extra["task"] for sample in sound))
+    else:
+        values["pronunciation"] = {
+            split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in results
+        }
     return Report(path, faults, values, [note for result in results.values() for note in result.notes])
 
 

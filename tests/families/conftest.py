@@ -1,15 +1,20 @@
-"""Fixtures of the Higgs Audio v2 tests: two real utterances, and a model that has learnt them by heart."""
+"""Fixtures of the family tests: per family a tiny base, real utterances, and a model that has learnt them by heart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import phi4_cases
 import pytest
 from higgs_cases import Case, family_on, make_case, train
 from transformers import AutoTokenizer, DacFeatureExtractor, HiggsAudioV2Processor, PreTrainedTokenizerBase
 
 from helpers import DemoClip
+from speechtune.families import tiny_phi4
+from speechtune.families.base import Sample
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
+from speechtune.run import Outcome, run_training
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +60,36 @@ def native_processor(tiny_family: HiggsAudioV2Family, tokenizer: PreTrainedToken
 
     extractor = DacFeatureExtractor(sampling_rate=24_000, hop_length=1)
     return Processor(extractor, tokenizer, tiny_family.codec.model)
+
+
+@pytest.fixture(scope="session")
+def phi4_samples(demo_clips: list[DemoClip]) -> list[Sample]:
+    """Eight pieces of real speech of different lengths, each with both tasks."""
+    return phi4_cases.samples_of(demo_clips[:8])
+
+
+@pytest.fixture(scope="session")
+def phi4_base(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoClip]) -> Path:
+    """A tiny Phi-4-multimodal with a speech LoRA beside it; do not write to it."""
+    folder = tmp_path_factory.mktemp("phi4") / "base"
+    texts = [clip.text for clip in demo_clips[:8]]
+    tiny_phi4.make_model(folder, texts, output_scale=10.0, speech_lora_rank=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phi4_family(phi4_base: Path) -> Phi4MultimodalFamily:
+    """The family on the tiny base, its speech LoRA merged."""
+    return phi4_cases.family_on(phi4_base)
+
+
+@pytest.fixture(scope="session")
+def phi4_rows(tmp_path_factory: pytest.TempPathFactory, phi4_samples: list[Sample]) -> Path:
+    """The samples as JSONL."""
+    return phi4_cases.write_rows(tmp_path_factory.mktemp("phi4-data") / "rows.jsonl", phi4_samples)
+
+
+@pytest.fixture(scope="session")
+def phi4_run(tmp_path_factory: pytest.TempPathFactory, phi4_base: Path, phi4_rows: Path) -> Outcome:
+    """A run that has learnt all samples by heart with LoRA; do not write to its folder."""
+    return run_training(phi4_cases.run_config(tmp_path_factory.mktemp("phi4-run"), phi4_base, phi4_rows))

@@ -50,7 +50,7 @@ def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 def save_adapter(model: PeftModel, folder: Path) -> Path:
     """Save as a run does."""
-    return write_verified(folder, lambda aside: save_weights(model, aside, "card"), model_tensors(model))
+    return write_verified(folder, lambda aside: save_weights(model, aside, {"README.md": "card"}), model_tensors(model))
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,13 @@ from torch import nn
 
 import speechtune.run
 from helpers import DemoClip
-from speechtune.adapter import apply_lora, trainable
+from speechtune.adapter import apply_lora, plain_model, trainable
 from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.cli import main as command_line
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families.base import Batch, Encoded, Losses, Sample
-from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family, base_model
+from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
 from speechtune.loop import Run
 from speechtune.precision import PrecisionPlan
 from speechtune.run import prepare, run_training, start_accelerator
@@ -124,7 +124,7 @@ def test_an_adapter_that_was_frozen(configure: Callable[..., RunConfig], monkeyp
 
 def test_a_base_that_is_trained_along(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume that forgot to freeze the base trained all of it, and saved an adapter that fitted nothing."""
-    use_after_lora(monkeypatch, lambda model: base_model(model).model.norm.requires_grad_(True))
+    use_after_lora(monkeypatch, lambda model: plain_model(model).model.norm.requires_grad_(True))
     stopped(configure(), "1 parameters of the base", "base_model.model.model.norm.weight", "modules_to_save")
 
 
@@ -155,7 +155,7 @@ class BrokenEmbedding(HiggsAudioV2Family):
         model = super().load(plan)
         letter = self.tokenizer(RARE, add_special_tokens=False)["input_ids"][0]
         with torch.no_grad():
-            base_model(model).get_input_embeddings().weight[letter, 0] = float("nan")
+            plain_model(model).get_input_embeddings().weight[letter, 0] = float("nan")
         return model
 
 
@@ -280,7 +280,7 @@ def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig], mo
     """Buffers or weights written to in a forward pass: the adapter would belong to a base that nobody has."""
 
     def write(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
-        base_model(model).model.norm.weight.data[0] += 1e-3
+        plain_model(model).model.norm.weight.data[0] += 1e-3
         return value
 
     use_family(monkeypatch, lambda config: FaultyLoss(config, write))

@@ -18,10 +18,13 @@ SMALLEST = {"family": "higgs_audio_v2", "model": {"path": "base"}}
 # CHANGELOG.md.
 OPTIONS = """\
 family output_dir
-model.path model.revision model.codec_path model.codec_revision model.attention
-data.train data.eval data.validation_split data.audio_root data.allow_urls data.min_seconds data.max_seconds
+model.path model.revision model.codec_path model.codec_revision model.speech_lora model.speech_lora_path
+model.attention
+data.train data.eval data.validation_split data.tasks data.star_policy data.audio_root data.allow_urls data.min_seconds
+data.max_seconds
 data.on_error data.quarantine_limit data.cache_dir
 lora.enabled lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save
+lora.trainable_tokens
 train.epochs train.max_steps train.batch_size train.accumulation train.learning_rate train.schedule train.warmup_steps
 train.weight_decay train.betas train.eps train.max_grad_norm train.gradient_checkpointing train.precision
 train.head_weights train.group_by_length train.freeze train.seed train.workers

@@ -57,7 +57,7 @@ class Trained:
         state = RunState(step=step, total_steps=9, epoch=0.5, identity=IDENTITY)
         parts = (self.model, self.optimizer, self.scaler, [rng_state()], state, "family: x\n")
         copy = isinstance(self.model, PeftModel)
-        return checkpoint_writer(directory, *parts, lambda folder: None, "card", copy=copy)
+        return checkpoint_writer(directory, *parts, lambda folder: None, {"README.md": "card"}, copy=copy)
 
     def save(self, directory: Path) -> Path:
         return self.writer(directory)()

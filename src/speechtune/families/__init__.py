@@ -10,8 +10,13 @@ from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families.base import Family
 
-FAMILIES = {"higgs_audio_v2": "HiggsAudioV2Family"}
-MODEL_TYPES = {"higgs_audio_v2": "higgs_audio_v2", "higgs_audio": "higgs_audio_v2"}
+FAMILIES = {"higgs_audio_v2": "HiggsAudioV2Family", "phi4_multimodal": "Phi4MultimodalFamily"}
+MODEL_TYPES = {
+    "higgs_audio_v2": "higgs_audio_v2",
+    "higgs_audio": "higgs_audio_v2",
+    "phi4_multimodal": "phi4_multimodal",
+    "phi4mm": "phi4_multimodal",  # refused there, with the way out
+}
 
 
 def create_family(config: RunConfig) -> Family:

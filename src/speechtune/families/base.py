@@ -156,6 +156,10 @@ class Family(Protocol):
     """Names of the losses, in the order they are shown."""
     sampling_rate: int
     """Rate in Hz at which `encode_audio` wants its audio."""
+    pipeline_tag: str
+    """The hub's name for what a model of the family does."""
+    card_note: str
+    """A sentence for the model card of an adapter."""
     lora_presets: Mapping[str, str]
     """Preset name -> regex over module names; the key "default" names the one used when none is given."""
 
@@ -174,6 +178,27 @@ class Family(Protocol):
 
     def tower(self, parameter_name: str) -> str:
         """Name the part of the model a parameter belongs to, for tables."""
+        ...
+
+    @property
+    def initial_adapter(self) -> Path | None:
+        """Folder of the adapter whose weights a new one starts from; None for a fresh start."""
+        ...
+
+    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
+        """Embedding module -> the rows of control tokens to be trained; empty for none."""
+        ...
+
+    def recipe(self) -> dict[str, Any]:
+        """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""
+        ...
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        """What is trained on: the samples, or several of each where one gives more than one thing to learn."""
+        ...
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The sample as a question: without the answer that training learns."""
         ...
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:

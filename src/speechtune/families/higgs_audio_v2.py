@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from speechtune.adapter import plain_model
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample
@@ -34,7 +34,7 @@ from speechtune.families.higgs_codec import HiggsCodec
 from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, pad_inputs, render_prompt, row_labels, undelay
 from speechtune.families.higgs_legacy import is_legacy, legacy_config, load_legacy
 from speechtune.fingerprint import folder_fingerprint
-from speechtune.model_files import hub_commit, require_sound
+from speechtune.model_files import copy_files, hub_commit, require_sound
 from speechtune.precision import PrecisionPlan
 
 log = logging.getLogger("speechtune")
@@ -60,6 +60,8 @@ class HiggsAudioV2Family:
     name = "higgs_audio_v2"
     heads: tuple[str, ...] = ("audio", "text")
     sampling_rate = 24_000
+    pipeline_tag = "text-to-speech"
+    card_note = "Clone a voice only with its owner's consent."
     lora_presets: Mapping[str, str] = {
         "default": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
         "attention": r".*\.self_attn\.(q|k|v|o)_proj",
@@ -200,7 +202,27 @@ class HiggsAudioV2Family:
                 return tower
         return "norms"
 
+    initial_adapter = None
+
+    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
+        """None: the prompts have no control tokens of their own."""
+        if tokens:
+            raise ConfigError(f"lora.trainable_tokens: {self.name} has no control tokens to train")
+        return {}
+
+    def recipe(self) -> dict[str, Any]:
+        """Nothing is done to the base."""
+        return {}
+
     # -- data ------------------------------------------------------------------------------------------------------
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples as they are."""
+        return list(samples)
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The sample without its target audio."""
+        return replace(sample, audio=None)
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
         """References first, then the target, as they stand in the prompt."""
@@ -289,7 +311,7 @@ class HiggsAudioV2Family:
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per head, with the heads applied only where a target is."""
-        base = base_model(model)
+        base = cast(Any, plain_model(model))
         inputs = batch.inputs
         hidden_ND = base.model(
             **{name: inputs[name] for name in FORWARD_INPUTS}, use_cache=False
@@ -321,7 +343,7 @@ class HiggsAudioV2Family:
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         generator = cast(Any, model)
         for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
-            vars(base_model(model).generation_config).setdefault(name, None)
+            vars(cast(Any, plain_model(model)).generation_config).setdefault(name, None)
         torch.manual_seed(options.seed)
         cap = options.max_new_tokens or MAX_NEW_TOKENS
         rows = generator.generate(
@@ -355,22 +377,7 @@ class HiggsAudioV2Family:
 
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""
-        source = Path(self.config.model.path)
-        if not source.is_dir():
-            from huggingface_hub import snapshot_download
-
-            revision = self.config.model.revision
-            source = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(ASSET_PATTERNS)))
-        for pattern in ASSET_PATTERNS:
-            for file in sorted(source.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, directory / file.name)
-
-
-def base_model(model: nn.Module) -> Any:
-    """The native model inside a PEFT wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
+        copy_files(self.config.model.path, self.config.model.revision, ASSET_PATTERNS, directory)
 
 
 def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

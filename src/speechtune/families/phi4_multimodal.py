@@ -1,0 +1,376 @@
+"""Phi-4-multimodal, pronunciation assessment: speech in; scores (APA) or words and phones as said (MDD) out, as JSON.
+
+Shapes: B samples, S sequence positions, T log-mel frames, M mel bins, N audio positions of all clips, D width, P
+positions that carry a target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from speechtune.adapter import plain_model
+from speechtune.assessment import TASKS, Task, render_answer, target_of, task_of, task_samples
+from speechtune.config import RunConfig
+from speechtune.errors import ConfigError, ManifestError
+from speechtune.families.base import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample
+from speechtune.families.phi4_audio import FRAMES_PER_SECOND, embed_clips, log_mel, num_positions, pad_features
+from speechtune.families.phi4_layout import (
+    NATIVE_REVISION,
+    PRESETS,
+    RELEASED_MODEL,
+    REMOTE_CODE,
+    TOWERS,
+    released_config,
+)
+from speechtune.families.phi4_prompts import (
+    AFTER_ANSWER,
+    AFTER_PROMPT,
+    BEFORE_AUDIO,
+    CONTROL_TOKENS,
+    PROMPT_VERSION,
+    RUBRICS,
+    SPECIAL,
+)
+from speechtune.families.phi4_speech import SpeechLora, read_marker, write_marker
+from speechtune.model_files import require_sound
+from speechtune.precision import PrecisionPlan
+
+log = logging.getLogger("speechtune")
+
+MAX_NEW_TOKENS = 768  # the longest answers are transcripts: 20 s of speech take about 500
+PROBE_FRAMES = 96
+
+
+class Phi4MultimodalFamily:
+    """The seam's implementation for Phi-4-multimodal, on transformers' native classes."""
+
+    name = "phi4_multimodal"
+    heads: tuple[str, ...] = TASKS
+    sampling_rate = 16_000
+    pipeline_tag = "automatic-speech-recognition"
+    card_note = "The base's speech LoRA must be in place as base_recipe.json says; `speechtune score` sees to that."
+    lora_presets = PRESETS
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._prompts: dict[Task, tuple[list[int], list[int]]] = {}
+
+    # -- parts, loaded when first needed ---------------------------------------------------------------------------
+
+    @cached_property
+    def model_config(self) -> Phi4MultimodalConfig:
+        """Configuration of the base model; the released one's dimensions are known without asking the hub."""
+        model = self.config.model
+        if model.path == RELEASED_MODEL and model.revision in (None, NATIVE_REVISION):
+            return released_config()
+        require_sound(model.path, "model.path")
+        try:
+            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision)
+        except (OSError, ValueError) as error:
+            hint = REMOTE_CODE if "phi4mm" in str(error) else ""
+            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}{hint}") from None
+        if loaded.model_type == "phi4mm":
+            raise ConfigError(f"model.path={model.path}: model_type is 'phi4mm'{REMOTE_CODE}")
+        if not isinstance(loaded, Phi4MultimodalConfig):
+            raise ConfigError(f"model.path={model.path}: model_type is {loaded.model_type!r}, not phi4_multimodal")
+        return loaded
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The text tokenizer, with the trained control tokens; its special names must be single known ids."""
+        model = self.config.model
+        require_sound(model.path, "model.path")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={model.path}: no usable tokenizer there: {error}") from None
+        if tokens := self.config.lora.trainable_tokens:
+            unknown = sorted(set(tokens) - set(CONTROL_TOKENS.values()))
+            if unknown:
+                raise ConfigError(f"lora.trainable_tokens: {unknown[0]!r} is none of {list(CONTROL_TOKENS.values())}")
+            tokenizer.add_tokens(list(tokens), special_tokens=True)
+        for token in ("<|user|>", "<|assistant|>", "<|end|>", *tokens):
+            ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1 or tokenizer.decode(ids) != token or ids[0] >= self.model_config.vocab_size:
+                raise ConfigError(
+                    f"model.path={model.path}: the tokenizer reads {token} as the ids {ids} of "
+                    f"{self.model_config.vocab_size}, not as one known token: it does not belong to the model"
+                )
+        end = tokenizer.convert_tokens_to_ids("<|end|>")
+        if end not in self.eos_ids:
+            raise ConfigError(f"model.path={model.path}: <|end|> has the id {end}, the model stops at {self.eos_ids}")
+        return tokenizer
+
+    @cached_property
+    def extractor(self) -> Phi4MultimodalFeatureExtractor:
+        """The feature extractor of the base, or the released settings where the folder has none."""
+        folder = Path(self.config.model.path)
+        if (folder / "preprocessor_config.json").is_file():
+            return Phi4MultimodalFeatureExtractor.from_pretrained(folder)
+        return Phi4MultimodalFeatureExtractor()
+
+    @cached_property
+    def speech(self) -> SpeechLora:
+        """The speech LoRA that lets the base hear, and what becomes of it."""
+        return SpeechLora(self.config.model)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        ids = self.model_config.eos_token_id
+        return list(ids) if isinstance(ids, list | tuple) else [cast(int, ids)]
+
+    @property
+    def audio_id(self) -> int:
+        """Token id of an audio position."""
+        return cast(Any, self.model_config.audio_config).audio_token_id
+
+    @cached_property
+    def encode_key(self) -> str:
+        """Identity of the features: the extractor's settings."""
+        e = self.extractor
+        settings = (e.feature_size, e.sampling_rate, e.hop_length, e.n_fft, e.win_length, e.preemphasis)
+        return f"phi4_multimodal log-mel v1 {settings} filters {float(np.abs(e.mel_filters).sum()):.6f}"
+
+    # -- model -----------------------------------------------------------------------------------------------------
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base and give it its hearing: the speech LoRA merged, stacked, or left out as configured."""
+        settings = self.config.model
+        require_sound(settings.path, "model.path")
+        if settings.attention == "flash_attention_2":
+            raise ConfigError("model.attention=flash_attention_2: the speech encoder needs a bias; use sdpa or eager")
+        _ = self.model_config  # refuses other architectures with a better message
+        try:
+            model, info = cast(Any, Phi4MultimodalForCausalLM).from_pretrained(
+                settings.path,
+                revision=settings.revision,
+                dtype=plan.base_dtype,
+                attn_implementation=settings.attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ConfigError(
+                f"model.path={settings.path}: the weights do not fit the model: missing "
+                f"{sorted(info['missing_keys'])[:5]}, mismatched {list(info['mismatched_keys'])[:5]}"
+            )
+        return self.speech.prepare(cast(nn.Module, model).to(plan.device))
+
+    def skeleton(self) -> nn.Module:
+        """The base without weights, on the meta device."""
+        with torch.device("meta"):
+            return Phi4MultimodalForCausalLM(self.model_config)
+
+    def tower(self, parameter_name: str) -> str:
+        """Part of the model a parameter belongs to."""
+        return next((tower for part, tower in TOWERS.items() if part in parameter_name), "norms")
+
+    @property
+    def initial_adapter(self) -> Path | None:
+        """The speech LoRA itself, where it is to be trained further."""
+        return self.speech.path if self.speech.mode == "continue" else None
+
+    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
+        """Rows of the embedding that belong to control tokens."""
+        ids = [cast(int, self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+        return {"embed_tokens": ids} if ids else {}
+
+    def recipe(self) -> dict[str, Any]:
+        """How the base is prepared and asked; an adapter needs the same again."""
+        return {"speech_lora": self.speech.describe(), "prompt_version": PROMPT_VERSION}
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        """One sample per task of each labelled utterance, in the mix of `data.tasks`.
+
+        Raises:
+            ManifestError: samples with neither labels of pronunciation nor a task.
+        """
+        data = self.config.data
+        result = task_samples(samples, data.tasks, self.config.train.seed)
+        if samples and not result:
+            raise ManifestError(f"{data.train}: data.tasks={data.tasks} leaves no sample")
+        for sample in result:
+            task_of(sample)
+        return result
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The utterance is the question: nothing is taken away."""
+        return sample
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """The utterance."""
+        if sample.audio is None:
+            raise ManifestError(f"{sample.source or sample.id}: no audio to assess")
+        return (sample.audio,)
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Log-mel features, float32 of shape (T, M) per clip, each computed alone."""
+        return [log_mel(self.extractor, audio) for audio in audios]
+
+    def prompt_ids(self, task: Task, num_frames: int) -> np.ndarray:
+        """Token ids (S,) of a task's prompt, its audio placeholders expanded for T frames."""
+        if task not in self._prompts:
+            before, after = BEFORE_AUDIO, CONTROL_TOKENS[task] + RUBRICS[task] + AFTER_PROMPT
+            self._prompts[task] = (self._tokenize(before), self._tokenize(after))
+        before, after = self._prompts[task]
+        places = num_positions(num_frames, cast(Any, self.model_config.audio_config).time_reduction)
+        return np.asarray([*before, *[self.audio_id] * places, *after], np.int32)
+
+    def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
+        """Prompt, answer, and the positions whose hidden states predict the answer."""
+        task = task_of(sample)
+        (features_TM,) = features
+        prompt_S = self.prompt_ids(task, len(features_TM))
+        text = render_answer(target_of(sample))
+        if found := SPECIAL.search(text):
+            raise ManifestError(f"{sample.source or sample.id}: the answer holds the special token {found.group()!r}")
+        answer = self._tokenize(text + AFTER_ANSWER)
+        ids_S = np.concatenate([prompt_S, np.asarray(answer, np.int32)])
+        arrays = {
+            "input_ids": ids_S,
+            "features": features_TM,
+            f"{task}_positions": np.arange(len(prompt_S) - 1, len(ids_S) - 1),
+            f"{task}_targets": np.asarray(answer, np.int64),
+        }
+        return Encoded(sample.id, arrays, len(ids_S), len(features_TM) / FRAMES_PER_SECOND)
+
+    def collate(self, items: Sequence[Encoded]) -> Batch:
+        """Right-pad ids and features; positions of targets become indices into the flattened (B * S) batch."""
+        if not items:
+            raise ValueError("an empty batch")
+        inputs = self._inputs([(i.arrays["input_ids"], i.arrays["features"]) for i in items], left=False)
+        width = inputs["input_ids"].shape[1]
+        counts: dict[str, int] = {}
+        for head in self.heads:
+            rows = [(b, item.arrays) for b, item in enumerate(items) if f"{head}_positions" in item.arrays]
+            if rows:
+                positions = np.concatenate([b * width + arrays[f"{head}_positions"] for b, arrays in rows])
+                targets = np.concatenate([arrays[f"{head}_targets"] for _, arrays in rows])
+                inputs[f"{head}_positions"], inputs[f"{head}_targets"] = map(torch.from_numpy, (positions, targets))
+                counts[head] = len(targets)
+        ids = tuple(item.sample_id for item in items)
+        tokens = sum(item.num_tokens for item in items)
+        return Batch(ids, inputs, counts, tokens, sum(item.audio_seconds for item in items))
+
+    # -- forward passes --------------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Summed cross-entropy per task, with the head (200,064 rows) applied only where a target is."""
+        base = cast(Any, plain_model(model))
+        hidden_ND = self._hidden(base, batch.inputs).flatten(0, 1)
+        sums = {}
+        for head in batch.target_counts:
+            logits_PV = base.lm_head(hidden_ND[batch.inputs[f"{head}_positions"]])
+            targets = batch.inputs[f"{head}_targets"]
+            sums[head] = nn.functional.cross_entropy(logits_PV.float(), targets, reduction="sum")
+        return Losses(sums)
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> list[Output]:
+        """Answer a batch of prompts; greedy unless a temperature is given."""
+        base = cast(Any, plain_model(model))
+        pairs = [(self.prompt_ids(task_of(sample), len(f[0])), f[0]) for sample, f in prompts]
+        inputs = {k: v.to(base.device) for k, v in self._inputs(pairs, left=True).items()}
+        ids_BS = self._generate(base, inputs, options)
+        return [self._output(sample.id, ids_S.tolist()) for (sample, _), ids_S in zip(prompts, ids_BS, strict=True)]
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Logits (1, S, V) on made-up features with the APA prompt, and greedily generated ids (1, R)."""
+        base = cast(Any, plain_model(model))
+        bins = self.extractor.feature_size
+        features_TM = 6.0 + 4.0 * np.sin(np.arange(PROBE_FRAMES * bins) * 0.37).reshape(PROBE_FRAMES, bins)
+        pair = (self.prompt_ids("APA", PROBE_FRAMES), features_TM.astype(np.float32))
+        inputs = {k: v.to(base.device) for k, v in self._inputs([pair], left=False).items()}
+        logits_1SV = base.lm_head(self._hidden(base, inputs)).float().cpu()
+        if not greedy_steps:
+            return logits_1SV, np.zeros((1, 0), np.int64)
+        greedy = GenerationOptions(max_new_tokens=greedy_steps)
+        return logits_1SV, self._generate(base, inputs, greedy).numpy()
+
+    def save_assets(self, directory: Path) -> None:
+        """Write tokenizer and feature extractor, and that this model already hears."""
+        self.tokenizer.save_pretrained(directory)
+        self.extractor.save_pretrained(directory)
+        write_marker(directory, self.speech.describe() | read_marker(Path(self.config.model.path)))
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _inputs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, left: bool) -> dict[str, torch.Tensor]:
+        """Padded ids, attention mask and features of some (ids, features) pairs."""
+        width = max(len(ids_S) for ids_S, _ in pairs)
+        input_ids = torch.full((len(pairs), width), cast(int, self.model_config.pad_token_id))
+        attention_mask = torch.zeros_like(input_ids)
+        for b, (ids_S, _) in enumerate(pairs):
+            where = slice(width - len(ids_S), width) if left else slice(0, len(ids_S))
+            input_ids[b, where] = torch.from_numpy(ids_S).long()
+            attention_mask[b, where] = 1
+        features_BTM, lengths_B = pad_features([features for _, features in pairs])
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return inputs | {"features": features_BTM, "feature_lengths": lengths_B}
+
+    def _embed(self, base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Token embeddings (B, S, D) with each placeholder replaced by its audio position."""
+        embeds_BSD = base.model.embed_tokens(inputs["input_ids"])
+        audio_ND = embed_clips(
+            base.model.embed_tokens_extend.audio_embed, inputs["features"], inputs["feature_lengths"]
+        )
+        places = torch.nonzero(inputs["input_ids"] == self.audio_id, as_tuple=True)
+        if len(places[0]) != len(audio_ND):
+            raise ManifestError(f"{len(places[0])} audio placeholders in the prompts, {len(audio_ND)} audio positions")
+        return embeds_BSD.index_put(places, audio_ND.to(embeds_BSD.dtype))
+
+    def _hidden(self, base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        embeds_BSD = self._embed(base, inputs)
+        outputs = base.model(inputs_embeds=embeds_BSD, attention_mask=inputs["attention_mask"], use_cache=False)
+        return outputs.last_hidden_state
+
+    def _generate(self, base: Any, inputs: Mapping[str, torch.Tensor], options: GenerationOptions) -> torch.Tensor:
+        torch.manual_seed(options.seed)
+        ids_BS = base.generate(
+            inputs_embeds=self._embed(base, inputs),
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.model_config.pad_token_id,
+            **_sampling(options),
+        )
+        return ids_BS.cpu()
+
+    def _output(self, sample_id: str, ids: list[int]) -> Output:
+        ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
+        kept = ids[: ends[0]] if ends else ids
+        text = cast(str, self.tokenizer.decode(kept, skip_special_tokens=True))
+        return Output(sample_id, None, text, bool(ends), len(kept) + bool(ends))
+
+
+def _sampling(options: GenerationOptions) -> dict[str, Any]:
+    if not options.temperature:
+        return {"do_sample": False}
+    named = {name: getattr(options, name) for name in ("top_k", "top_p") if getattr(options, name) is not None}
+    return {"do_sample": True, "temperature": options.temperature, **named}
