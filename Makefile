@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench
+.PHONY: demo demo-pronunciation test check bench
 
 demo: $(INSTALLED)
 	$(BIN)/speechtune demo
+
+demo-pronunciation: $(INSTALLED)
+	$(BIN)/speechtune demo pronunciation
 
 # One thread per worker: two workers with a thread pool each get in each other's way.
 test: $(INSTALLED)
@@ -21,9 +24,11 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py
 
+# The scorers of the last line ask for torchaudio and librosa, and use neither here.
 # torch goes first and alone: with it in place pip need not look for another build while resolving the rest.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps -c constraints.txt Resemblyzer distillmos xls-r-sqa
 	touch $@

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
 import soxr
 
+from speechtune import __version__
 from speechtune.errors import AudioError
 from speechtune.families.base import Audio, AudioRef
 
@@ -125,13 +128,42 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
     samples = frames[:, 0] if info.num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
     if not np.isfinite(samples).all():
         raise AudioFault("not_finite", ref, "holds NaN or infinite samples")
-    if sampling_rate is not None and sampling_rate != info.sampling_rate:
-        samples = soxr.resample(samples, info.sampling_rate, sampling_rate)
-    return Audio(np.ascontiguousarray(samples, dtype=np.float32), sampling_rate or info.sampling_rate)
+    return resample(Audio(samples, info.sampling_rate), sampling_rate or info.sampling_rate)
 
 
-def write_wav(path: Path, audio: Audio) -> None:
+def resample(audio: Audio, sampling_rate: int) -> Audio:
+    """Audio at another rate in Hz, by soxr; samples float32 and contiguous."""
+    samples = audio.samples
+    if sampling_rate != audio.sampling_rate:
+        samples = soxr.resample(samples, audio.sampling_rate, sampling_rate)
+    return Audio(np.ascontiguousarray(samples, dtype=np.float32), sampling_rate)
+
+
+def file_name(sample_id: str) -> str:
+    """A sample id as a file name that stays inside its folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in sample_id).lstrip(".") or "_"
+
+
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """What `write_wav` was told about the origin of a file; None for a file that says nothing of it.
+
+    Raises:
+        AudioError: no audio file.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            found = json.loads(file.comment or "null")
+    except soundfile.SoundFileError as error:
+        raise AudioFault("unreadable", path, _libsndfile_reason(error)) from None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "generated" in found else None
+
+
+def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = None) -> None:
     """Write mono 16-bit PCM; values beyond full scale are clipped.
+
+    `provenance` goes as JSON into the file's comment (the INFO chunk), where any audio tool shows it.
 
     Raises:
         AudioError: the samples are not finite, or the file cannot be written.
@@ -139,8 +171,12 @@ def write_wav(path: Path, audio: Audio) -> None:
     if not np.isfinite(audio.samples).all():
         raise AudioFault("not_finite", path, "not written: the samples hold NaN or infinite values")
     try:
-        with path.open("wb") as file:
-            soundfile.write(file, audio.samples, audio.sampling_rate, format="WAV", subtype="PCM_16")
+        rate = audio.sampling_rate
+        with path.open("wb") as raw, soundfile.SoundFile(raw, "w", rate, 1, "PCM_16", format="WAV") as file:
+            if provenance is not None:
+                file.comment = json.dumps(provenance)
+                file.software = f"speechtune {__version__}"
+            file.write(audio.samples)
     except OSError as error:
         raise AudioFault("unwritable", path, f"cannot be written: {error.strerror}") from None
     except soundfile.SoundFileError as error:

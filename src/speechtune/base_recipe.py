@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from speechtune.config import RunConfig
-from speechtune.errors import AdapterError, TrainingError
+from speechtune.errors import AdapterError, ConfigError, TrainingError
 from speechtune.families.base import Family
+from speechtune.guards import non_finite, some
 from speechtune.precision import PrecisionPlan
 from speechtune.save_adapters import RECIPE_NAME
 
@@ -54,7 +55,8 @@ def describe_base(config: RunConfig, family: Family, model: nn.Module, plan: Pre
     """Take the fingerprint of a prepared base that has no adapter of ours yet.
 
     Raises:
-        TrainingError: its answer is not finite: in float16, activations of some bases overflow.
+        ConfigError: it holds NaN or infinity.
+        TrainingError: its answer is not finite though its weights are: in float16, activations of some bases overflow.
     """
     settings = config.model.model_dump(mode="json")
     return BaseRecipe(
@@ -63,7 +65,7 @@ def describe_base(config: RunConfig, family: Family, model: nn.Module, plan: Pre
         config.lora.trainable_tokens,
         family.recipe(),
         plan.name,
-        tuple(_fingerprint(family, model, plan)),
+        tuple(_fingerprint(family, model, plan, f"model.path={config.model.path}")),
     )
 
 
@@ -93,7 +95,7 @@ def check_base(recipe: BaseRecipe, adapter: Path, family: Family, model: nn.Modu
     prepared = json.loads(json.dumps(family.recipe()))
     if prepared != recipe.prepared:
         raise AdapterError(f"{adapter}: trained on a base prepared as {recipe.prepared}, here it is {prepared}")
-    now, then = torch.tensor(_fingerprint(family, model, plan)), torch.tensor(recipe.logits)
+    now, then = torch.tensor(_fingerprint(family, model, plan, "the base")), torch.tensor(recipe.logits)
     distance = float((now - then).norm() / then.norm()) if len(now) == len(then) else float("inf")
     allowed = max(TOLERANCE[plan.name], TOLERANCE[recipe.precision])
     if not distance <= allowed:
@@ -104,18 +106,26 @@ def check_base(recipe: BaseRecipe, adapter: Path, family: Family, model: nn.Modu
         )
 
 
-def _fingerprint(family: Family, model: nn.Module, plan: PrecisionPlan) -> list[float]:
+def check_weights(model: nn.Module, where: str) -> None:
+    """All weights of a base are finite.
+
+    Raises:
+        ConfigError: names those that are not.
+    """
+    broken = [name.removeprefix("base_model.model.") for name in non_finite(model.named_parameters())]
+    if broken:
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        cure = "download it again" + (", or, as float16 ends at 65504, set train.precision=fp32" if half else "")
+        raise ConfigError(f"{where}: {len(broken)} weights of the base are not finite ({some(broken)}); {cure}")
+
+
+def _fingerprint(family: Family, model: nn.Module, plan: PrecisionPlan, where: str) -> list[float]:
     was_training = model.training
     logits = family.probe(model.eval())[0].flatten()
     model.train(was_training)
     if not bool(logits.isfinite().all()):
-        raise TrainingError(
-            f"the base answers NaN or infinity in {plan.name}: "
-            + (
-                "its activations overflow float16; set train.precision=fp32"
-                if plan.name == "fp16"
-                else "is it damaged?"
-            )
-        )
+        check_weights(model, where)
+        cure = "its activations overflow float16; set train.precision=fp32" if plan.name == "fp16" else "is it damaged?"
+        raise TrainingError(f"the base answers NaN or infinity in {plan.name}: {cure}")
     places = torch.linspace(0, len(logits) - 1, NUM_LOGITS).long()
     return [round(value, 6) for value in logits[places].tolist()]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from speechtune.families.base import Batch, Encoded, Family
+from speechtune.interruption import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ class MicroBatches(Dataset[Batch]):
         step, micro = divmod(index, self.plan.accumulation)
         chosen = self.plan.micro_batch(step, micro, self.rank)
         return self.family.collate([self.encoded[i] for i in chosen])
+
+
+def make_loader(batches: MicroBatches, order: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The micro-batches of `order`, collated ahead in `workers` processes."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        # A generator of its own: the loader would draw from the global one and change dropout on resume.
+        generator=torch.Generator(),
+        pin_memory=pin_memory,
+    )
+    return iter(loader)
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:

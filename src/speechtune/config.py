@@ -145,6 +145,21 @@ class EvaluateConfig(Section):
     """Steps between evaluations."""
     batch_size: int = Field(default=1, ge=1)
     """Samples per device in evaluation."""
+    prompts: int | None = Field(default=None, ge=0)
+    """Samples answered, heard and scored at every evaluation, always the same ones, chosen by seed; None takes 4 where
+    there is evaluation data and 0 where there is none (a number takes them from the training data then)."""
+    temperature: float | None = Field(default=None, ge=0.0)
+    """Of these answers; 0 is greedy, None what the model's generation config says (for assessment: greedy)."""
+    asr: str | None = None
+    """Recogniser for the word error rate, such as `faster-whisper:base.en` or `whisper:openai/whisper-large-v3`."""
+    speaker: str | None = None
+    """Speaker encoder for the similarity to the reference, such as `wavlm:microsoft/wavlm-base-plus-sv`."""
+    mos: str | None = None
+    """Predictor of the mean opinion score: `distillmos` or `dnsmos`."""
+    best_metric: str = "loss"
+    """What makes a checkpoint the best: `loss`, or a score of the family's evaluation such as `sim` or `pcc_total`."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row without a better `best_metric` after which the run stops early; None never stops."""
 
 
 class CheckpointConfig(Section):
@@ -153,7 +168,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(default=3, ge=1)
-    """Checkpoints kept; the best one by evaluation loss is kept besides."""
+    """Checkpoints kept; the best one by `evaluate.best_metric` is kept besides."""
+    final: Literal["last", "best"] = "last"
+    """Whose weights `lora_adapters` holds at the end: the last step's, or those of the best checkpoint."""
     resume: str | None = None
     """`auto` (newest checkpoint that verifies, or a fresh start), or the path of a checkpoint."""
     force: bool = False

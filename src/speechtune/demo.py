@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -24,6 +26,7 @@ from speechtune.families import tiny
 from speechtune.families.base import AudioRef, GenerationOptions, Output
 from speechtune.generate import load_model, write_output
 from speechtune.merge import merge
+from speechtune.report import write_report
 from speechtune.run import Outcome, run_training
 from speechtune.validate import print_report, validate
 
@@ -55,12 +58,17 @@ def run_demo(directory: Path) -> int:
             return 128 + outcome.result.signal
         console.rule("3. verify, merge, generate")
         rows = check(outcome, config, directory)
-    table = Table("measured in this run", "value", title="speechtune demo")
+    print_table("speechtune demo", rows, started, console)
+    return 0
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]], started: float, console: Console) -> None:
+    """What was measured, and the time since `started`."""
+    table = Table("measured in this run", "value", title=title)
     for name, value in rows:
         table.add_row(name, value)
     table.add_row("time", f"{time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads")
     console.print(table)
-    return 0
 
 
 def write_manifest(voices: Path, path: Path) -> Path:
@@ -125,6 +133,7 @@ def demo_config(model: Path, manifest: Path, directory: Path) -> RunConfig:
                 "learning_rate": 4e-3,
                 "warmup_steps": 20,
             },
+            "evaluate": {"every_steps": 80, "prompts": 2, "temperature": 0, **installed_scorers()},
             "checkpoint": {"every_steps": 80, "keep_last": 2},
             "tracking": {"log_every_steps": 20},
         },
@@ -132,32 +141,79 @@ def demo_config(model: Path, manifest: Path, directory: Path) -> RunConfig:
     )
 
 
+def installed_scorers() -> dict[str, str]:
+    """Scorers that carry their weights in their packages, as far as they are installed."""
+    known = {"asr": "pocketsphinx", "speaker": "resemblyzer", "mos": "distillmos"}
+    return {kind: name for kind, name in known.items() if importlib.util.find_spec(name) is not None}
+
+
+def scores_of(outcome: Outcome) -> list[tuple[str, str]]:
+    """The table's rows on the last evaluation, each beside the base's."""
+    base = json.loads((outcome.job.config.output_dir / "samples" / "base_scores.json").read_text(encoding="utf-8"))
+    found = outcome.result.scores
+    names = [name for name in base if name in found and not name.startswith("codebook_accuracy")]
+    codebooks = [name for name in base if name.startswith("codebook_accuracy")]
+    rows = [(f"heard: {name}, base -> trained", f"{base[name]:.3g} -> {found[name]:.3g}") for name in names]
+    if codebooks:
+        first, last = (sum(values[name] for name in codebooks) / len(codebooks) for values in (base, found))
+        rows.append(("heard: codebook accuracy, base -> trained", f"{first:.1%} -> {last:.1%}"))
+    return rows
+
+
+def report_row(config: RunConfig) -> tuple[str, str]:
+    """Write the run's report; the table's row on it."""
+    _, page = write_report([config.output_dir])
+    return "report", f"{page} ({page.stat().st_size / 1e6:.1f} MB)"
+
+
 def check(outcome: Outcome, config: RunConfig, directory: Path) -> list[tuple[str, str]]:
-    """Compare trained, reloaded and merged model, speak a trained sentence, and return the table's rows.
+    """Prove the training, speak a trained sentence with the merged model, and return the table's rows.
 
     Raises:
         SpeechtuneError: something does not hold.
     """
+    merged = directory / "run" / "merged"
+    rows = prove_saved(
+        outcome, merged, lambda: HiggsAudioV2ForConditionalGeneration.from_pretrained(merged, use_text_head=True)
+    )
+    spoken, wanted_rows, right = speak(outcome, config, merged)
+    wav = directory / "run" / "speech.wav"
+    write_output(spoken, wav)
+    return [
+        *rows,
+        ("rows wanted / generated", f"{wanted_rows} / {spoken.num_tokens} ({right:.1%} of codes right)"),
+        *scores_of(outcome),
+        files_written(config),
+        report_row(config),
+        ("speech", f"{wav} ({spoken.audio.duration_seconds if spoken.audio else 0:.2f} s)"),
+    ]
+
+
+def prove_saved(outcome: Outcome, merged: Path, load_plain: Callable[[], Any]) -> list[tuple[str, str]]:
+    """Verify the saved adapter, merge it into `merged`, and compare trained, reloaded and merged model.
+
+    Args:
+        outcome: the finished run.
+        merged: folder to write the merged model to.
+        load_plain: loads that folder with plain transformers.
+
+    Raises:
+        SpeechtuneError: something does not hold.
+    """
+    config, family = outcome.job.config, outcome.job.family
     adapter = config.output_dir / "lora_adapters"
-    trained, _ = outcome.job.family.probe(outcome.job.model.eval())
-    family, reloaded = load_model(config, adapter)
+    trained, _ = family.probe(outcome.job.model.eval())
+    _, reloaded = load_model(config, adapter)
     reload_difference = float((family.probe(reloaded)[0] - trained).abs().max())
-    output = directory / "run" / "merged"
     verified = verify_adapter(adapter, config.model.path)
     if not verified.valid:
         raise TrainingError(f"{adapter}: " + "; ".join(f"{c.name}: {c.detail}" for c in verified.checks))
-    report = merge(config, adapter, output)
-    plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(output, use_text_head=True).eval()
-    merged_difference = float((family.probe(plain)[0] - trained).abs().max())
+    report = merge(config, adapter, merged)
+    merged_difference = float((family.probe(load_plain().eval())[0] - trained).abs().max())
     if reload_difference > 1e-5 or merged_difference > 1e-3:
         raise TrainingError(f"reloaded differs by {reload_difference:.1e}, merged by {merged_difference:.1e}")
-    spoken, wanted_rows, right = speak(outcome, config, output)
-    wav = directory / "run" / "speech.wav"
-    write_output(spoken, wav)
     first, last = outcome.result.first_losses, outcome.result.state.losses
     proof = outcome.proof
-    files = sorted(path for path in config.output_dir.rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
     return [
         ("trainable parameters", f"{proof.trainable_parameters:,}"),
         ("loss, first -> last", "; ".join(f"{head} {first[head]:.3f} -> {last[head]:.3f}" for head in first)),
@@ -166,11 +222,15 @@ def check(outcome: Outcome, config: RunConfig, directory: Path) -> list[tuple[st
         ("trained = reloaded (greatest logit difference)", f"{reload_difference:.1e}"),
         ("trained = merged (greatest logit difference)", f"{merged_difference:.1e}"),
         ("the adapter moves the base's logits by", f"{report.adapter_effect:.3g}"),
-        ("rows wanted / generated", f"{wanted_rows} / {spoken.num_tokens} ({right:.1%} of codes right)"),
-        ("files written", f"{len(files)} ({size / 1e6:.1f} MB) in {config.output_dir}"),
         ("adapter", f"{adapter}, {len(verified.checks)} checks passed"),
-        ("speech", f"{wav} ({spoken.audio.duration_seconds if spoken.audio else 0:.2f} s)"),
     ]
+
+
+def files_written(config: RunConfig) -> tuple[str, str]:
+    """The table's row on the run directory."""
+    files = sorted(path for path in config.output_dir.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    return "files written", f"{len(files)} ({size / 1e6:.1f} MB) in {config.output_dir}"
 
 
 def speak(outcome: Outcome, config: RunConfig, merged: Path) -> tuple[Output, int, float]:

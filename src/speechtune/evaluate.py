@@ -2,80 +2,78 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import json
 import logging
-import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from speechtune.config import DataConfig, RunConfig
-from speechtune.datasets import find_source, load_samples
-from speechtune.errors import ConfigError
-from speechtune.evaluation import EvaluationReport, evaluate_answers, print_evaluation, write_evaluation
+from speechtune.answer_file import AnswerFile, answerer
+from speechtune.assessment import TASKS, task_of, task_samples
+from speechtune.cache import ClipHasher
+from speechtune.config import DataConfig
+from speechtune.datasets import Source, find_source, load_samples, read_source
+from speechtune.errors import ConfigError, ManifestError
+from speechtune.evaluation import EvaluationReport, evaluate_answers, print_evaluation
+from speechtune.evaluation_files import write_evaluation
 from speechtune.families.base import Sample
-from speechtune.fingerprint import file_sha256, folder_fingerprint
 from speechtune.score import answer_by_length, assessor
-from speechtune.stored_adapter import adapter_folder, weights_file
 
 log = logging.getLogger("speechtune")
 
 ANSWERS_NAME = "answers.jsonl"
-
-
-class AnswerFile:
-    """Answers on disk, one line each behind a line that says whose they are; answers of another model are put aside."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        self.texts: dict[str, str] = {}
-        head = json.dumps({"answers of": identity}, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        if lines and lines[0] == head:
-            for line in lines[1:-1]:  # behind the last newline stands nothing, or a line torn by a kill
-                row = json.loads(line)
-                self.texts[row["id"]] = row["text"]
-            path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
-            log.info("%s: %d answers of the same model are taken over", path, len(self.texts))
-            return
-        if lines:
-            os.replace(path, path.with_suffix(".old.jsonl"))
-            log.warning("%s: answers of another model or data; moved to %s", path, path.with_suffix(".old.jsonl"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + "\n", encoding="utf-8")
-
-    def add(self, sample_id: str, text: str) -> None:
-        """Keep one answer."""
-        self.texts[sample_id] = text
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"id": sample_id, "text": text}) + "\n")
-
-
-def answerer(config: RunConfig, adapter: Path | None) -> dict[str, Any]:
-    """Who answers: the base by path, revision and (local, without adapter) content, the adapter by content."""
-    model, folder = config.model, Path(config.model.path)
-    who: dict[str, Any] = {"model": model.path, "revision": model.revision}
-    if adapter is not None:
-        return who | {"adapter": file_sha256(weights_file(adapter_folder(adapter)))}
-    return who | {"content": folder_fingerprint(folder) if folder.is_dir() else None}
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    rows = [[sample.id, str(sample.audio), sample.text] for sample in samples]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+MEASURES = ("scipy", "jiwer")
+NO_DATA = "no pronunciation data: name a Speechocean762 folder, its parquet copy, or JSONL with tasks"
 
 
 def training_samples(data: Path, train: Path | None, config: DataConfig) -> list[Sample]:
-    """The data whose mean scores are the baseline: named, or the training split that lies beside `data`."""
-    if train is not None:
-        return load_samples(train, config)
-    source = find_source(data)
-    beside = {"folder": source.path / "train", "hub": source.path}.get(source.format) if source else None
-    found = find_source(beside) if beside is not None and source and source.path.is_dir() else None
-    return load_samples(beside, config) if beside is not None and found and "train" in found.splits else []
+    """The data whose mean scores are the baseline: named, or the training split that lies beside `data`.
+
+    Its audio is not opened. Rows with faults are left out, with a warning.
+
+    Raises:
+        ConfigError: `train` is no pronunciation data.
+        ManifestError: it cannot be read, or no sound row is left of it.
+    """
+    source = _beside(data) if train is None else find_source(train)
+    if source is None:
+        if train is not None:
+            raise ConfigError(f"--train {train}: {NO_DATA}")
+        return []
+    result = read_source(source, None if source.format == "jsonl" else source.split or "train", config)
+    if result.faults:
+        log.warning("%s: %d faults; rows with faults are left out of the baseline", source.path, len(result.faults))
+    if train is not None and not result.samples:
+        listed = "\n".join(f"  {fault}" for fault in result.faults[:20])
+        raise ManifestError(f"--train {train}: no sound row for the baseline\n{listed}", tuple(result.faults))
+    return result.samples
+
+
+def _beside(data: Path) -> Source | None:
+    """The corpus that `data` is a split of, where it has a training split."""
+    own = find_source(data)
+    if own is None or own.format == "jsonl":
+        return None
+    for place in (own.path, own.path.parent):  # a split of the hub's copy is a file or folder in it
+        found = find_source(place)
+        here = found is not None and found.format == own.format and "train" in found.splits
+        if found is not None and here and (found.format == "hub" or (found.path / "train").is_dir()):
+            return replace(found, split="train")
+    return None
+
+
+def _task_samples(data: Path, tasks: Sequence[str]) -> list[Sample]:
+    wanted = tuple(task for task in TASKS if not tasks or task in tasks)
+    labelled = load_samples(data, DataConfig(), default_split="test")
+    samples = [sample for sample in task_samples(labelled, dict.fromkeys(wanted, 1.0), 0) if task_of(sample) in wanted]
+    if not samples:
+        raise ConfigError(f"{data}: holds no {' or '.join(wanted)} samples; see --tasks")
+    return samples
 
 
 def evaluate(
@@ -94,7 +92,7 @@ def evaluate(
 
     Args:
         data: labelled recordings; a folder with two splits gives its `test`.
-        train: what the mean scores come from; None looks beside `data`.
+        train: what the mean scores come from; None looks beside `data`. A folder with two splits gives its `train`.
         model: hub id or folder; None takes the one the adapter names.
         adapter: adapter, run or checkpoint folder.
         out: where answers.jsonl, metrics.json and utterances.jsonl go.
@@ -104,34 +102,61 @@ def evaluate(
         tasks: APA, MDD; none means both.
 
     Raises:
-        ConfigError: the data is not for assessment.
+        ConfigError: the data or the model is not for assessment.
         ManifestError: faults in the data.
+        ModuleNotFoundError: scipy or jiwer is not installed.
     """
     if find_source(data) is None:
-        raise ConfigError(
-            f"{data}: no pronunciation data: a Speechocean762 folder, its parquet copy, or JSONL with tasks"
-        )
+        raise ConfigError(f"{data}: {NO_DATA}")
+    for module in MEASURES:  # a missing one must not show after hours of answering
+        importlib.import_module(module)
+    samples = _task_samples(data, tasks)
+    trained = training_samples(data, train, DataConfig())
     config, family, loaded = assessor(model, adapter)
-    labelled = load_samples(data, DataConfig(), default_split="test")
-    samples = [s for s in family.expand(labelled) if not tasks or s.extra["task"] in tasks]
-    identity = answerer(config, adapter) | {"max_new_tokens": max_new_tokens, "data": _digest(samples)}
+    identity = answerer(config, family, adapter) | {"max_new_tokens": max_new_tokens}
     answers = AnswerFile(out / ANSWERS_NAME, identity)
-    asked = [sample for sample in samples if sample.id not in answers.texts]
+    hasher = ClipHasher(cache_dir)
+    keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio is not None}
+    asked = list({key: sample for sample in samples if (key := keys[sample.id]) not in answers.texts}.values())
     if asked:
         outputs = answer_by_length(family, loaded, asked, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
         for output in outputs:
-            answers.add(output.sample_id, output.text or "")
-    texts = [answers.texts[sample.id] for sample in samples]
-    report = evaluate_answers(samples, texts, training_samples(data, train, DataConfig()))
+            answers.add(keys[output.sample_id], output.sample_id, output.text or "")
+    report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
     write_evaluation(report, out)
     return report
 
 
-def run_evaluate(*, as_json: bool = False, **options: Any) -> int:
-    """Evaluate and print the table, or with `as_json` what metrics.json holds; 0."""
-    report = evaluate(**options)
-    if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+def run_evaluate(
+    data: Path,
+    *,
+    adapter: Sequence[Path] = (),
+    model: str | None = None,
+    out: Path,
+    as_json: bool = False,
+    cache_dir: Path,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    train: Path | None = None,
+    tasks: Sequence[str] = (),
+    **voice: Any,
+) -> int:
+    """Evaluate what the data is for, and print the table, or with `as_json` what metrics.json holds; 0."""
+    common: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
+    if find_source(data) is None and not train and not tasks:
+        from speechtune.evaluate_voice import run_evaluate_voice
+
+        report, show = run_evaluate_voice(data, adapter, model, out, max_new_tokens, **common, **voice)
     else:
-        print_evaluation(report, Console())
+        if len(adapter) > 1:
+            raise ConfigError("--adapter: several are compared on voices only; name one for pronunciation")
+        one = adapter[0] if adapter else None
+        report = evaluate(
+            data, train=train, model=model, adapter=one, out=out, max_new_tokens=max_new_tokens, tasks=tasks, **common
+        )
+        show = partial(print_evaluation, report)
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        show(Console())
     return 0

@@ -6,13 +6,9 @@ and `speechtune.mdd`, each over the answers that could be read and over all of t
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,15 +18,12 @@ from rich.text import Text
 from speechtune import metrics
 from speechtune.answers import Answer, read_answer
 from speechtune.assessment import SCORE_FIELDS, Task, canonical_phones, is_utterance, target_of, task_of
-from speechtune.errors import CheckpointError
 from speechtune.families.base import Sample
 from speechtune.mdd import CopyBaseline, MddReport, MddResult, PhoneMatch, copy_baseline, mdd, phone_match_f1
 from speechtune.metrics import ErrorRateReport, RaterCeiling, ScoreReport
 
 ADULT_YEARS = 18
 MIN_GROUP_PCC = 3
-METRICS_NAME = "metrics.json"
-UTTERANCES_NAME = "utterances.jsonl"
 TRAIN_MEANS = "the mean scores of the training data"
 OWN_MEANS = "the mean scores of the evaluated references, for want of training data"
 
@@ -371,30 +364,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return "undefined" if math.isnan(value) else f"{value:.3f}"
-
-
-def write_evaluation(report: EvaluationReport, directory: Path) -> tuple[Path, Path]:
-    """Write `metrics.json` and `utterances.jsonl` (one row per line), each aside first and then renamed.
-
-    Raises:
-        CheckpointError: a file could not be written.
-    """
-    figures = json.dumps(report.to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    lines = (json.dumps(metrics.to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in report.rows)
-    paths = directory / METRICS_NAME, directory / UTTERANCES_NAME
-    for path, text in zip(paths, (figures, "".join(lines)), strict=True):
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # half of a surrogate pair in an answer is no UTF-8; as "\udXXX" it is still JSON
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-            aside.replace(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: the evaluation could not be written ({error.strerror or error}); free the disk, or name "
-                "another folder that you may write to"
-            ) from error
-        finally:
-            with suppress(OSError):  # where the folder is at fault, the error above says so
-                aside.unlink(missing_ok=True)
-    return paths

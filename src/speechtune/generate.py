@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from speechtune.adapter import load_adapter
-from speechtune.audio import write_wav
+from speechtune.audio import file_name, write_wav
 from speechtune.base_recipe import check_base, read_recipe
 from speechtune.cache import encode_samples
 from speechtune.config import RunConfig, build_config
 from speechtune.errors import ConfigError
 from speechtune.families import create_family, family_of
 from speechtune.families.base import Family, GenerationOptions, Output, Sample
+from speechtune.fingerprint import file_sha256
 from speechtune.precision import PrecisionPlan, plan_precision
-from speechtune.stored_adapter import adapter_folder, stored_base
+from speechtune.stored_adapter import adapter_folder, stored_base, weights_file
 
 log = logging.getLogger("speechtune")
 
@@ -87,24 +88,32 @@ def answer(
         yield from outputs
 
 
-def write_outputs(outputs: Iterator[Output], directory: Path) -> list[dict[str, object]]:
+def provenance(config: RunConfig, adapter: Path | None) -> dict[str, Any]:
+    """What a generated recording says of its origin, in its own file."""
+    weights = None if adapter is None else file_sha256(weights_file(adapter_folder(adapter)))
+    return {"generated": True, "model": config.model.path, "adapter_sha256": weights}
+
+
+def write_outputs(
+    outputs: Iterator[Output], directory: Path, origin: Mapping[str, Any] | None = None
+) -> list[dict[str, object]]:
     """Write one wav per output and `outputs.jsonl`; an output that met the length cap is reported by name."""
     directory.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     with (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:
         for output in outputs:
-            row = write_output(output, directory / f"{file_name(output.sample_id)}.wav")
+            row = write_output(output, directory / f"{file_name(output.sample_id)}.wav", origin)
             index.write(json.dumps(row, ensure_ascii=False) + "\n")
             rows.append(row)
     return rows
 
 
-def write_output(output: Output, path: Path) -> dict[str, object]:
-    """Write one output and describe it."""
+def write_output(output: Output, path: Path, origin: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """Write one output, with its origin in the file, and describe it."""
     seconds = 0.0
     if output.audio is not None:
         seconds = output.audio.duration_seconds
-        write_wav(path, output.audio)
+        write_wav(path, output.audio, origin or {"generated": True})
     if not output.stopped:
         log.warning("%s: no end of speech within %d rows: cut at the cap", output.sample_id, output.num_tokens)
     return {
@@ -114,8 +123,3 @@ def write_output(output: Output, path: Path) -> dict[str, object]:
         "rows": output.num_tokens,
         "stopped": output.stopped,
     }
-
-
-def file_name(sample_id: str) -> str:
-    """A sample id as a file name that stays inside its folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in sample_id).lstrip(".") or "_"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -27,13 +27,13 @@ def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> No
         accidental = [name for name in parameters if not any(mark in name for mark in ADAPTER_MARKS)]
         if accidental:
             raise TrainingError(
-                f"{len(accidental)} parameters of the base are trainable beside the adapter ({_some(accidental)}); "
+                f"{len(accidental)} parameters of the base are trainable beside the adapter ({some(accidental)}); "
                 "freeze them, or name their module in lora.modules_to_save"
             )
     half = [f"{name} is {p.dtype}" for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if half:
         raise TrainingError(
-            f"{len(half)} trainable parameters are half precision ({_some(half)}): AdamW turns float16 weights into "
+            f"{len(half)} trainable parameters are half precision ({some(half)}): AdamW turns float16 weights into "
             "NaN and loses bfloat16 updates; keep trainable parameters in float32"
         )
 
@@ -45,10 +45,10 @@ def check_targets(batch: Batch, where: str) -> None:
         TrainingError: no target in the batch.
     """
     if not batch.target_counts:
-        raise TrainingError(f"{where}: no target at all in the batch of samples {_some(batch.sample_ids)}")
+        raise TrainingError(f"{where}: no target at all in the batch of samples {some(batch.sample_ids)}")
     empty = [head for head, count in batch.target_counts.items() if count == 0]
     if empty:
-        raise TrainingError(f"{where}: no target for {_some(empty)} in the batch of samples {_some(batch.sample_ids)}")
+        raise TrainingError(f"{where}: no target for {some(empty)} in the batch of samples {some(batch.sample_ids)}")
 
 
 def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[str]) -> None:
@@ -61,11 +61,11 @@ def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[s
     """
     for head, value in losses.items():
         if not math.isfinite(value):
-            raise TrainingError(f"{where}: the {head} loss is {value}; samples of the step: {_some(sample_ids)}")
+            raise TrainingError(f"{where}: the {head} loss is {value}; samples of the step: {some(sample_ids)}")
     if not any(losses.values()):
         heads = " and ".join(losses)
         raise TrainingError(
-            f"{where}: the {heads} loss is exactly 0.0, which real data never gives; samples: {_some(sample_ids)}"
+            f"{where}: the {heads} loss is exactly 0.0, which real data never gives; samples: {some(sample_ids)}"
         )
 
 
@@ -78,7 +78,7 @@ def check_attached(loss: torch.Tensor, where: str, sample_ids: Sequence[str]) ->
     if not loss.requires_grad:
         raise TrainingError(
             f"{where}: the loss carries no gradient: it does not reach any trainable parameter; samples: "
-            f"{_some(sample_ids)}"
+            f"{some(sample_ids)}"
         )
 
 
@@ -92,12 +92,12 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: 
         broken = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
         raise TrainingError(
             f"{where}: the gradient norm is {norm}; non-finite gradients in {len(broken)} parameters "
-            f"({_some(broken)}); samples of the step: {_some(sample_ids)}"
+            f"({some(broken)}); samples of the step: {some(sample_ids)}"
         )
     if norm == 0.0:
         raise TrainingError(
             f"{where}: all gradients are zero: the loss does not reach any trainable parameter; samples: "
-            f"{_some(sample_ids)}"
+            f"{some(sample_ids)}"
         )
 
 
@@ -112,7 +112,7 @@ def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
     ]
     if unreached:
         raise TrainingError(
-            f"{where}: no gradient reached {len(unreached)} lora_B ({_some(unreached)}): these adapters are attached "
+            f"{where}: no gradient reached {len(unreached)} lora_B ({some(unreached)}): these adapters are attached "
             "where the loss does not pass; narrow lora.targets"
         )
 
@@ -135,7 +135,29 @@ def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str)
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids: Sequence[str]) -> None:
+    """The optimizer step left numbers behind; else a checkpoint saved now would hold NaN, and a resume go on from it.
+
+    Raises:
+        TrainingError: names the parameters that are not finite.
+    """
+    norm = nn.utils.get_total_norm([parameter.detach().float() for parameter in parameters.values()])
+    # One number first: a look at each parameter would wait for the device as often.
+    if not bool(norm.isfinite()) and (broken := non_finite(parameters.items())):
+        raise TrainingError(
+            f"{where}: the optimizer step left {len(broken)} parameters that are not finite ({some(broken)}); samples "
+            f"of the step: {some(sample_ids)}"
+        )
+
+
+def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, with what they hold."""
+    found = {name: tensor.detach() for name, tensor in tensors if not bool(torch.isfinite(tensor).all())}
+    return [f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}" for name, tensor in found.items()]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many there are besides."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

@@ -12,6 +12,7 @@ from torch import nn
 from speechtune.cache import EncodedSet
 from speechtune.config import RunConfig
 from speechtune.families.base import Family
+from speechtune.listening import Listener
 from speechtune.precision import PrecisionPlan
 from speechtune.saving import RunState
 
@@ -29,14 +30,23 @@ class Job:
     eval_set: EncodedSet | None
     identity: Mapping[str, Any]
     notes: Mapping[str, str]
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Outcome of a run; `signal` is the number of the signal that ended it early, or None."""
+    """Outcome of a run.
+
+    Attributes:
+        signal: number of the signal that ended it early, or None.
+        scores: of the evaluation that the final adapter stands for; empty without one.
+        time: seconds of this launch by what they went into, `total_seconds` in all.
+    """
 
     state: RunState
     first_losses: Mapping[str, float]
     seconds: float
     signal: int | None
     best_checkpoint: Path | None
+    scores: Mapping[str, float]
+    time: Mapping[str, float]

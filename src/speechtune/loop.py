@@ -14,23 +14,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
 
 from speechtune import guards
 from speechtune.adapter import trainable
-from speechtune.batching import BatchPlan, MicroBatches
-from speechtune.cache import EncodedSet
+from speechtune.batching import BatchPlan, MicroBatches, make_loader
 from speechtune.checkpoint import prune
-from speechtune.eval_loss import evaluation_losses
+from speechtune.evaluating import Evaluator
 from speechtune.families.base import Batch, Family
 from speechtune.fingerprint import checksums
-from speechtune.interruption import Interruption, ignore_signals
+from speechtune.interruption import Interruption
 from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
 from speechtune.ranks import sum_heads, sum_over_ranks
 from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
 from speechtune.schedule import learning_rate, make_optimizer
-from speechtune.tracking import EvaluationRecord, Record, Tracker, log, log_details
+from speechtune.tracking import Record, Tracker, log, log_details
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
 
@@ -70,6 +68,7 @@ class Run:
         self.skipped = 0
         self.saved_step = -1
         self.unproven = True
+        self.spent = {f"{part}_seconds": 0.0 for part in ("data", "forward_backward", "optimizer", "checkpoint")}
         self.saver = Saver(background=config.lora.enabled)  # a full model is too large to copy for it
 
     def train(self) -> TrainResult:
@@ -84,6 +83,8 @@ class Run:
             self.state = replace(state, total_steps=self.total_steps, identity=identity)
             self.unproven = False
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
+        evaluator = Evaluator(job, self.accelerator, self.accelerator.unwrap_model(self.objective), tracker)
+        evaluator.evaluate_base(self.total_steps)
         job.model.train()
         started, first_losses = time.monotonic(), {}
         first_step = self.state.step
@@ -101,35 +102,35 @@ class Run:
                 interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
                 last = stop or step + 1 == self.total_steps
                 due = last or (step + 1) % config.evaluate.every_steps == 0
-                if job.eval_set is not None and due and not stop:  # who is asked to stop has no time to evaluate
-                    self._evaluate(tracker, job.eval_set)
-                if last or (step + 1) % config.checkpoint.every_steps == 0:
+                if evaluator.wanted and due and not stop:  # who is asked to stop has no time to evaluate
+                    self.state = evaluator.evaluate(self.state, self.total_steps)
+                early = self.state.rounds_without_better >= (config.evaluate.patience or math.inf)
+                best = self.state.best_step == self.state.step
+                saving = time.monotonic()
+                if last or early or best or (step + 1) % config.checkpoint.every_steps == 0:
                     self._save()
                 self.saver.poll()
-                if stop:
+                self.spent["checkpoint_seconds"] += time.monotonic() - saving
+                if stop or early:
                     break
             self.saver.wait()
         self.accelerator.wait_for_everyone()
-        return TrainResult(
-            self.state, first_losses, time.monotonic() - started, interruption.signal or None, self._best()
-        )
+        return self._result(evaluator, first_losses, time.monotonic() - started, interruption.signal or None)
+
+    def _result(
+        self, evaluator: Evaluator, first_losses: Mapping[str, float], seconds: float, number: int | None
+    ) -> TrainResult:
+        best = self._best()
+        final = self.state.best_step if self.config.checkpoint.final == "best" and best else self.state.step
+        scores = evaluator.scores.get(final or 0, {})
+        spent = {**self.spent, "evaluation_seconds": evaluator.spent, "total_seconds": seconds}
+        return TrainResult(self.state, first_losses, seconds, number, best, scores, spent)
 
     def _loader(self, first_step: int) -> Iterator[Batch]:
         order = range(first_step * self.plan.accumulation, self.total_steps * self.plan.accumulation)
-        dataset = MicroBatches(self.plan, self.job.train_set, self.job.family, self.accelerator.process_index)
-        workers = self.config.train.workers
-        # A generator of its own: the loader would draw from the global one and change dropout on resume.
-        return iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=order,
-                num_workers=workers,
-                worker_init_fn=ignore_signals,
-                generator=torch.Generator(),
-                pin_memory=self.job.precision.device.type == "cuda",
-            )
-        )
+        batches = MicroBatches(self.plan, self.job.train_set, self.job.family, self.accelerator.process_index)
+        on_gpu = self.job.precision.device.type == "cuda"
+        return make_loader(batches, order, workers=self.config.train.workers, pin_memory=on_gpu)
 
     def _step(
         self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int
@@ -140,6 +141,7 @@ class Run:
         heads = self.job.family.heads
         counts = sum_heads(self.accelerator, [batch.target_counts for batch in batches], heads)
         self.optimizer.zero_grad(set_to_none=True)
+        computing = time.monotonic()
         per_batch = [self._backward(batch, counts, where, last=batch is batches[-1]) for batch in batches]
         sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
         losses = {head: value / counts[head] for head, value in sums.items()}
@@ -148,10 +150,14 @@ class Run:
         guards.check_losses(losses, where, ids)
         log_details(self.config.tracking.detail_every_steps, step + 1, batches)
         rate = learning_rate(step, self.total_steps, self.config.train)
+        updating = time.monotonic()
         grad_norm = self._update(where, ids, rate)
         sizes = self._sum([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
         now = time.monotonic()
         seconds = now - step_started
+        self.spent["data_seconds"] += waited
+        self.spent["forward_backward_seconds"] += updating - computing
+        self.spent["optimizer_seconds"] += now - updating
         return Record(
             step=step + 1,
             epoch=self.plan.epoch_at(step + 1),
@@ -194,22 +200,11 @@ class Run:
         before = checksums(self.parameters) if prove else {}
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        guards.check_finite(self.parameters, where, ids)
         if prove:
             guards.check_moved(before, checksums(self.parameters), where)
             self.unproven = False
         return norm
-
-    def _evaluate(self, tracker: Tracker, eval_set: EncodedSet) -> None:
-        started = time.monotonic()
-        objective = self.accelerator.unwrap_model(self.objective)
-        losses = evaluation_losses(objective, eval_set, self.config.evaluate.batch_size, self.accelerator)
-        ids = [sample.id for sample in eval_set.samples]
-        guards.check_losses(losses, f"evaluation after step {self.state.step}", ids)
-        loss = self._weighted(losses)
-        tracker.write(EvaluationRecord(self.state.step, loss, losses, time.monotonic() - started), self.total_steps)
-        if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
-            self.state = replace(self.state, best_step=self.state.step, best_eval_loss=loss)
-            self._save()
 
     def _save(self) -> None:
         if self.saved_step == self.state.step:

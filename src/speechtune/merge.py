@@ -18,7 +18,6 @@ import transformers
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import AutoTokenizer
 
 from speechtune import __version__
 from speechtune.adapter import adapter_off, load_adapter
@@ -27,12 +26,13 @@ from speechtune.base_recipe import check_base, read_recipe
 from speechtune.checkpoint import check_writable, write_verified
 from speechtune.config import RunConfig
 from speechtune.convert import native_adapter
-from speechtune.errors import AdapterError, CheckpointError, ConfigError
+from speechtune.errors import AdapterError, CheckpointError
 from speechtune.extract import settings_nearby
 from speechtune.families import create_family
 from speechtune.families.base import Family
 from speechtune.fingerprint import file_sha256, folder_fingerprint
 from speechtune.generate import model_config
+from speechtune.model_files import load_tokenizer
 from speechtune.precision import PrecisionPlan
 from speechtune.saving import model_tensors
 from speechtune.stored_adapter import CONFIG_NAME, adapter_folder, weights_file
@@ -180,10 +180,7 @@ def tokenize(config: RunConfig, text: str) -> tuple[str, dict[str, torch.Tensor]
     Raises:
         ConfigError: the base has no usable tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={config.model.path}: no usable tokenizer there: {error}") from None
+    tokenizer = load_tokenizer(config.model, config.model.revision)
     encoded = tokenizer(text, return_tensors="pt")
     return text, {name: encoded[name] for name in ("input_ids", "attention_mask")}
 

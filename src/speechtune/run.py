@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -38,13 +37,17 @@ from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, f
 from speechtune.config import RunConfig, world_size
 from speechtune.datasets import load_samples, split_validation
 from speechtune.errors import ConfigError, TrainingError
+from speechtune.evaluating import WARNINGS_NAME, add_warnings
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
 from speechtune.fingerprint import checksums, tensors_fingerprint
+from speechtune.listening import make_listener
 from speechtune.loop import Job, Run, TrainResult
+from speechtune.model_card import model_card
 from speechtune.precision import plan_precision
-from speechtune.save_adapters import RECIPE_NAME
-from speechtune.saving import ADAM_MOMENTS, write_state
+from speechtune.run_info import INFO_NAME, run_info
+from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
+from speechtune.saving import ADAM_MOMENTS, restore_weights, write_state
 from speechtune.tracking import configure_logging, flatten
 
 log = logging.getLogger("speechtune")
@@ -155,6 +158,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
                 "checkpoint.resume=auto (--resume auto with the original's flags), or choose another folder"
             )
         clear_leftovers(config.output_dir)
+        (config.output_dir / WARNINGS_NAME).touch()
         (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
     family = create_family(config)
@@ -169,10 +173,11 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     ranks = accelerator.num_processes
     shard = (accelerator.process_index, ranks) if ranks > 1 else None
     train_set, *eval_sets = encode_sets(config, family, [training, evaluation] if evaluation else [training], shard)
+    eval_set = eval_sets[0] if eval_sets else None
     accelerator.wait_for_everyone()
     model = family.load(plan)
     base_fingerprint = tensors_fingerprint(model.named_parameters())
-    notes = {"README.md": model_card(config, family, train_set)}
+    notes = {CARD_NAME: model_card(config, family, train_set)}
     if lora.enabled:
         notes[RECIPE_NAME] = describe_base(config, family, model, plan).to_json()
         model = apply_lora(model, family, lora, config.train.seed)
@@ -192,8 +197,11 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         show_counts(model, family)
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
         check_writable(config.output_dir, trained * (1 + ADAM_MOMENTS))
+        info = run_info(config, plan, identity, count_by_tower(model, family), train_set, eval_set)
+        (config.output_dir / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
-    return Job(config, family, model, plan, train_set, eval_sets[0] if eval_sets else None, identity, notes)
+    listener = make_listener(config, family, train_set, eval_set)
+    return Job(config, family, model, plan, train_set, eval_set, identity, notes, listener)
 
 
 def run_training(config: RunConfig) -> Outcome:
@@ -205,7 +213,13 @@ def run_training(config: RunConfig) -> Outcome:
     accelerator = start_accelerator(config)
     job = prepare(config, accelerator)
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
-    result = Run(job, accelerator).train()
+    run = Run(job, accelerator)
+    try:
+        result = run.train()
+    except TrainingError as error:
+        if accelerator.is_main_process:
+            add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
+        raise
     proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
     if accelerator.is_main_process and result.signal is None:
         finish(job, result, proof)
@@ -239,7 +253,15 @@ def finish(job: Job, result: TrainResult, proof: Proof) -> None:
     """Write `lora_adapters/` (with LoRA) and the run's trainer state."""
     output_dir = job.config.output_dir
     if isinstance(job.model, PeftModel):
-        save_lora_adapters(job.model, output_dir / "lora_adapters", notes=job.notes, save_embedding_layers=False)
+        if job.config.checkpoint.final == "best" and result.best_checkpoint is not None:
+            restore_weights(job.model, result.best_checkpoint)
+            log.info(
+                "lora_adapters holds the weights of %s, the best by %s",
+                result.best_checkpoint.name,
+                job.config.evaluate.best_metric,
+            )
+        notes = {**job.notes, CARD_NAME: model_card(job.config, job.family, job.train_set, result.scores)}
+        save_lora_adapters(job.model, output_dir / "lora_adapters", notes=notes, save_embedding_layers=False)
     write_state(output_dir / STATE_NAME, result.state)
     summary = {
         "speechtune": __version__,
@@ -248,6 +270,8 @@ def finish(job: Job, result: TrainResult, proof: Proof) -> None:
         "seconds": result.seconds,
         "proof": asdict(proof),
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
+        "scores": dict(result.scores),
+        "time": dict(result.time),
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
@@ -262,32 +286,6 @@ def show_counts(model: nn.Module, family: Family, console: Console | None = None
     table.add_section()
     table.add_row("all", f"{total:,}", f"{trained:,} ({trained / total:.2%})")
     (console or Console(stderr=True)).print(table)
-
-
-def model_card(config: RunConfig, family: Family, train_set: EncodedSet) -> str:
-    """README.md of an adapter in the hub's form."""
-    lora, base = config.lora, config.model.path
-    local = Path(base).exists()
-    speakers = len({sample.speaker for sample in train_set.samples})
-    hours = train_set.audio_seconds / 3600
-    lines = [
-        "---",
-        "library_name: peft",
-        *([] if local else [f"base_model: {base}"]),
-        f"pipeline_tag: {family.pipeline_tag}",
-        "tags:",
-        "- lora",
-        "- speechtune",
-        "---",
-        f"# LoRA adapter for {Path(base).name if local else base}",
-        "",
-        f"Trained with speechtune {__version__} on {len(train_set)} samples ({hours:.2f} h, {speakers} speakers):",
-        f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets `{lora.targets}`,",
-        f"learning rate {config.train.learning_rate:g}, seed {config.train.seed}.",
-        "",
-        f"Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def dry_run(config: RunConfig) -> int:

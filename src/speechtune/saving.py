@@ -48,7 +48,8 @@ class RunState:
     identity: Mapping[str, Any]
     losses: Mapping[str, float] = field(default_factory=dict)
     best_step: int | None = None
-    best_eval_loss: float | None = None
+    best_value: float | None = None
+    rounds_without_better: int = 0
 
 
 def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -254,7 +255,7 @@ def restore(
         )
     for difference in differences:
         log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
-    _restore_weights(model, directory)
+    restore_weights(model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
@@ -266,7 +267,12 @@ def restore(
     return state
 
 
-def _restore_weights(model: nn.Module, directory: Path) -> None:
+def restore_weights(model: nn.Module, directory: Path) -> None:
+    """Copy the weights of a checkpoint into a model of the same parts.
+
+    Raises:
+        CheckpointError: it holds other tensors.
+    """
     stored: dict[str, torch.Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         stored.update(load_file(path))

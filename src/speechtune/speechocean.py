@@ -23,9 +23,11 @@ from speechtune.manifest import ReadResult, check_audio
 from speechtune.phones import StarPolicy
 from speechtune.readers import Context
 from speechtune.rows import Fault, Row, printable
-from speechtune.speechocean_labels import AGE, GENDERS, LabelReader, Split
+from speechtune.speechocean_labels import AGE, GENDERS, LabelReader, Split, read_raters
 
 SCORES_FILE = Path("resource", "scores.json")
+RATERS_FILE = Path("resource", "scores-detail.json")
+"""Scores of the single raters, which the official release has and its copies often lack."""
 MAX_CLIP_SECONDS = 40.0
 """Longest clip: a padded batch with a longer one crashes in the speech encoder that hears these clips."""
 
@@ -49,8 +51,9 @@ def read_speechocean(
     """Read one split of a Speechocean762 folder; utterances with faults give no sample.
 
     `Sample.extra` holds `labels` (`scores`, and `words` with `text`, `phones`, `phones_accuracy`, `realised`,
-    `mispronunciations` and the word's scores), `age` in years and `gender` where they are given, `split`, `layout` and
-    `row` (from 1 within the split). `headers` also opens every clip, for missing files and durations out of bounds.
+    `mispronunciations` and the word's scores; from `scores-detail.json`, where it lies there, `raters`: the scores of
+    single raters by field), `age` in years and `gender` where they are given, `split`, `layout` and `row` (from 1
+    within the split). `headers` also opens every clip, for missing files and durations out of bounds.
 
     Raises:
         ManifestError: not such a folder, or `scores.json` is no JSON object.
@@ -152,8 +155,10 @@ class _SplitReader:
     faults: list[Fault] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
+    raters: _Scores | None = None
 
     def read(self) -> list[Sample]:
+        self._open_raters()
         tables = {name: self._table(name, required=True) for name in _TABLES}
         people = {name: self._table(name, required=False) for name in ("spk2age", "spk2gender")}
         order = list(dict.fromkeys(key for table in tables.values() for key in table))
@@ -176,6 +181,19 @@ class _SplitReader:
                 samples.append(sample)
                 self.notes.update(context.notes)
         return samples
+
+    def _open_raters(self) -> None:
+        path = self.folder / RATERS_FILE
+        if os.path.exists(path):
+            try:
+                found = _read_scores(path)
+            except ManifestError as error:  # the labels are whole without it
+                self.notes[f"no scores of single raters: {error}"] += 1
+                return
+            if inner := sorted(found.doubled - found.values.keys()):  # in which utterances is not known
+                self.notes[f"no scores of single raters: {path}: an object holds the key {inner[0]!r:.60} twice"] += 1
+            else:
+                self.raters = found
 
     def _file_fault(self, source: str, code: str, message: str, sample_id: str = "-") -> None:
         self.faults.append(Fault(source, printable(sample_id), code, printable(message)))
@@ -252,6 +270,11 @@ class _SplitReader:
         context.row = row
         if context.faults or labels is None:
             return None
+        if self.raters is not None:
+            doubled = utterance in self.raters.doubled  # which of the two is right is not ours to say
+            entry = None if doubled else self.raters.values.get(utterance)
+            if raters := read_raters(context, self.split, entry, text):
+                labels["raters"] = raters
         speaker = tables["utt2spk"][utterance][0]
         extra = {"labels": labels, **details[speaker], "split": self.split, "layout": "speechocean762"}
         extra["row"] = row.number

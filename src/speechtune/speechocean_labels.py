@@ -38,6 +38,29 @@ def check_score(context: Context, label: str, value: object, best: float = MAX_S
     return None
 
 
+def read_raters(context: Context, split: Split, entry: object, text: str) -> dict[str, list[float]]:
+    """The scores single raters gave the utterance of `text`, by field; what is missing or damaged becomes a note."""
+    if not isinstance(entry, dict):
+        context.notes.append(f"{split}: utterances without scores of single raters")
+        return {}
+    own = entry.get("text", text)
+    if not isinstance(own, str) or own.casefold().split() != text.casefold().split():
+        context.notes.append(f"{split}: utterances whose single raters scored another text")
+        return {}
+    raters: dict[str, list[float]] = {}
+    for name in SCORE_FIELDS:
+        values = entry.get(name)
+        if isinstance(values, list) and values and all(map(_is_score, values)):
+            raters[name] = [float(value) for value in values]
+        else:
+            context.notes.append(f"{split}: utterances without sound {name!r} scores of single raters")
+    return raters
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_SCORE
+
+
 @dataclass(slots=True)
 class LabelReader:
     """Checks the labels of one utterance; faults and notes go to the context, messages call the source `origin`."""

@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from speechtune.families.base import Batch
+import numpy as np
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from speechtune.families.base import Audio, Batch, Output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,12 +44,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """Mean losses over the evaluation set after `step` steps."""
+    """One evaluation after `step` steps: mean losses over the evaluation set, and scores of answers to some prompts.
+
+    `eval_loss` is None without evaluation data; `time_share` is evaluation's share of the run's time so far.
+    """
 
     step: int
-    eval_loss: float
+    eval_loss: float | None
     eval_losses: Mapping[str, float]
+    scores: Mapping[str, float]
     eval_seconds: float
+    time_share: float
 
 
 class Tracker:
@@ -68,7 +76,10 @@ class Tracker:
         self._append(json.dumps(values) + "\n")
         self.accelerator.log(flatten(values), step=record.step)
         if isinstance(record, EvaluationRecord):
-            log.info("step %d evaluation: loss %.4f (%s)", record.step, record.eval_loss, heads(record.eval_losses))
+            loss = "" if record.eval_loss is None else f"  loss {record.eval_loss:.4f} ({heads(record.eval_losses)})"
+            scores = f"  {heads(_shortened(record.scores))}" if record.scores else ""
+            cost = f"{record.eval_seconds:.1f} s, {record.time_share:.0%} of the run's time so far"
+            log.info("step %d evaluation:%s%s  (%s)", record.step, loss, scores, cost)
         elif record.step % self.log_every_steps == 0 or record.step in (1, total_steps):
             log.info(
                 "step %d/%d  loss %.4f (%s)  lr %.2e  grad %.3g  %.0f audio s/s  %s left",
@@ -94,6 +105,31 @@ class Tracker:
             except FileNotFoundError:
                 if attempt == 2:
                     raise
+
+
+def log_answers(accelerator: Accelerator, outputs: Sequence[Output], step: int, group: str = "answers") -> None:
+    """Send what was said to TensorBoard, as sound and as log-mel picture; answers in text as text."""
+    if "tensorboard" not in {tracker.name for tracker in accelerator.trackers}:
+        return
+    board = cast(Any, accelerator.get_tracker("tensorboard", unwrap=True))
+    for output in outputs:
+        tag = f"{group}/{output.sample_id}"
+        if output.text is not None:
+            board.add_text(tag, output.text, step)
+        if output.audio is not None and len(output.audio.samples):
+            board.add_audio(tag, output.audio.samples[None], step, sample_rate=output.audio.sampling_rate)
+            board.add_image(f"{tag} (mel)", mel_picture(output.audio), step, dataformats="HW")
+
+
+def mel_picture(audio: Audio) -> np.ndarray:
+    """A log-mel picture, uint8 of shape (mel bins, frames), low tones at the bottom, 80 dB from black to white."""
+    window, hop, bins = 1024, 256, 80
+    filters = mel_filter_bank(window // 2 + 1, bins, 0.0, audio.sampling_rate / 2, audio.sampling_rate)
+    samples = np.pad(audio.samples.astype(np.float64), window // 2)
+    power = spectrogram(samples, window_function(window), window, hop, power=2.0, mel_filters=filters, center=False)
+    decibels = 10 * np.log10(np.maximum(power, 1e-10))
+    scaled = (decibels - decibels.max()) / 80 + 1
+    return (np.clip(scaled, 0, 1)[::-1] * 255).astype(np.uint8)
 
 
 def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
@@ -139,6 +175,14 @@ def flatten(values: Mapping[str, object]) -> dict[str, object]:
 def heads(values: Mapping[str, float], form: str = "%s %.4f") -> str:
     """Values per head for a console line."""
     return " ".join(form % (head, value) for head, value in values.items())
+
+
+def _shortened(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores with those numbered `name_0`, `name_1` ... replaced by their mean."""
+    groups: dict[str, list[float]] = {}
+    for name, value in scores.items():
+        groups.setdefault(name.rstrip("0123456789").rstrip("_"), []).append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
 def duration(seconds: float) -> str:

@@ -20,27 +20,27 @@ from torch import nn
 import speechtune.run
 from speechtune.cli import main as command_line
 from speechtune.config import RunConfig, load_config
-from speechtune.families.base import Batch, Losses
-from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+from speechtune.families import create_family
+from speechtune.families.base import Batch, Family, Losses
 from speechtune.run import Outcome
 
 WAIT_SECONDS = 60
 
 
-class HookedFamily(HiggsAudioV2Family):
-    """Calls `action` during the first forward pass of step `step`, counted from the start of this launch."""
+def hooked(config: RunConfig, step: int, action: Callable[[], None]) -> Family:
+    """The recipe's family; it calls `action` in the first forward pass of step `step`, counted from this launch."""
+    family = create_family(config)
+    losses, passes_left = family.losses, [(step - 1) * config.train.accumulation]
 
-    def __init__(self, config: RunConfig, step: int, action: Callable[[], None]) -> None:
-        super().__init__(config)
-        self.passes_left = (step - 1) * config.train.accumulation
-        self.action = action
-
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+    def with_action(model: nn.Module, batch: Batch) -> Losses:
         if model.training:
-            if self.passes_left == 0:
-                self.action()
-            self.passes_left -= 1
-        return super().losses(model, batch)
+            if passes_left[0] == 0:
+                action()
+            passes_left[0] -= 1
+        return losses(model, batch)
+
+    family.losses = with_action  # type: ignore[method-assign]
+    return family
 
 
 def sigterm() -> None:
@@ -51,7 +51,7 @@ def train(config: RunConfig, step: int | None = None, action: Callable[[], None]
     """`run_training`, with something happening in step `step`; may be called again and again in one process."""
     original = speechtune.run.create_family
     if step is not None:
-        speechtune.run.create_family = lambda config: HookedFamily(config, step, action)
+        speechtune.run.create_family = lambda config: hooked(config, step, action)
     try:
         return speechtune.run.run_training(config)
     finally:
@@ -81,7 +81,7 @@ def run_command_line(recipe: Path, step: int) -> int:
         while not recipe.with_name("go").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    speechtune.run.create_family = lambda config: HookedFamily(config, step, wait)
+    speechtune.run.create_family = lambda config: hooked(config, step, wait)
     return command_line(["train", str(recipe)])
 
 

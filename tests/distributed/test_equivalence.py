@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,18 +21,24 @@ from typing import Any
 import pytest
 import torch
 from interrupted import WAIT_SECONDS, train
-from safetensors.torch import load_file
+from runs import (
+    SCRIPT,
+    assert_same_to_the_bit,
+    child_environment,
+    curve,
+    greatest_difference,
+    run_on_two_ranks,
+    weights,
+)
 
 from helpers import DemoClip, merged
-from speechtune.checkpoint import find_checkpoints, newest_valid, verify_folder
+from speechtune.checkpoint import find_checkpoints, newest_valid
 from speechtune.config import RunConfig, build_config
 from speechtune.errors import CheckpointError, ConfigError
 from speechtune.families import tiny
 
 STEPS = 6
 TOLERANCE = 1e-6
-RANKS_SECONDS = 120
-SCRIPT = Path(__file__).with_name("interrupted.py")
 WITH_DROPOUT = {"lora": {"dropout": 0.1}, "train": {"batch_size": 4, "accumulation": 2}}
 
 Configure = Callable[..., RunConfig]
@@ -68,7 +73,7 @@ def configure(
         },
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
         "train": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 5e-3},
-        "evaluate": {"every_steps": 3, "batch_size": 2},
+        "evaluate": {"every_steps": 3, "batch_size": 2, "prompts": 0},
         "checkpoint": {"every_steps": 2, "resume": "auto"},
         "tracking": {"trackers": ()},
     }
@@ -96,40 +101,6 @@ def straight_with_dropout(configure: Configure, tmp_path_factory: pytest.TempPat
     output = tmp_path_factory.mktemp("straight-with-dropout") / "output"
     train(configure(output, WITH_DROPOUT))
     return output
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
-
-
-def greatest_difference(one: Path, other: Path) -> float:
-    """Between the final adapters of two run directories."""
-    ours, theirs = weights(one / "lora_adapters"), weights(other / "lora_adapters")
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(output: Path, key: str = "loss") -> dict[int, float]:
-    """A number by step; a step that stands twice in metrics.jsonl fails the test."""
-    found = [(record["step"], record[key]) for record in records(output) if key in record]
-    assert len(dict(found)) == len(found), f"steps stand twice: {found}"
-    return dict(found)
-
-
-def assert_same_to_the_bit(output: Path, reference: Path) -> None:
-    """Adapter, Adam's moments, the losses of every step, and the state of the last checkpoint."""
-    assert greatest_difference(output, reference) == 0.0
-    assert list(curve(output)) == list(range(1, STEPS + 1))
-    assert curve(output) == curve(reference) and curve(output, "grad_norm") == curve(reference, "grad_norm")
-    last, expected = output / f"checkpoint-{STEPS}", reference / f"checkpoint-{STEPS}"
-    ours, theirs = (torch.load(folder / "optimizer.pt")["optimizer"]["state"] for folder in (last, expected))
-    assert all(torch.equal(ours[i][name], theirs[i][name]) for i in theirs for name in theirs[i])
-    assert all(verify_folder(path) == [] for _, path in find_checkpoints(output))
 
 
 # -- cut in another way --------------------------------------------------------------------------------------------
@@ -165,26 +136,6 @@ def test_a_cut_into_micro_batches_changes_nothing(
     assert curve(output, "eval_loss") == pytest.approx(curve(straight, "eval_loss"), rel=1e-6)
 
 
-def run_on_two_ranks(folder: Path, jobs: dict[str, tuple[RunConfig, int | None]]) -> dict[str, list[dict[str, Any]]]:
-    """Run all jobs in one launch of torchrun; what each rank says of each run."""
-    rows = []
-    for name, (config, signal_step) in jobs.items():
-        recipe = folder / f"{name}.yaml"
-        recipe.write_text(config.to_yaml(), encoding="utf-8")
-        rows.append({"config": str(recipe), "signal_step": signal_step, "port": free_port()})
-    (folder / "jobs.json").write_text(json.dumps(rows), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(SCRIPT), "ranks", str(folder / "jobs.json")]
-    launch = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = launch.communicate(timeout=RANKS_SECONDS)
-    except subprocess.TimeoutExpired:
-        launch.terminate()  # torchrun takes its ranks along; killed, it would leave them behind
-        pytest.fail(f"the ranks hang: {launch.communicate()[1][-4000:]}")
-    assert launch.returncode == 0, errors[-4000:]
-    return {name: [json.loads((folder / f"{name}.yaml.rank{rank}").read_text()) for rank in (0, 1)] for name in jobs}
-
-
 def test_the_environment_of_accelerate_launch_changes_nothing(
     configure: Configure, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,18 +143,7 @@ def test_the_environment_of_accelerate_launch_changes_nothing(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     train(configure(tmp_path / "output"))
-    assert_same_to_the_bit(tmp_path / "output", straight)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def child_environment() -> dict[str, str]:
-    source = Path(__file__).parents[2] / "src"
-    return {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    assert_same_to_the_bit(tmp_path / "output", straight, STEPS)
 
 
 @pytest.mark.slow
@@ -232,7 +172,7 @@ def test_two_ranks_equal_one_process(configure: Configure, straight: Path, tmp_p
         assert greatest_difference(output, straight) < TOLERANCE
         assert curve(output) == pytest.approx(curve(straight), rel=1e-6)
     assert curve(plain, "eval_loss") == pytest.approx(curve(straight, "eval_loss"), rel=1e-6)
-    assert_same_to_the_bit(stopped, tmp_path / "dropout")
+    assert_same_to_the_bit(stopped, tmp_path / "dropout", STEPS)
 
 
 # -- stopped and resumed -------------------------------------------------------------------------------------------
@@ -246,7 +186,7 @@ def test_stopped_and_resumed_is_the_straight_run(configure: Configure, straight:
     assert newest_valid(output)[0] == output / "checkpoint-3"
     resumed = train(configure(output))
     assert resumed.result.signal is None and resumed.result.state.step == STEPS
-    assert_same_to_the_bit(output, straight)
+    assert_same_to_the_bit(output, straight, STEPS)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -257,7 +197,7 @@ def test_dropout_goes_on_where_it_was(
     output, more = tmp_path / "output", {"train": {"workers": workers}}
     train(configure(output, WITH_DROPOUT, more), step=3)
     train(configure(output, WITH_DROPOUT, more))
-    assert_same_to_the_bit(output, straight_with_dropout)
+    assert_same_to_the_bit(output, straight_with_dropout, STEPS)
 
 
 def test_dropout_is_really_on(straight: Path, straight_with_dropout: Path) -> None:
@@ -292,7 +232,7 @@ def test_sigterm_from_outside(configure: Configure, straight_with_dropout: Path,
     assert "stopped at step 3; go on with checkpoint.resume=auto" in errors
     assert not (tmp_path / "output" / "lora_adapters").exists()
     train(config)
-    assert_same_to_the_bit(tmp_path / "output", straight_with_dropout)
+    assert_same_to_the_bit(tmp_path / "output", straight_with_dropout, STEPS)
 
 
 def crash() -> None:
@@ -315,7 +255,7 @@ def test_a_crash_and_a_torn_checkpoint_cost_steps_and_nothing_else(
         file.write('{"step": 6, "epo')
     train(configure(output, plain))
     assert [step for step, _ in find_checkpoints(output)] == [2, 4, 6]
-    assert_same_to_the_bit(output, straight)
+    assert_same_to_the_bit(output, straight, STEPS)
 
 
 def test_pruning_does_not_count_a_torn_checkpoint(configure: Configure, tmp_path: Path) -> None:
@@ -333,7 +273,7 @@ def test_a_finished_run_resumed_stays_as_it_is(configure: Configure, straight: P
     shutil.copytree(straight, output)
     outcome = train(configure(output))
     assert outcome.result.state.step == STEPS and outcome.proof.lora_b_moved == outcome.proof.lora_b_total
-    assert_same_to_the_bit(output, straight)
+    assert_same_to_the_bit(output, straight, STEPS)
 
 
 def test_full_fine_tuning_resumes_as_well(configure: Configure, tmp_path: Path) -> None:

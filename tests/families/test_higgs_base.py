@@ -228,3 +228,24 @@ def test_folder_without_tokenizer_is_refused(folder: Path) -> None:
         path.unlink()
     with pytest.raises(ConfigError, match="no usable tokenizer there"):
         _ = family_on(folder).tokenizer
+
+
+@pytest.mark.parametrize("part", ["model", "codec"])
+def test_code_in_a_folder_is_not_offered_to_be_run(
+    part: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: transformers' Auto classes ask at the terminal whether to run a folder's code, and a `y` ran it."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    change_config(base / part, model_type="other", auto_map={"AutoConfig": "code.Config"})
+    witness = tmp_path / "was-run"
+    (base / part / "code.py").write_text(
+        f"from transformers import PretrainedConfig\nopen({str(witness)!r}, 'w').close()\n"
+        "class Config(PretrainedConfig):\n    model_type = 'other'\n"
+    )
+    family = family_on(base / "model", base / "codec")
+    with pytest.raises(ConfigError, match=re.escape(str(base / part))):
+        _ = family.model_config
+        _ = family.codec
+    assert asked == [] and not witness.exists()

@@ -130,10 +130,10 @@ def test_batch_mates_do_not_change_codes(tiny_family: HiggsAudioV2Family, speech
 def test_codes_decode_to_audio_of_their_length(tiny_family: HiggsAudioV2Family, speech: list[Audio]) -> None:
     """40 ms of audio per frame, and silence of length 0 for no frames."""
     codes = tiny_family.encode_audio(speech[:1])[0]
-    decoded = tiny_family.codec.decode(codes)
+    (decoded,) = tiny_family.codec.decode([codes])
     assert (len(decoded.samples), decoded.sampling_rate) == (len(codes) * 960, 24_000)
     assert decoded.samples.dtype == np.float32 and np.isfinite(decoded.samples).all()
-    assert len(tiny_family.codec.decode(codes[:0]).samples) == 0
+    assert len(tiny_family.codec.decode([codes[:0]])[0].samples) == 0
 
 
 def test_wrong_sampling_rate_is_refused(tiny_family: HiggsAudioV2Family, speech: list[Audio]) -> None:

@@ -14,7 +14,7 @@ from speechtune.families import create_family
 from speechtune.families.base import Family
 from speechtune.families.higgs_audio_v2 import RELEASED_MODEL, HiggsAudioV2Family
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("higgs_*.yaml"))
 TEXT_HEAD = 128_256 * 3072
 
 

@@ -201,7 +201,7 @@ def test_a_nan_in_evaluation_only(configure: Callable[..., RunConfig], monkeypat
     config = configure(evaluate={"every_steps": 2})
     held_out = config.output_dir.parent / "eval.json"
     shutil.copy(config.data.train, held_out)  # type: ignore[arg-type]
-    config = configure(data={"train": config.data.train, "eval": held_out}, evaluate={"every_steps": 2})
+    config = configure(data={"train": config.data.train, "eval": held_out}, evaluate={"every_steps": 2, "prompts": 0})
     add_rare_letter(held_out, 2)
     stopped(config, "evaluation after step 2: the audio loss is nan", "eval-", checkpoints=[1])
 

@@ -1,8 +1,8 @@
 """Losses of the first ten steps, per family, pinned in full digits: what training computes changes only on purpose.
 
-The runs go the whole way from manifest to loop on the tiny base. Only the codec is left out: made-up codes stand for
-its own, because a code is the nearest of 1024 vectors, and another CPU's rounding may find another one nearest. Dropout
-is off: its random numbers differ between CPU makers.
+The runs go the whole way from manifest to loop on tiny bases. Only what encodes the audio is left out: made-up codes
+and features stand for its own, because a code is the nearest of 1024 vectors, and another CPU's rounding may find
+another one nearest. Dropout is off: its random numbers differ between CPU makers.
 
 The losses are compared within 1e-5 of their value: CPUs sum in different orders (vector width, threads), which shows in
 the seventh digit of a float32, and ten steps of training carry it on. A change of the labels, the order of samples, the
@@ -24,17 +24,21 @@ import torch
 
 import speechtune.run
 from helpers import DemoClip
-from speechtune.config import RunConfig
+from speechtune.config import RunConfig, build_config
+from speechtune.families import FAMILIES
 from speechtune.families.base import Audio
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
+from speechtune.families.tiny_phi4 import make_model
 from speechtune.run import run_training
 from speechtune.tracking import read_records
 
-GOLDEN = Path(__file__).with_name("higgs_audio_v2.json")
+FOLDER = Path(__file__).parent
 UPDATE = "SPEECHTUNE_UPDATE_GOLDEN"
 STEPS = 10
 TOLERANCE = 1e-5
 SAMPLES_PER_FRAME = 960
+SAMPLES_PER_FEATURE = 160
 
 
 class MadeUpCodes(HiggsAudioV2Family):
@@ -50,8 +54,28 @@ class MadeUpCodes(HiggsAudioV2Family):
         return (places * 2_654_435_761 % 2**32 * 1024 // 2**32).astype(np.int16)
 
 
+class MadeUpFeatures(Phi4MultimodalFamily):
+    """The family with log-mel features that follow from a clip's length alone."""
+
+    encode_key = "made-up features for tests/golden"
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        return [self._features(len(audio.samples) // SAMPLES_PER_FEATURE) for audio in audios]
+
+    def _features(self, num_frames: int) -> np.ndarray:
+        places = np.arange(num_frames)[:, None] * 31 + np.arange(self.extractor.feature_size) * 7 + num_frames
+        return (places * 2_654_435_761 % 2**32 / 2**28).astype(np.float32)
+
+
+def learn(config: RunConfig) -> dict[str, list[float]]:
+    """Losses of every step, per head."""
+    outcome = run_training(config)
+    records = read_records(config.output_dir / "metrics.jsonl")
+    return {head: [record["losses"][head] for record in records] for head in outcome.job.family.heads}  # type: ignore[index]
+
+
 @pytest.fixture
-def losses(
+def higgs_audio_v2(
     tmp_path: Path,
     make_config: Callable[..., RunConfig],
     write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
@@ -68,25 +92,52 @@ def losses(
         train={"max_steps": STEPS, "batch_size": 3, "accumulation": 2, "learning_rate": 5e-3, "warmup_steps": 2},
         evaluate={"enabled": False},
     )
-    run_training(config)
-    records = read_records(config.output_dir / "metrics.jsonl")
-    heads = ("audio", "text")
-    return {head: [record["losses"][head] for record in records] for head in heads}  # type: ignore[index]
+    return learn(config)
 
 
-def test_losses_are_those_pinned(losses: dict[str, list[float]]) -> None:
+@pytest.fixture
+def phi4_multimodal(
+    tmp_path: Path, demo_clips: list[DemoClip], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[float]]:
+    """Ten steps with LoRA on language model and speech encoder, both tasks, the speech LoRA merged."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(speechtune.run, "create_family", MadeUpFeatures)
+    make_model(tmp_path / "base", [clip.text for clip in demo_clips], output_scale=10.0, speech_lora_rank=4)
+    rows = []
+    for number, clip in enumerate(sorted(demo_clips, key=lambda clip: clip.path.name)[:6]):
+        row = {"audio": str(clip.path), "offset": 0.1, "duration": 0.8 + 0.1 * number, "text": clip.text}
+        scores = {name: (number * step) % 11 for step, name in enumerate(("accuracy", "fluency", "prosodic", "total"))}
+        heard = {"word_transcript": clip.text.lower(), "phoneme_transcript": "AA B <unk>"}
+        rows += [row | {"task": "APA", "target": scores}, row | {"task": "MDD", "target": heard}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = {
+        "family": "phi4_multimodal",
+        "output_dir": tmp_path / "output",
+        "model": {"path": str(tmp_path / "base")},
+        "data": {"train": tmp_path / "rows.jsonl", "cache_dir": tmp_path / "cache"},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "language+audio"},
+        "train": {"max_steps": STEPS, "batch_size": 2, "accumulation": 3, "learning_rate": 2e-3, "warmup_steps": 2},
+        "tracking": {"trackers": ()},
+    }
+    return learn(build_config(values, "test"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_pinned(family: str, request: pytest.FixtureRequest) -> None:
     """Any difference is a change in what is trained: find it, or accept it as the docstring above says."""
+    losses, golden = request.getfixturevalue(family), FOLDER / f"{family}.json"
     if os.environ.get(UPDATE):
-        GOLDEN.write_text(json.dumps({"steps": STEPS, "losses": losses}, indent=1) + "\n", encoding="utf-8")
-        pytest.skip(f"{GOLDEN.name} written anew: say in CHANGELOG.md what changed and why")
-    pinned = json.loads(GOLDEN.read_text(encoding="utf-8"))["losses"]
+        golden.write_text(json.dumps({"steps": STEPS, "losses": losses}, indent=1) + "\n", encoding="utf-8")
+        pytest.skip(f"{golden.name} written anew: say in CHANGELOG.md what changed and why")
+    pinned = json.loads(golden.read_text(encoding="utf-8"))["losses"]
     assert losses.keys() == pinned.keys()
     for head, expected in pinned.items():
         assert len(losses[head]) == STEPS
         assert losses[head] == pytest.approx(expected, rel=TOLERANCE), head
 
 
-def test_the_pinned_run_learns() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pinned_run_learns(family: str) -> None:
     """Numbers of a run in which nothing happens would not show a change either."""
-    for values in json.loads(GOLDEN.read_text(encoding="utf-8"))["losses"].values():
+    for values in json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))["losses"].values():
         assert values[0] - values[-1] > 100 * TOLERANCE * values[0]

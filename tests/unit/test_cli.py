@@ -27,7 +27,8 @@ def test_help_starts_without_heavy_modules() -> None:
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture) -> None:
     parser = build_parser()
-    for verb in ("demo", "validate", "encode", "train", "generate", "merge", "adapters", "doctor", "lint"):
+    verbs = "demo validate encode train generate score evaluate report push merge adapters doctor lint"
+    for verb in verbs.split():
         with pytest.raises(SystemExit) as stop:
             parser.parse_args([verb, "--help"])
         assert stop.value.code == 0

@@ -28,8 +28,9 @@ lora.trainable_tokens
 train.epochs train.max_steps train.batch_size train.accumulation train.learning_rate train.schedule train.warmup_steps
 train.weight_decay train.betas train.eps train.max_grad_norm train.gradient_checkpointing train.precision
 train.head_weights train.group_by_length train.freeze train.seed train.workers
-evaluate.enabled evaluate.every_steps evaluate.batch_size
-checkpoint.every_steps checkpoint.keep_last checkpoint.resume checkpoint.force
+evaluate.enabled evaluate.every_steps evaluate.batch_size evaluate.prompts evaluate.temperature evaluate.asr
+evaluate.speaker evaluate.mos evaluate.best_metric evaluate.patience
+checkpoint.every_steps checkpoint.keep_last checkpoint.final checkpoint.resume checkpoint.force
 tracking.log_every_steps tracking.detail_every_steps tracking.trackers tracking.logging_dir
 """
 

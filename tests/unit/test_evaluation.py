@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from assessment_helpers import write_folder
 from speechtune import evaluation, metrics
 from speechtune.assessment import SCORE_FIELDS, render_answer, target_of, task_samples
+from speechtune.config import DataConfig
 from speechtune.errors import CheckpointError, ManifestError
-from speechtune.evaluation import EvaluationReport, evaluate_answers, print_evaluation, write_evaluation
+from speechtune.evaluation import EvaluationReport, evaluate_answers, print_evaluation
+from speechtune.evaluation_files import write_evaluation
 from speechtune.families.base import Sample
+from speechtune.speechocean import read_speechocean
 
 jiwer = pytest.importorskip("jiwer")
 stats = pytest.importorskip("scipy.stats")
@@ -189,6 +193,35 @@ def test_ceiling_of_one_rater_or_the_reason_why_not() -> None:
     assert sum("labels.raters" in note for note in without.notes) == 4
     samples[0].extra["labels"]["raters"]["total"].append(3)
     assert any("different numbers of raters" in note for note in evaluate_answers(samples, texts).notes)
+
+
+def test_the_ceiling_appears_where_the_corpus_has_its_single_raters(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    details = {
+        name: {"text": "HI LISA"} | {field: [score, score, 10 - score] for field in SCORE_FIELDS}
+        for name, score in (("u1", 3), ("u2", 9), ("u3", 5))
+    }
+
+    def measured() -> EvaluationReport:
+        samples = task_samples(read_speechocean(folder, "train", DataConfig()).samples, {"APA": 1}, 0)
+        return evaluate_answers(samples, [render_answer(target_of(sample)) for sample in samples])
+
+    assert measured().apa.ceiling == {}
+    (folder / "resource" / "scores-detail.json").write_text(json.dumps(details))
+    report = measured()
+    assert list(report.apa.ceiling) == list(SCORE_FIELDS)
+    ceiling = report.apa.ceiling["accuracy"]
+    # two raters alike and one their mirror: the median of the other two is constant 5 for the former
+    assert ceiling.count == 3 and ceiling.pcc == pytest.approx(-1) and math.isnan(ceiling.per_rater[0])
+    assert not any("ceiling" in note for note in report.notes) and "-1.000" in printed(report)
+    for name in ("u1", "u2"):
+        del details[name]["total"]
+    (folder / "resource" / "scores-detail.json").write_text(json.dumps(details))
+    report = measured()
+    assert list(report.apa.ceiling) == ["accuracy", "fluency", "prosodic"]
+    assert [note for note in report.notes if "ceiling" in note] == [
+        "no one-rater ceiling of total: fewer than two samples or two raters"
+    ]
 
 
 def test_targets_without_labels_have_no_detection() -> None:

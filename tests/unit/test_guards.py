@@ -134,3 +134,17 @@ def test_a_step_that_changes_nothing_stops() -> None:
     guards.check_moved({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, "step 1")
     with pytest.raises(TrainingError, match="step 1: the optimizer step changed none of the 2 trainable parameters"):
         guards.check_moved({"a": "1", "b": "2"}, {"a": "1", "b": "2"}, "step 1")
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_a_step_that_leaves_nan_stops(value: float, name: str) -> None:
+    """Else the checkpoint after it would hold NaN, verify, and be resumed from."""
+    sound, broken = parameter(1.0, 2.0), parameter(1.0, value)
+    guards.check_finite({LORA_A: sound}, "step 3", IDS)
+    with pytest.raises(TrainingError) as caught:
+        guards.check_finite({LORA_A: sound, LORA_B: broken}, "step 3", IDS)
+    message = str(caught.value)
+    assert message.startswith(
+        f"step 3: the optimizer step left 1 parameters that are not finite ({LORA_B} holds {name})"
+    )
+    assert "sample-7, sample-9" in message

@@ -8,6 +8,19 @@ import torch
 from speechtune.errors import ConfigError
 from speechtune.precision import PrecisionPlan, plan_precision
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GPUS = {  # compute capability -> the plan that `auto` makes
+    (6, 1): "fp32",
+    (7, 0): "fp16",
+    (7, 5): "fp16",
+    (8, 0): "bf16",
+    (8, 6): "bf16",
+    (8, 9): "bf16",
+    (9, 0): "bf16",
+    (10, 0): "bf16",
+    (12, 0): "bf16",
+}
+FIELDS = {"bf16": (BF16, BF16, False), "fp16": (FP16, FP16, True), "fp32": (FP32, None, False)}
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -77,3 +90,35 @@ def test_the_plan_is_told_in_one_line() -> None:
     line = on_gpu("auto", (7, 5)).describe()
     assert line.startswith("fp16 on cuda: compute capability 7.5") and "gradient scaler" in line and "\n" not in line
     assert "scaler" not in plan_precision("auto", device=CPU).describe()
+
+
+@pytest.mark.parametrize("requested", ["auto", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_every_plan_of_every_gpu(requested: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two-digit majors are newer than 9.0; nobody asks torch whether bfloat16 is supported: it counts emulation."""
+
+    def never(*_: object, **__: object) -> bool:
+        raise AssertionError("is_bf16_supported was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", never)
+    shown = ".".join(map(str, capability))
+    if requested == "bf16" and capability < (8, 0):
+        with pytest.raises(ConfigError, match=rf"compute capability {shown} only emulates bfloat16"):
+            on_gpu(requested, capability)
+        return
+    plan = on_gpu(requested, capability)
+    wanted = GPUS[capability] if requested == "auto" else requested
+    assert plan.name == wanted and (plan.base_dtype, plan.autocast, plan.scaler) == FIELDS[wanted]
+    reason = f"compute capability {shown} has" if requested == "auto" else f"asked for by train.precision={requested}"
+    assert plan.reason.startswith(reason)
+    assert plan.describe().startswith(f"{wanted} on cuda: {reason}") and "adapters float32" in plan.describe()
+
+
+def test_the_device_is_asked_for_its_capability_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a TITAN RTX: `is_bf16_supported()` is true there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    plan = plan_precision()
+    assert (plan.name, plan.device, plan.scaler) == ("fp16", CUDA, True)

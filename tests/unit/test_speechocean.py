@@ -180,6 +180,74 @@ def test_optional_fields_are_notes_with_counts(corpus: Corpus) -> None:
     assert "age" not in result.samples[2].extra
 
 
+FIVE = {"accuracy": [7, 9, 8, 8, 9], "fluency": [10, 9, 8, 8, 10], "prosodic": [10, 9, 7, 8, 9]}
+FIVE |= {"total": [7.6, 9, 7.9, 8, 9.1], "completeness": [1.0] * 5}
+
+
+def detailed(corpus: Corpus, **entries: Any) -> ReadResult:
+    """Read the training split with `entries` as scores-detail.json."""
+    (corpus.write() / "resource" / "scores-detail.json").write_text(json.dumps(entries))
+    return corpus.read()
+
+
+def raters(result: ReadResult) -> list[Any]:
+    return [sample.extra["labels"].get("raters") for sample in result.samples]
+
+
+def test_scores_of_single_raters(corpus: Corpus) -> None:
+    assert raters(corpus.read()) == [None] * 3  # and no note: copies lack the file
+    entry = {**FIVE, "text": "hi  lisa", "words": []}
+    result = detailed(corpus, u1=entry, u2=FIVE, u3=entry, t1=entry)
+    assert (result.faults, result.notes) == ([], [])
+    wanted = {name: FIVE[name] for name in ("accuracy", "fluency", "prosodic", "total")}
+    assert raters(result) == [wanted] * 3
+    assert json.loads(json.dumps(dict(result.samples[0].extra))) == result.samples[0].extra
+    assert raters(read_speechocean(corpus.folder, "test", DataConfig())) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], 8, "8", [8, None, 8], [8, "8"], [8, True], [8, 11], [-1, 8], [8, math.nan], {"a": 8}]
+)
+def test_damaged_scores_of_single_raters_are_left_out(corpus: Corpus, values: Any) -> None:
+    result = detailed(corpus, u1={**FIVE, "fluency": values}, u2=FIVE, u3={**FIVE, "text": "HI LIZ"})
+    assert result.faults == []
+    first, second, third = raters(result)
+    assert list(first) == ["accuracy", "prosodic", "total"] and len(second) == 4 and third is None
+    assert set(result.notes) == {
+        "train: utterances without sound 'fluency' scores of single raters (1)",
+        "train: utterances whose single raters scored another text (1)",
+    }
+
+
+def test_missing_entries_of_single_raters_are_noted(corpus: Corpus) -> None:
+    result = detailed(corpus, u1=FIVE, u2=[1, 2])
+    assert [found is not None for found in raters(result)] == [True, False, False]
+    assert result.notes == ["train: utterances without scores of single raters (2)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected an object with the utterance ids as keys"),
+        ('{"u1": {"total": [1, 2], "total": [3, 4]}}', "holds the key 'total' twice"),
+    ],
+)
+def test_a_damaged_file_of_single_raters_is_noted(corpus: Corpus, text: str, note: str) -> None:
+    (corpus.write() / "resource" / "scores-detail.json").write_text(text)
+    result = corpus.read()
+    assert (raters(result), result.faults) == ([None] * 3, [])
+    (found,) = result.notes
+    assert found.startswith("no scores of single raters: ") and note in found and found.endswith("(1)")
+
+
+def test_an_utterance_that_stands_twice_has_no_single_raters(corpus: Corpus) -> None:
+    entry = json.dumps(FIVE)
+    text = f'{{"u1": {entry}, "u2": {entry}, "u2": {entry}, "u3": {entry}}}'
+    (corpus.write() / "resource" / "scores-detail.json").write_text(text)
+    assert [found is not None for found in raters(corpus.read())] == [True, False, True]
+
+
 def edit(path: str, value: Any) -> Callable[[Corpus], None]:
     """Set a field of u2's entry in scores.json, such as "words.1.phones"; `...` removes it."""
 

@@ -40,11 +40,15 @@ def lines(path: Path) -> list[int]:
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     writer = tracker(tmp_path, FakeAccelerator())
     writer.write(record(1), 2)
-    writer.write(EvaluationRecord(1, 2.5, {"audio": 2.0, "text": 0.5}, 0.1), 2)
+    writer.write(EvaluationRecord(1, 2.5, {"audio": 2.0, "text": 0.5}, {"sim": 0.5}, 0.1, 0.2), 2)
     first, second = read_records(tmp_path / "metrics.jsonl")
     assert first["step"] == 1 and first["loss"] == 3.0 and first["losses"] == {"audio": 2.0, "text": 1.0}
     assert first["learning_rate"] == 1e-4 and first["eta_seconds"] == 75.4
-    assert second == {"step": 1, "eval_loss": 2.5, "eval_losses": {"audio": 2.0, "text": 0.5}, "eval_seconds": 0.1}
+    assert second == {"step": 1, "eval_loss": 2.5, "eval_losses": {"audio": 2.0, "text": 0.5}} | {
+        "scores": {"sim": 0.5},
+        "eval_seconds": 0.1,
+        "time_share": 0.2,
+    }
 
 
 def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
@@ -120,11 +124,13 @@ def test_the_console_gets_the_first_the_last_and_every_tenth(
     with caplog.at_level(logging.INFO, "speechtune"):
         for step in range(1, 26):
             writer.write(record(step), 25)
-        writer.write(EvaluationRecord(25, 2.5, {"audio": 2.0}, 0.1), 25)
+        writer.write(EvaluationRecord(25, 2.5, {"audio": 2.0}, {}, 0.1, 0.2), 25)
     found = [message.split()[1] for message in caplog.messages]
     assert found == ["1/25", "10/25", "20/25", "25/25", "25"]
     assert "loss 3.0000 (audio 2.0000 text 1.0000)" in caplog.messages[0] and "1:15 left" in caplog.messages[0]
-    assert caplog.messages[-1] == "step 25 evaluation: loss 2.5000 (audio 2.0000)"
+    assert caplog.messages[-1] == (
+        "step 25 evaluation:  loss 2.5000 (audio 2.0000)  (0.1 s, 20% of the run's time so far)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from speechtune.precision import PrecisionPlan
+    from speechtune.scorers import Scorers
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,14 @@ class Output:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of a set of answers by name, and a row of plain values per answer."""
+
+    summary: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]]
+
+
 class Family(Protocol):
     """What one model family must provide; see `docs/decisions/0006-the-seam.md`."""
 
@@ -158,8 +167,16 @@ class Family(Protocol):
     """Rate in Hz at which `encode_audio` wants its audio."""
     pipeline_tag: str
     """The hub's name for what a model of the family does."""
+    base_license: str
+    """The hub's identifier of the released base's licence."""
     card_note: str
-    """A sentence for the model card of an adapter."""
+    """A sentence for the model card of an adapter: how to load it."""
+    card_use: str
+    """Another: what it is for, and what not."""
+    score_names: Mapping[str, str]
+    """What `score` and `hits` may yield, each with "max" or "min": which is better."""
+    scorer_names: frozenset[str]
+    """Scores that need a scorer of their own."""
     lora_presets: Mapping[str, str]
     """Preset name -> regex over module names; the key "default" names the one used when none is given."""
 
@@ -225,6 +242,18 @@ class Family(Protocol):
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> list[Output]:
         """Answer a batch of prompts, each a sample without target and the features of its clips."""
+        ...
+
+    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Per kind of target: how many the model finds when told all before them, and how many there are."""
+        ...
+
+    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+        """Measure answers to samples whose right answers are known."""
+        ...
+
+    def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+        """What in some scores, beside the base's, points to a broken training; a sentence each."""
         ...
 
     def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:

@@ -7,12 +7,11 @@ V codebook size.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     HiggsAudioV2Config,
     HiggsAudioV2ForConditionalGeneration,
     PreTrainedTokenizerBase,
@@ -29,29 +27,56 @@ from transformers import (
 from speechtune.adapter import plain_model
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
-from speechtune.families.base import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample
+from speechtune.families.base import (
+    Audio,
+    AudioRef,
+    Batch,
+    Clip,
+    Encoded,
+    GenerationOptions,
+    Losses,
+    Output,
+    Sample,
+    Scored,
+)
 from speechtune.families.higgs_codec import HiggsCodec
-from speechtune.families.higgs_layout import AUDIO, IGNORE, delay_rows, pad_inputs, render_prompt, row_labels, undelay
+from speechtune.families.higgs_layout import (
+    AUDIO,
+    IGNORE,
+    cut_rows,
+    delay_rows,
+    pad_inputs,
+    refuse_special_tokens,
+    render_prompt,
+    sampling,
+    target_arrays,
+    undelay,
+)
 from speechtune.families.higgs_legacy import is_legacy, legacy_config, load_legacy
+from speechtune.families.higgs_listening import SCORE_NAMES, SCORER_NAMES, codebook_hits, score_speech, speech_warnings
 from speechtune.fingerprint import folder_fingerprint
-from speechtune.model_files import copy_files, hub_commit, require_sound
+from speechtune.model_files import (
+    copy_files,
+    hub_commit,
+    load_pretrained,
+    load_tokenizer,
+    require_fit,
+    require_sound,
+)
 from speechtune.precision import PrecisionPlan
+
+if TYPE_CHECKING:
+    from speechtune.scorers import Scorers
 
 log = logging.getLogger("speechtune")
 
 RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
 RELEASED_CODEC = "bosonai/higgs-audio-v2-tokenizer"
-SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 FRAMES_PER_SECOND = 25
 MAX_NEW_TOKENS = 2048  # 82 seconds
 FORWARD_INPUTS = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
-ASSET_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*processor_config.json",
-    "chat_template*",
-)
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+ASSET_PATTERNS = (*TOKENIZER_FILES, "*processor_config.json")
 
 
 class HiggsAudioV2Family:
@@ -61,7 +86,11 @@ class HiggsAudioV2Family:
     heads: tuple[str, ...] = ("audio", "text")
     sampling_rate = 24_000
     pipeline_tag = "text-to-speech"
-    card_note = "Clone a voice only with its owner's consent."
+    score_names = SCORE_NAMES
+    scorer_names = SCORER_NAMES
+    base_license = "other"
+    card_note = "Give it text and a few seconds of reference speech; it answers with audio codes of the base's codec."
+    card_use = "For speech in voices whose owners have agreed to it. Clone a voice only with its owner's consent."
     lora_presets: Mapping[str, str] = {
         "default": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
         "attention": r".*\.self_attn\.(q|k|v|o)_proj",
@@ -72,8 +101,6 @@ class HiggsAudioV2Family:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._prompts_seen: set[str | None] = set()
-
-    # -- parts, loaded when first needed ---------------------------------------------------------------------------
 
     @cached_property
     def model_config(self) -> HiggsAudioV2Config:
@@ -86,7 +113,7 @@ class HiggsAudioV2Family:
         if model.path == RELEASED_MODEL and model.revision is None:
             return HiggsAudioV2Config(codebook_size=1026, dtype="bfloat16")
         try:
-            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision)
+            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={model.path}: no model configuration there: {error}") from None
         if not isinstance(loaded, HiggsAudioV2Config):
@@ -97,11 +124,7 @@ class HiggsAudioV2Family:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text tokenizer; its special ids must be those of the model's configuration."""
         model = self.config.model
-        require_sound(model.path, "model.path")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={model.path}: no usable tokenizer there: {error}") from None
+        tokenizer = load_tokenizer(model, model.revision)
         for token, field in ((AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
             found, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
             if found != wanted:
@@ -156,33 +179,19 @@ class HiggsAudioV2Family:
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
             return model.to(plan.device)
-        try:
-            model, info = cast(Any, HiggsAudioV2ForConditionalGeneration).from_pretrained(
-                settings.path,
-                revision=settings.revision,
-                use_text_head=True,
-                dtype=plan.base_dtype,
-                attn_implementation=settings.attention,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are listed, and refused below
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
+        classes = HiggsAudioV2ForConditionalGeneration
+        model, info = load_pretrained(classes, settings, settings.revision, plan.base_dtype, use_text_head=True)
         missing = set(info["missing_keys"])
         if missing == {"text_lm_head.weight"}:
             log.warning("%s has no text head: it was saved without one; the text loss is left out", settings.path)
-            model.text_lm_head = None
+            cast(Any, model).text_lm_head = None
             missing.clear()
         if info["unexpected_keys"]:  # converted folders may carry a head twice, under its old name too
             log.warning(
                 "%s: weights the model has no place for are left out: %s", settings.path, info["unexpected_keys"]
             )
-        if missing or info["mismatched_keys"]:
-            raise ConfigError(
-                f"model.path={settings.path}: the weights do not fit the model: missing {sorted(missing)[:5]}, "
-                f"mismatched {list(info['mismatched_keys'])[:5]}"
-            )
-        return cast(nn.Module, model).to(plan.device)
+        require_fit(settings.path, missing, info["mismatched_keys"])
+        return model.to(plan.device)
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""
@@ -214,8 +223,6 @@ class HiggsAudioV2Family:
         """Nothing is done to the base."""
         return {}
 
-    # -- data ------------------------------------------------------------------------------------------------------
-
     def expand(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples as they are."""
         return list(samples)
@@ -240,10 +247,7 @@ class HiggsAudioV2Family:
         self, sample: Sample, features: Sequence[np.ndarray], *, with_target: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (S,) with placeholders expanded, and the delayed rows (R, K) of all clips, in order."""
-        texts = [sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)]
-        for text in texts:
-            if text and (found := SPECIAL.search(text)):
-                raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {found.group()!r}")
+        refuse_special_tokens(sample)
         parts = render_prompt(sample, with_target=with_target).split(AUDIO)
         if len(parts) != len(features) + 1:
             raise ManifestError(f"sample {sample.id}: {len(features)} clips for {len(parts) - 1} places in the prompt")
@@ -255,7 +259,7 @@ class HiggsAudioV2Family:
         ids: list[int] = []
         rows: list[np.ndarray] = [np.zeros((0, config.num_codebooks), np.int64)]
         for part, codes_FK in zip(parts, [*features, None], strict=True):
-            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            ids += self._tokenize(part)
             if codes_FK is not None:
                 rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
                 fillers = config.num_codebooks - 1
@@ -263,25 +267,16 @@ class HiggsAudioV2Family:
                 rows.append(rows_RK)
         return np.asarray(ids, np.int32), np.concatenate(rows)
 
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
         """Prompt ids, rows, and the targets with the positions whose hidden states predict them."""
         if sample.audio is None:
             raise ManifestError(f"sample {sample.id}: no target audio to train on")
         ids_S, rows_RK = self.prompt_arrays(sample, features, with_target=True)
         num_frames = len(features[-1])
-        num_rows = num_frames + self.model_config.num_codebooks + 1
-        after_rows = len(ids_S) - len(self.tokenizer("<|audio_eos|><|eot_id|>", add_special_tokens=False)["input_ids"])
-        first_row = after_rows - num_rows
-        labels_RK = row_labels(rows_RK[-num_rows:], num_frames)
-        text_targets = np.asarray([first_row - 1, *range(after_rows, len(ids_S))])
-        arrays = {
-            "input_ids": ids_S,
-            "audio_rows": rows_RK.astype(np.int16),
-            "audio_positions": np.arange(first_row, after_rows - 1),  # row t predicts row t + 1; row 0 is all BOS
-            "audio_targets": labels_RK[1:].astype(np.int16),
-            "text_positions": text_targets - 1,
-            "text_targets": ids_S[text_targets],
-        }
+        arrays = target_arrays(ids_S, rows_RK, num_frames, len(self._tokenize("<|audio_eos|><|eot_id|>")))
         return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
@@ -307,10 +302,16 @@ class HiggsAudioV2Family:
         num_tokens = sum(item.num_tokens for item in items)
         return Batch(ids, inputs, counts, num_tokens, sum(item.audio_seconds for item in items))
 
-    # -- model -----------------------------------------------------------------------------------------------------
-
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per head, with the heads applied only where a target is."""
+        audio_PKV, text_PV = self._logits(model, batch)
+        sums = {"audio": _summed_cross_entropy(audio_PKV, batch.inputs["audio_targets"])}
+        if text_PV is not None:
+            sums["text"] = _summed_cross_entropy(text_PV, batch.inputs["text_targets"])
+        return Losses(sums)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits where a target is: (P, K, V) of the audio head, (P, V) of the text head if there is one."""
         base = cast(Any, plain_model(model))
         inputs = batch.inputs
         hidden_ND = base.model(
@@ -318,18 +319,15 @@ class HiggsAudioV2Family:
         ).last_hidden_state.flatten(0, 1)
         audio_PKV = base.audio_lm_head(hidden_ND[inputs["audio_positions"]])
         audio_PKV = audio_PKV.unflatten(-1, (self.model_config.num_codebooks, self.model_config.codebook_size))
-        sums = {"audio": _summed_cross_entropy(audio_PKV, inputs["audio_targets"])}
-        if base.text_lm_head is not None:
-            text_PV = base.text_lm_head(hidden_ND[inputs["text_positions"]])
-            sums["text"] = _summed_cross_entropy(text_PV, inputs["text_targets"])
-        return Losses(sums)
+        head = base.text_lm_head
+        return audio_PKV, None if head is None else head(hidden_ND[inputs["text_positions"]])
 
     def generate(
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> list[Output]:
         """Speak a batch of prompts; clips and text as in training, rows cut where the stream ended."""
         rows_BRK = self.generate_rows(model, prompts, options)
-        return [self._output(sample.id, rows_BRK[b]) for b, (sample, _) in enumerate(prompts)]
+        return self._outputs([sample.id for sample, _ in prompts], rows_BRK)
 
     @torch.no_grad()
     def generate_rows(
@@ -347,9 +345,23 @@ class HiggsAudioV2Family:
         torch.manual_seed(options.seed)
         cap = options.max_new_tokens or MAX_NEW_TOKENS
         rows = generator.generate(
-            **{k: v.to(generator.device) for k, v in inputs.items()}, max_new_tokens=cap, **_sampling(options)
+            **{k: v.to(generator.device) for k, v in inputs.items()}, max_new_tokens=cap, **sampling(options)
         )
         return rows[:, max_rows:].cpu().numpy()
+
+    @torch.no_grad()
+    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Right codes and all codes, per codebook."""
+        eos = self.model_config.audio_stream_eos_id
+        return codebook_hits(self._logits(model, batch)[0], batch.inputs["audio_targets"], eos)
+
+    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+        """See `score_speech`."""
+        return score_speech(samples, outputs, scorers, self.sampling_rate)
+
+    def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+        """See `speech_warnings`."""
+        return speech_warnings(scores, base)
 
     @torch.no_grad()
     def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
@@ -366,14 +378,15 @@ class HiggsAudioV2Family:
         options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
         return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK])], options)
 
-    def _output(self, sample_id: str, rows_RK: np.ndarray) -> Output:
+    def _outputs(self, ids: Sequence[str], rows_BRK: np.ndarray) -> list[Output]:
         eos = self.model_config.audio_stream_eos_id
-        finished = np.flatnonzero((rows_RK == eos).all(axis=1))
-        if len(finished):
-            rows_RK = rows_RK[: finished[0] + 1]
-        codes_FK, stopped = undelay(rows_RK, eos, self.codec.codebook_size)
-        audio = self.codec.decode(codes_FK)
-        return Output(sample_id, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
+        ended = [cut_rows(rows_RK, eos) for rows_RK in rows_BRK]
+        codes = [undelay(rows_RK, eos, self.codec.codebook_size) for rows_RK in ended]
+        audios = self.codec.decode([codes_FK for codes_FK, _ in codes])
+        return [
+            Output(name, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
+            for name, audio, rows_RK, (codes_FK, stopped) in zip(ids, audios, ended, codes, strict=True)
+        ]
 
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""
@@ -384,14 +397,3 @@ def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.
     return nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-
-
-def _sampling(options: GenerationOptions) -> dict[str, Any]:
-    if options.temperature == 0:
-        return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
-    named = {
-        name: getattr(options, name)
-        for name in ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
-        if getattr(options, name) is not None
-    }
-    return {"do_sample": True, **named}

@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig  # before the stand-in below: transformers l
 from speechtune.families.base import Audio
 
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
+DECODERS = 4  # threads; more than cores only wait
 CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
 
 
@@ -88,7 +90,7 @@ class HiggsCodec:
     """
 
     def __init__(self, path: str, revision: str | None = None, device: torch.device | str = "cpu") -> None:
-        model_type = AutoConfig.from_pretrained(path, revision=revision).model_type
+        model_type = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).model_type
         if model_type != "higgs_audio_v2_tokenizer":
             raise ValueError(f"model_type is {model_type!r}, not 'higgs_audio_v2_tokenizer'")
         model, info = codec_class().from_pretrained(
@@ -116,9 +118,18 @@ class HiggsCodec:
             encoded.append(codes_1KF[0].T.to("cpu", torch.int16).numpy())
         return encoded
 
+    def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
+        """Decode codes, each of shape (num_frames, num_codebooks), to audio at the codec's rate.
+
+        On a CPU each clip is decoded by one thread, several side by side: its convolutions are too small to share.
+        """
+        if self.model.device.type != "cpu":
+            return [self._decode(codes_FK) for codes_FK in codes]
+        with ThreadPoolExecutor(DECODERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(self._decode, codes))
+
     @torch.no_grad()
-    def decode(self, codes_FK: np.ndarray) -> Audio:
-        """Decode codes of shape (num_frames, num_codebooks) to audio at the codec's rate."""
+    def _decode(self, codes_FK: np.ndarray) -> Audio:
         if len(codes_FK) == 0:
             return Audio(np.zeros(0, np.float32), self.sampling_rate)
         codes_1KF = torch.from_numpy(codes_FK.astype(np.int64).T)[None].to(self.model.device)

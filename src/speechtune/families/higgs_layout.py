@@ -5,17 +5,32 @@ Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from speechtune.families.base import Sample
+from speechtune.errors import ManifestError
+from speechtune.families.base import GenerationOptions, Sample
 
 DEFAULT_SYSTEM = "Generate audio following instruction."
 DEFAULT_SCENE = "Audio is recorded from a quiet room."
 AUDIO = "<|AUDIO_OUT|>"
 IGNORE = -100
+SPECIAL = re.compile(r"<\|[^|<>]+\|>")
+
+
+def refuse_special_tokens(sample: Sample) -> None:
+    """Refuse texts that would be read as more than text.
+
+    Raises:
+        ManifestError: names the token.
+    """
+    for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
+        if text and (found := SPECIAL.search(text)):
+            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {found.group()!r}")
 
 
 def render_prompt(sample: Sample, *, with_target: bool) -> str:
@@ -66,6 +81,12 @@ def row_labels(rows_RK: np.ndarray, num_frames: int) -> np.ndarray:
     return labels_RK
 
 
+def cut_rows(rows_RK: np.ndarray, eos: int) -> np.ndarray:
+    """Generated rows up to and including the first that is all EOS; samples that ended go on with it in a batch."""
+    finished = np.flatnonzero((rows_RK == eos).all(axis=1))
+    return rows_RK[: finished[0] + 1] if len(finished) else rows_RK
+
+
 def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarray, bool]:
     """Recover the codes from generated rows, whose first row is all BOS.
 
@@ -113,3 +134,41 @@ def pad_inputs(
         "audio_input_ids": rows_BRK,
         "audio_input_ids_mask": mask_BR,
     }
+
+
+def target_arrays(
+    ids_S: np.ndarray, rows_RK: np.ndarray, num_frames: int, num_last_tokens: int
+) -> dict[str, np.ndarray]:
+    """Arrays of a training sample: ids, rows, and the targets with the positions whose hidden states predict them.
+
+    Args:
+        ids_S: token ids of prompt and target.
+        rows_RK: delayed rows of all clips, the target's last.
+        num_frames: codec frames of the target.
+        num_last_tokens: text tokens behind the target's rows.
+    """
+    num_rows = num_frames + rows_RK.shape[1] + 1
+    after_rows = len(ids_S) - num_last_tokens
+    first_row = after_rows - num_rows
+    labels_RK = row_labels(rows_RK[-num_rows:], num_frames)
+    text_targets = np.asarray([first_row - 1, *range(after_rows, len(ids_S))])
+    return {
+        "input_ids": ids_S,
+        "audio_rows": rows_RK.astype(np.int16),
+        "audio_positions": np.arange(first_row, after_rows - 1),  # row t predicts row t + 1; row 0 is all BOS
+        "audio_targets": labels_RK[1:].astype(np.int16),
+        "text_positions": text_targets - 1,
+        "text_targets": ids_S[text_targets],
+    }
+
+
+def sampling(options: GenerationOptions) -> dict[str, Any]:
+    """Options of `generate` for transformers."""
+    if options.temperature == 0:
+        return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
+    named = {
+        name: getattr(options, name)
+        for name in ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
+        if getattr(options, name) is not None
+    }
+    return {"do_sample": True, **named}

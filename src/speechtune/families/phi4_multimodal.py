@@ -10,15 +10,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
@@ -29,7 +26,7 @@ from speechtune.adapter import plain_model
 from speechtune.assessment import TASKS, Task, render_answer, target_of, task_of, task_samples
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, ManifestError
-from speechtune.families.base import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample
+from speechtune.families.base import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 from speechtune.families.phi4_audio import FRAMES_PER_SECOND, embed_clips, log_mel, num_positions, pad_features
 from speechtune.families.phi4_layout import (
     NATIVE_REVISION,
@@ -39,6 +36,7 @@ from speechtune.families.phi4_layout import (
     TOWERS,
     released_config,
 )
+from speechtune.families.phi4_listening import SCORE_NAMES, score_answers, warnings_of
 from speechtune.families.phi4_prompts import (
     AFTER_ANSWER,
     AFTER_PROMPT,
@@ -49,8 +47,12 @@ from speechtune.families.phi4_prompts import (
     SPECIAL,
 )
 from speechtune.families.phi4_speech import SpeechLora, read_marker, write_marker
-from speechtune.model_files import require_sound
+from speechtune.guards import some
+from speechtune.model_files import load_pretrained, load_tokenizer, require_fit, require_sound
 from speechtune.precision import PrecisionPlan
+
+if TYPE_CHECKING:
+    from speechtune.scorers import Scorers
 
 log = logging.getLogger("speechtune")
 
@@ -65,6 +67,10 @@ class Phi4MultimodalFamily:
     heads: tuple[str, ...] = TASKS
     sampling_rate = 16_000
     pipeline_tag = "automatic-speech-recognition"
+    score_names = SCORE_NAMES
+    scorer_names = frozenset()
+    base_license = "mit"
+    card_use = "For practice and research; its scores are no verdict on people, least of all on groups it never heard."
     card_note = "The base's speech LoRA must be in place as base_recipe.json says; `speechtune score` sees to that."
     lora_presets = PRESETS
 
@@ -78,29 +84,27 @@ class Phi4MultimodalFamily:
     def model_config(self) -> Phi4MultimodalConfig:
         """Configuration of the base model; the released one's dimensions are known without asking the hub."""
         model = self.config.model
-        if model.path == RELEASED_MODEL and model.revision in (None, NATIVE_REVISION):
+        if model.path == RELEASED_MODEL and self.revision == NATIVE_REVISION:
             return released_config()
         require_sound(model.path, "model.path")
         try:
-            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision)
-        except (OSError, ValueError) as error:
-            hint = REMOTE_CODE if "phi4mm" in str(error) else ""
-            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}{hint}") from None
-        if loaded.model_type == "phi4mm":
-            raise ConfigError(f"model.path={model.path}: model_type is 'phi4mm'{REMOTE_CODE}")
-        if not isinstance(loaded, Phi4MultimodalConfig):
-            raise ConfigError(f"model.path={model.path}: model_type is {loaded.model_type!r}, not phi4_multimodal")
-        return loaded
+            values, _ = Phi4MultimodalConfig.get_config_dict(model.path, revision=self.revision)
+            # Not by AutoConfig: it asks at the terminal whether to run the folder's code, and a `y` would run it.
+            if (model_type := values.get("model_type")) == self.name:
+                return Phi4MultimodalConfig.from_dict(values)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}") from None
+        if model_type is None:
+            raise ConfigError(f"model.path={model.path}: no model configuration there: config.json names no model_type")
+        hint = REMOTE_CODE if model_type == "phi4mm" else f", not {self.name}"
+        raise ConfigError(f"model.path={model.path}: model_type is {model_type!r}{hint}")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The text tokenizer, with the trained control tokens; its special names must be single known ids."""
         model = self.config.model
-        require_sound(model.path, "model.path")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={model.path}: no usable tokenizer there: {error}") from None
+        _ = self.model_config  # refuses other architectures, and code, with a better message
+        tokenizer = load_tokenizer(model, self.revision)
         if tokens := self.config.lora.trainable_tokens:
             unknown = sorted(set(tokens) - set(CONTROL_TOKENS.values()))
             if unknown:
@@ -132,6 +136,12 @@ class Phi4MultimodalFamily:
         return SpeechLora(self.config.model)
 
     @property
+    def revision(self) -> str | None:
+        """Revision on the hub; of the released model the one with native weights, unless another is named."""
+        native = NATIVE_REVISION if self.config.model.path == RELEASED_MODEL else None
+        return self.config.model.revision or native
+
+    @property
     def eos_ids(self) -> list[int]:
         """Token ids that end an answer."""
         ids = self.model_config.eos_token_id
@@ -158,23 +168,11 @@ class Phi4MultimodalFamily:
         if settings.attention == "flash_attention_2":
             raise ConfigError("model.attention=flash_attention_2: the speech encoder needs a bias; use sdpa or eager")
         _ = self.model_config  # refuses other architectures with a better message
-        try:
-            model, info = cast(Any, Phi4MultimodalForCausalLM).from_pretrained(
-                settings.path,
-                revision=settings.revision,
-                dtype=plan.base_dtype,
-                attn_implementation=settings.attention,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are listed, and refused below
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ConfigError(
-                f"model.path={settings.path}: the weights do not fit the model: missing "
-                f"{sorted(info['missing_keys'])[:5]}, mismatched {list(info['mismatched_keys'])[:5]}"
-            )
-        return self.speech.prepare(cast(nn.Module, model).to(plan.device))
+        model, info = load_pretrained(Phi4MultimodalForCausalLM, settings, self.revision, plan.base_dtype)
+        require_fit(settings.path, info["missing_keys"], info["mismatched_keys"])
+        if unused := sorted(info["unexpected_keys"]):
+            log.warning("%s: %d tensors the model has no place for: %s", settings.path, len(unused), some(unused))
+        return self.speech.prepare(model.to(plan.device))
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""
@@ -297,6 +295,25 @@ class Phi4MultimodalFamily:
         inputs = {k: v.to(base.device) for k, v in self._inputs(pairs, left=True).items()}
         ids_BS = self._generate(base, inputs, options)
         return [self._output(sample.id, ids_S.tolist()) for (sample, _), ids_S in zip(prompts, ids_BS, strict=True)]
+
+    @torch.no_grad()
+    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Right tokens and all tokens of the answers, per task."""
+        base = cast(Any, plain_model(model))
+        hidden_ND = self._hidden(base, batch.inputs).flatten(0, 1)
+        found = {}
+        for head, count in batch.target_counts.items():
+            tokens_P = base.lm_head(hidden_ND[batch.inputs[f"{head}_positions"]]).argmax(-1)
+            found[f"token_accuracy_{head}"] = (int((tokens_P == batch.inputs[f"{head}_targets"]).sum()), count)
+        return found
+
+    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+        """See `score_answers`; no scorer is needed."""
+        return score_answers(samples, outputs)
+
+    def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+        """See `warnings_of`."""
+        return warnings_of(scores)
 
     @torch.no_grad()
     def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:

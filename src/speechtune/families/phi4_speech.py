@@ -16,6 +16,7 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
+from speechtune.base_recipe import check_weights
 from speechtune.config import ModelConfig
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.fingerprint import file_sha256
@@ -92,15 +93,20 @@ class SpeechLora:
 
         Raises:
             AdapterError: the folder is no sound LoRA of this model.
+            ConfigError: NaN or infinity in the base.
         """
         if self.mode == "drop":
             log.warning("model.speech_lora=drop: the base's speech LoRA is left out; Microsoft's base cannot hear then")
         if self.path is None or self.mode == "continue":
             return model
         adapted = attach(model, self.path)
-        if self.mode == "merge":
+        if self.mode == "stack":
+            return adapted
+        try:
             return cast(Any, adapted).merge_and_unload(safe_merge=True)
-        return adapted
+        except ValueError as error:  # not finite; its own message blames the adapter
+            check_weights(adapted, f"model.path={self.model.path}")
+            raise AdapterError(f"{self.path}: cannot be merged into the base: {error}") from None
 
 
 def attach(model: nn.Module, folder: Path) -> PeftModel:

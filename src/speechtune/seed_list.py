@@ -1,0 +1,82 @@
+"""Lists of seed-tts-eval: one prompt a line, "utt|prompt_text|prompt_wav|target_text[|target_wav]"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speechtune.audio import AudioFault, audio_info
+from speechtune.config import DataConfig
+from speechtune.errors import ManifestError
+from speechtune.families.base import AudioRef, Clip, Sample
+from speechtune.readers import Context
+from speechtune.rows import Fault, Row, printable
+
+FIELDS = "utt|prompt_text|prompt_wav|target_text, with |target_wav where there is a recording of the target"
+FOLDERS = frozenset({"en", "zh"})
+"""Folders of seed-tts-eval's test sets, named by language."""
+
+
+def read_seed_list(path: Path, config: DataConfig | None = None, language: str | None = None) -> list[Sample]:
+    """Read a list; wavs are named relative to it. Unlike the original's scripts it leaves out no missing wav.
+
+    Args:
+        path: the list, such as `en/meta.lst`.
+        config: `audio_root` confines the wavs.
+        language: of the texts; None takes the folder's name where that is "en" or "zh".
+
+    Raises:
+        ManifestError: every fault, with file and line: malformed lines, doubled ids, wavs that cannot be opened.
+    """
+    config = config or DataConfig()
+    folder = path.resolve().parent
+    if language is None and folder.name in FOLDERS:
+        language = folder.name
+    try:
+        lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+    samples: dict[str, Sample] = {}
+    faults: list[Fault] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        context = Context(Row(number, f"{path}:{number}"), f"{printable(path.stem)}-{number}", folder, config)
+        sample = _sample(context, line.strip(), language)
+        if sample is not None and sample.id in samples:
+            context.fault("doubled_id", f"the id {sample.id!r} stands in {samples[sample.id].source} already")
+        faults += context.faults
+        if sample is not None and not context.faults:
+            samples[sample.id] = sample
+    if faults or not samples:
+        listed = "\n".join(f"  {fault}" for fault in faults) or "  holds no lines"
+        raise ManifestError(f"{path}: {len(faults)} fault(s) in its lines\n{listed}", tuple(faults))
+    return list(samples.values())
+
+
+def _sample(context: Context, line: str, language: str | None) -> Sample | None:
+    fields = [part.strip() for part in line.split("|")]
+    if len(fields) not in (4, 5) or not fields[0]:
+        context.fault("bad_row", f"{len(fields)} fields; expected {FIELDS}")
+        return None
+    name, prompt_text, prompt_wav, text = fields[:4]
+    reference = _clip(context, prompt_wav)
+    target = _clip(context, fields[4]) if len(fields) == 5 else None
+    context.text(prompt_text, "the prompt's text")
+    context.text(text, "the target's text")
+    if context.faults or reference is None:
+        return None
+    clips = (Clip(reference, prompt_text),)
+    extra = {"row": context.row.number}
+    return Sample(name, text, target, clips, language=language, source=context.row.source, extra=extra)
+
+
+def _clip(context: Context, place: str) -> AudioRef | None:
+    path = context.path(place)
+    if path is None:
+        return None
+    ref = AudioRef(path)
+    try:
+        audio_info(ref)
+    except AudioFault as fault:
+        context.fault(fault.code, str(fault))
+    return ref
