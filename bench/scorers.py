@@ -24,15 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from speechtune.audio import read_audio
+from speechtune.config import DataConfig
 from speechtune.errors import ConfigError
 from speechtune.families.base import Audio, AudioRef
 from speechtune.scorer_support import RATE
 from speechtune.scorers import load_scorers
+from speechtune.speechocean import is_speechocean, read_speechocean
 from speechtune.spoken_text import word_errors
 
 SHIPPED = Path(str(files("speechtune"))) / "assets" / "demo-voices" / "clips.jsonl"
 SNR_DB = (20, 5)
 HALVED_SECONDS = 4.0
+ADULT_YEARS = 18
+CORPUS_CLIPS = 60
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,15 @@ class Spoken:
 
 
 def read_clips(path: Path) -> list[Spoken]:
-    """Recordings of a clips.jsonl at 16 kHz."""
+    """Recordings at 16 kHz of a clips.jsonl, or of the first adults in the test split of a Speechocean762 folder."""
+    if is_speechocean(path):
+        read = read_speechocean(path, "test", DataConfig(), headers=False).samples
+        adults = [sample for sample in read if sample.extra.get("age", 0) >= ADULT_YEARS][:CORPUS_CLIPS]
+        return [
+            Spoken(read_audio(sample.audio, RATE), str(sample.speaker), sample.text, "en")
+            for sample in adults
+            if sample.audio is not None
+        ]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Spoken(read_audio(AudioRef(path.parent / row["audio"]), RATE), row["speaker"], row["text"], row["language"])
@@ -185,12 +197,30 @@ def wer_figures(spec: str, clips: Sequence[Spoken]) -> dict[str, float]:
         counts = [word_errors(text_of(i), said, languages[i]) for i, said in enumerate(heard)]
         return sum(errors for errors, _ in counts) / sum(words for _, words in counts)
 
-    return {
+    peer = asr_peer(spec, audios, languages)
+    same = {} if peer is None else {"clips heard as by the library's own call": sum(map(str.__eq__, heard, peer))}
+    return same | {
         "clips": len(known),
         "WER, right texts": rate(lambda i: known[i].text),
         "WER, shuffled texts": rate(lambda i: known[others[i]].text),
         "real-time factor": own / sum(audio.duration_seconds for audio in audios),
     }
+
+
+def asr_peer(spec: str, audios: Sequence[Audio], languages: Sequence[str]) -> list[str] | None:
+    """What faster-whisper itself hears; None for the other recognisers."""
+    kind, _, folder = spec.partition(":")
+    if kind != "faster-whisper":
+        return None
+    from faster_whisper import WhisperModel
+
+    model = WhisperModel(folder, device="cpu", compute_type="float32", local_files_only=True)
+    found = []
+    for audio, language in zip(audios, languages, strict=True):
+        greedy: Any = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
+        segments, _ = model.transcribe(audio.samples, language=language, **greedy)
+        found.append("".join(segment.text for segment in segments).strip())
+    return found
 
 
 def measure(clips: Sequence[Spoken], recognisers: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -212,7 +242,9 @@ def measure(clips: Sequence[Spoken], recognisers: Sequence[str]) -> dict[str, di
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=Path, nargs="+", default=[SHIPPED], help="clips.jsonl files")
+    parser.add_argument(
+        "--clips", type=Path, nargs="+", default=[SHIPPED], help="clips.jsonl files, Speechocean762 folders"
+    )
     parser.add_argument("--asr", nargs="*", default=["pocketsphinx"], help="recognisers (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "scorers.json")
     options = parser.parse_args()
