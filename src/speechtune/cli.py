@@ -67,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="the whole pipeline on a small model and real speech, in minutes on a CPU")
     demo.add_argument("what", nargs="?", choices=("voice", "pronunciation"), default="voice", help="(default: voice)")
-    demo.add_argument(
-        "--dir", type=Path, default=Path("speechtune-demo"), help="folder to work in (default: %(default)s)"
-    )
+    demo.add_argument("--dir", type=Path, default=Path("speechtune-demo"), help="folder (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
     _validate_verb(verbs)
