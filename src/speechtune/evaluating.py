@@ -6,26 +6,21 @@ import json
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from torch import nn
 
 from speechtune import guards
-from speechtune.adapter import adapter_off
 from speechtune.eval_loss import evaluation_losses
 from speechtune.job import Job
 from speechtune.listening import BASE_STEP
 from speechtune.saving import RunState
-from speechtune.tracking import EvaluationRecord, Tracker, log_answers
+from speechtune.tracking import EvaluationRecord, Tracker, add_warnings, log_answers
 
 log = logging.getLogger("speechtune")
-
-WARNINGS_NAME = "warnings.jsonl"
 
 
 class Evaluator:
@@ -49,8 +44,11 @@ class Evaluator:
         """Whether there is anything to evaluate."""
         return self.job.eval_set is not None or self.job.listener is not None
 
-    def evaluate_base(self, total_steps: int) -> None:
-        """Let the base without the new adapter answer, once: what training must improve on."""
+    def evaluate_base(self, first_step: int, total_steps: int) -> None:
+        """Let the model answer before the first step: what training must improve on.
+
+        A fresh adapter changes nothing yet, and one that goes on from another starts with what that one knows.
+        """
         if self.job.listener is None:
             return
         file = self.job.config.output_dir / "samples" / "base_scores.json"
@@ -61,12 +59,10 @@ class Evaluator:
             return
         if self._main:
             log_answers(self.accelerator, self.job.listener.prepare(), BASE_STEP, "recordings")
-        model = self.job.model
-        if isinstance(model, PeftModel):
-            with adapter_off(model):
-                record = self._record(BASE_STEP)
-        else:
-            record = self._record(BASE_STEP)
+        if first_step > 0:
+            log.warning("nothing was heard before the first step of this run: scores stand without the base's")
+            return
+        record = self._record(BASE_STEP)
         self.base_scores = dict(record.scores)
         if self._main:
             file.write_text(json.dumps(self.base_scores) + "\n", encoding="utf-8")
@@ -133,10 +129,3 @@ class Evaluator:
             for message in found:
                 log.warning("step %d: %s", record.step, message)
             add_warnings(self.job.config.output_dir, record.step, "evaluation", found)
-
-
-def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
-    """Keep what looked wrong, or stopped the run ("guard"), for the report."""
-    lines = [json.dumps({"step": step, "kind": kind, "message": message}) + "\n" for message in messages]
-    with (output_dir / WARNINGS_NAME).open("a", encoding="utf-8") as file:
-        file.write("".join(lines))

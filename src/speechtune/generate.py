@@ -41,8 +41,8 @@ def model_config(model: str | None, codec: str | None, adapter: Path | None = No
     lora = {}
     if recipe:  # what the adapter was trained on, unless the caller says otherwise
         given = {name: value for name, value in values.items() if value is not None}
-        same = {"path", "revision"} if model and model != recipe.model["path"] else set()
-        values = {name: value for name, value in recipe.model.items() if name not in same} | given
+        replaced = {"path", "revision"} if model and model != recipe.model["path"] else set()
+        values = {name: value for name, value in recipe.model.items() if name not in replaced} | given
         lora = {"trainable_tokens": recipe.trainable_tokens}
     return build_config({"family": family_of(path), "model": values, "lora": lora}, f"model {path}")
 

@@ -84,7 +84,7 @@ class Run:
             self.unproven = False
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
         evaluator = Evaluator(job, self.accelerator, self.accelerator.unwrap_model(self.objective), tracker)
-        evaluator.evaluate_base(self.total_steps)
+        evaluator.evaluate_base(self.state.step, self.total_steps)
         job.model.train()
         started, first_losses = time.monotonic(), {}
         first_step = self.state.step

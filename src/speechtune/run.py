@@ -37,7 +37,6 @@ from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, f
 from speechtune.config import RunConfig, world_size
 from speechtune.datasets import load_samples, split_validation
 from speechtune.errors import ConfigError, TrainingError
-from speechtune.evaluating import WARNINGS_NAME, add_warnings
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
 from speechtune.fingerprint import checksums, tensors_fingerprint
@@ -48,7 +47,7 @@ from speechtune.precision import plan_precision
 from speechtune.run_info import INFO_NAME, run_info
 from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
 from speechtune.saving import ADAM_MOMENTS, restore_weights, write_state
-from speechtune.tracking import configure_logging, flatten
+from speechtune.tracking import WARNINGS_NAME, add_warnings, configure_logging, flatten
 
 log = logging.getLogger("speechtune")
 

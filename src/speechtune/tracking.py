@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("speechtune")
 
+WARNINGS_NAME = "warnings.jsonl"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -66,6 +68,7 @@ class Tracker:
         self.path = output_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             keep_until(self.path, resume_step)
+            keep_until(output_dir / WARNINGS_NAME, resume_step)
             self.path.touch()
 
     def write(self, record: Record | EvaluationRecord, total_steps: int) -> None:
@@ -130,6 +133,13 @@ def mel_picture(audio: Audio) -> np.ndarray:
     decibels = 10 * np.log10(np.maximum(power, 1e-10))
     scaled = (decibels - decibels.max()) / 80 + 1
     return (np.clip(scaled, 0, 1)[::-1] * 255).astype(np.uint8)
+
+
+def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
+    """Keep what looked wrong, or stopped the run ("guard"), for the report."""
+    lines = [json.dumps({"step": step, "kind": kind, "message": message}) + "\n" for message in messages]
+    with (output_dir / WARNINGS_NAME).open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:

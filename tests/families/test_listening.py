@@ -173,3 +173,29 @@ def test_a_voice_is_heard_at_every_round(voice_config: Callable[..., RunConfig])
     assert len(list((samples / "reference").glob("*.wav"))) == 2
     events = b"".join(path.read_bytes() for path in (config.output_dir / "logs").rglob("events*"))
     assert events.count(b"answers/") >= 12  # sound and picture of two prompts at three rounds
+
+
+def test_the_base_of_a_continued_adapter_is_what_it_goes_on_from(
+    phi4_config: Callable[..., RunConfig], phi4_base: Path
+) -> None:
+    """Guards against a zero-shot line of the deaf base: with `continue` training begins with the speech LoRA."""
+    losses = {}
+    for mode in ("continue", "merge"):
+        lora = {"rank": 4, "alpha": 8, "targets": "language", "dropout": 0.0}
+        config = phi4_config(mode, model={"speech_lora": mode}, lora=lora, train={"max_steps": 2})
+        run_training(config)
+        losses[mode] = evaluations(config)[0]["eval_loss"]
+    assert losses["continue"] == pytest.approx(losses["merge"], rel=1e-5)
+
+
+def test_a_resumed_run_says_nothing_twice_and_makes_up_no_base(phi4_config: Callable[..., RunConfig]) -> None:
+    """Guards against warnings of steps that a resume repeats, and a trained model taken for the base."""
+    deaf = phi4_config(train={"max_steps": 2}, evaluate={"enabled": False})
+    run_training(deaf)
+    (deaf.output_dir / "warnings.jsonl").write_text('{"step": 1, "kind": "a"}\n{"step": 4, "kind": "b"}\n')
+    config = phi4_config()
+    run_training(config)
+    assert [record["step"] for record in evaluations(config)] == [4, 6]
+    rows = [json.loads(line) for line in (config.output_dir / "warnings.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] in "ab"] == [1]
+    assert not (config.output_dir / "samples" / "base_scores.json").exists()
