@@ -118,42 +118,55 @@ class Listener:
         (folder / SCORES_NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def make_listener(
-    config: RunConfig, family: Family, train_set: EncodedSet, eval_set: EncodedSet | None
-) -> Listener | None:
-    """Choose the prompts and load the scorers; None where nothing is to be listened to.
+def num_prompts(config: RunConfig) -> int:
+    """How many prompts a run answers at every evaluation."""
+    settings = config.evaluate
+    default = DEFAULT_PROMPTS if has_evaluation_data(config) else 0
+    return 0 if not settings.enabled else default if settings.prompts is None else settings.prompts
+
+
+def has_evaluation_data(config: RunConfig) -> bool:
+    """Whether the recipe names evaluation data, or holds some out."""
+    return config.evaluate.enabled and (config.data.eval is not None or config.data.validation_split > 0)
+
+
+def prepare_scorers(config: RunConfig, family: Family) -> Scorers | None:
+    """Check what is to be listened for, and load the scorers; None where nothing is to be listened to.
+
+    Called before the data is encoded: a scorer that is not installed must not show hours later.
 
     Raises:
         ConfigError: a scorer is unknown or not installed, or `best_metric` is none of this run's scores.
     """
-    settings = config.evaluate
-    source = eval_set or train_set
-    wanted = settings.prompts if settings.prompts is not None else (DEFAULT_PROMPTS if eval_set else 0)
-    if not settings.enabled:
-        wanted = 0
-    _check_best_metric(config, family, wanted, eval_set)
-    if not wanted:
+    _check_best_metric(config, family)
+    if not num_prompts(config):
         return None
-    if eval_set is None:
-        log.warning("evaluate.prompts: there is no evaluation data, so prompts of the training data are answered")
     from speechtune.scorers import load_scorers
 
-    seed = config.train.seed
+    settings, device = config.evaluate, "cuda" if torch.cuda.is_available() else "cpu"
+    return load_scorers(settings.asr, settings.speaker, settings.mos, device=device)
+
+
+def make_listener(
+    config: RunConfig, family: Family, train_set: EncodedSet, eval_set: EncodedSet | None, scorers: Scorers
+) -> Listener:
+    """Choose the prompts, of the evaluation data where there is some."""
+    if eval_set is None:
+        log.warning("evaluate.prompts: there is no evaluation data, so prompts of the training data are answered")
+    source, seed = eval_set or train_set, config.train.seed
     ranked = sorted(range(len(source)), key=lambda i: _digest(seed, source.samples[i]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorers = load_scorers(settings.asr, settings.speaker, settings.mos, device=device)
-    chosen = tuple(sorted(ranked[:wanted]))
+    chosen = tuple(sorted(ranked[: num_prompts(config)]))
     return Listener(config, family, source, chosen, scorers, config.output_dir / "samples")
 
 
-def _check_best_metric(config: RunConfig, family: Family, prompts: int, eval_set: EncodedSet | None) -> None:
+def _check_best_metric(config: RunConfig, family: Family) -> None:
     name = config.evaluate.best_metric
     known = ["loss", *family.score_names]
     if name not in known:
         raise ConfigError(f"evaluate.best_metric={name}: {family.name} has: {', '.join(known)}")
-    if name != "loss" and not prompts:
+    if name != "loss" and not num_prompts(config):
         raise ConfigError(f"evaluate.best_metric={name}: nothing is answered; set evaluate.prompts")
-    if name == "loss" and config.evaluate.patience and eval_set is None:
+    if name == "loss" and config.evaluate.patience and not has_evaluation_data(config):
         raise ConfigError("evaluate.patience: there is no evaluation data whose loss could be watched")
     for score, option in (("wer", "asr"), ("sim", "speaker"), ("mos", "mos")):
         if name == score and score in family.scorer_names and getattr(config.evaluate, option) is None:

@@ -40,7 +40,7 @@ from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
 from speechtune.fingerprint import checksums, tensors_fingerprint
-from speechtune.listening import make_listener
+from speechtune.listening import make_listener, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.model_card import model_card
 from speechtune.precision import plan_precision
@@ -167,6 +167,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     lora = config.lora
     if lora.enabled:  # before hours of encoding: the base is there, and the targets match
         matching_modules(family.skeleton(), target_pattern(family, lora))
+    scorers = prepare_scorers(config, family)
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
     training, evaluation = load_sets(config, family)
     ranks = accelerator.num_processes
@@ -199,7 +200,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         info = run_info(config, plan, identity, count_by_tower(model, family), train_set, eval_set)
         (config.output_dir / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
-    listener = make_listener(config, family, train_set, eval_set)
+    listener = None if scorers is None else make_listener(config, family, train_set, eval_set, scorers)
     return Job(config, family, model, plan, train_set, eval_set, identity, notes, listener)
 
 

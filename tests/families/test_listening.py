@@ -129,6 +129,7 @@ def test_the_best_checkpoint_by_a_score_and_an_early_stop(phi4_config: Callable[
     [
         ({"best_metric": "pcc"}, "phi4_multimodal has: loss, pcc_accuracy"),
         ({"best_metric": "wer", "prompts": 0}, "nothing is answered; set evaluate.prompts"),
+        ({"mos": "guess"}, "no such scorer"),
     ],
 )
 def test_a_best_metric_that_cannot_be_is_refused(
@@ -136,6 +137,7 @@ def test_a_best_metric_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         run_training(phi4_config(evaluate=evaluate))
+    assert not list(phi4_config().cache_dir.rglob("*"))  # said before anything is encoded
 
 
 @pytest.fixture
