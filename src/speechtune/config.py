@@ -132,8 +132,33 @@ class TrainConfig(Section):
     """Regex over parameter names kept frozen in full fine-tuning; with LoRA the whole base is frozen anyway."""
     seed: int = 42
     """Seeds adapter initialisation, order of samples, dropout and the validation split."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that collate batches ahead of the loop."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that collate batches ahead of the loop; None takes 2 beside a GPU and none without one."""
+
+
+class BatchConfig(Section):
+    """What one forward pass takes. The samples of an optimizer step are not changed by it, only how they are cut."""
+
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Most positions of one micro-batch on one device: a step's `train.batch_size` x `train.accumulation` samples per
+    rank are cut to fit. None cuts by number of samples; auto measures what fits this device, as `speechtune fit`."""
+    packing: bool = True
+    """Lay samples end to end without padding, attention kept within each; False pads them to the longest."""
+    on_oom: Literal["fail", "halve"] = "fail"
+    """When a step does not fit the memory: stop and say so, or halve the budget and take the step again (one rank)."""
+
+
+class SpeedConfig(Section):
+    """How the same mathematics is computed."""
+
+    fast_forward: bool = True
+    """The toolkit's forward pass of the family's layers; False takes transformers' own."""
+    compile: bool = False
+    """Compile the layers with torch.compile: minutes at the start, faster steps on a GPU."""
+    liger: bool = False
+    """Liger kernels (extra `liger`) for norms and gated units in the fast forward, on a GPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several ranks: a whole model each (DDP), or its weights sharded over them (FSDP2)."""
 
 
 class EvaluateConfig(Section):
@@ -201,6 +226,8 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     lora: LoraSettings = LoraSettings()
     train: TrainConfig = TrainConfig()
+    batch: BatchConfig = BatchConfig()
+    speed: SpeedConfig = SpeedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -130,7 +130,9 @@ class Run:
         order = range(first_step * self.plan.accumulation, self.total_steps * self.plan.accumulation)
         batches = MicroBatches(self.plan, self.job.train_set, self.job.family, self.accelerator.process_index)
         on_gpu = self.job.precision.device.type == "cuda"
-        return make_loader(batches, order, workers=self.config.train.workers, pin_memory=on_gpu)
+        workers = self.config.train.workers
+        workers = (2 if on_gpu else 0) if workers is None else workers
+        return make_loader(batches, order, workers=workers, pin_memory=on_gpu)
 
     def _step(
         self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int

@@ -28,6 +28,8 @@ lora.trainable_tokens
 train.epochs train.max_steps train.batch_size train.accumulation train.learning_rate train.schedule train.warmup_steps
 train.weight_decay train.betas train.eps train.max_grad_norm train.gradient_checkpointing train.precision
 train.head_weights train.group_by_length train.freeze train.seed train.workers
+batch.tokens batch.packing batch.on_oom
+speed.fast_forward speed.compile speed.liger speed.parallel
 evaluate.enabled evaluate.every_steps evaluate.batch_size evaluate.prompts evaluate.temperature evaluate.asr
 evaluate.speaker evaluate.mos evaluate.best_metric evaluate.patience
 checkpoint.every_steps checkpoint.keep_last checkpoint.final checkpoint.resume checkpoint.force
