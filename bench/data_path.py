@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import tempfile
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
+from meter import quiet
 from torch.utils.data import DataLoader, Dataset
-from training import quiet
 from voices import SYSTEM
 
 from speechtune.audio import read_audio
-from speechtune.batching import StepBatches, make_loader
-from speechtune.cache import encode_samples
+from speechtune.batching import BatchPlan, StepBatches, make_loader
+from speechtune.cache import EncodedSet, encode_samples
 from speechtune.config import build_config
 from speechtune.demo import make_base
 from speechtune.families import create_family
 from speechtune.families.base import AudioRef, Batch, Clip, Encoded, Family, Sample
-from speechtune.loop import BatchPlan
 
 BATCH_SIZE = 8
 
@@ -47,7 +47,7 @@ class CodecInTheLoop(Dataset[Encoded]):
 def demo_samples(voices: Path) -> list[Sample]:
     """Each recording with the one before it, of the same speaker, as reference."""
     clips = [json.loads(line) for line in (voices / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
-    pairs = [(a, b) for a, b in zip(clips, clips[1:], strict=False) if a["speaker"] == b["speaker"]]
+    pairs = [(a, b) for a, b in pairwise(clips) if a["speaker"] == b["speaker"]]
     return [
         Sample(
             target["audio"],
@@ -71,16 +71,17 @@ def epoch_with_codec(family: Family, samples: list[Sample]) -> float:
     return perf_counter() - started
 
 
-def epoch_from_cache(family: Family, samples: list[Sample], cache: Path) -> float:
-    """Seconds for all batches of an epoch, the cache looked through as a start of a run does."""
-    started = perf_counter()
-    encoded = encode_samples(family, samples, cache, quiet=True)
+def epoch_from_cache(encoded: EncodedSet, epoch: int) -> float:
+    """Seconds for all batches of an epoch."""
     plan = BatchPlan(encoded.lengths, BATCH_SIZE)
-    steps = range(plan.num_steps(1))
-    batches = StepBatches(plan, encoded, family, 0)
-    seen = sum(len(b.sample_ids) for step in make_loader(batches, steps, workers=0, pin_memory=False) for b in step)
-    assert seen >= len(samples)
-    return perf_counter() - started
+    steps = plan.num_steps(1)
+    started = perf_counter()
+    batches = StepBatches(plan, encoded, encoded.family, 0)
+    loader = make_loader(batches, range(epoch * steps, (epoch + 1) * steps), workers=0, pin_memory=False)
+    seen = sum(len(batch.sample_ids) for step in loader for batch in step)
+    seconds = perf_counter() - started
+    assert seen >= len(encoded)
+    return seconds
 
 
 def measure(pairs: int = 5) -> dict[str, list[float]]:
@@ -93,10 +94,11 @@ def measure(pairs: int = 5) -> dict[str, list[float]]:
         model = {"path": str(base / "model"), "codec_path": str(base / "codec")}
         config = build_config({"family": "higgs_audio_v2", "output_dir": folder, "model": model}, "bench")
         family, samples = create_family(config), demo_samples(voices)
-        epoch_from_cache(family, samples, folder / "cache")
-        for _ in range(pairs):
+        encoded = encode_samples(family, samples, folder / "cache", quiet=True)
+        epoch_from_cache(encoded, 0)
+        for pair in range(pairs):
             codec = epoch_with_codec(family, samples)
-            cached = epoch_from_cache(family, samples, folder / "cache")
+            cached = epoch_from_cache(encoded, pair + 1)
             result["codec in the loop / cached codes, time"].append(codec / cached)
             result["cached codes, samples/s"].append(len(samples) / cached)
     return result

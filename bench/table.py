@@ -16,7 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "speechtune")
+from speechtune import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
+FILE_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         numbers = (median(row.values), min(row.values), max(row.values)) if row.values else (float("nan"),) * 3
         wanted, holds = ("", "") if row.threshold is None else (str(row.threshold), "yes" if row.holds else "NO")
         table.add_row(row.bench, row.what, *map(shown, numbers), str(len(row.values)), wanted, holds)
-    (console or Console()).print(table)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(table)
 
 
 def shown(number: float) -> str:
@@ -91,7 +97,7 @@ def machine() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"speechtune": __version__, **{name: version(name) for name in PACKAGES}},
     }
 
 
