@@ -14,7 +14,7 @@ from voices import BENCH, make_base, make_examples, write_examples
 
 ROWS = (100, 250, 500, 1000, 2000, 4000)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-OTHER_POSITIONS = 120  # of the prompt beside the two clips, about
+OTHER_POSITIONS = 130  # of the prompt beside the two clips, about
 POSITIONS_PER_STEP = 4000
 FRAMES_PER_SECOND = 25
 
@@ -27,7 +27,7 @@ def by_length(base: Path, folder: Path, rows: int) -> float:
     data = folder / f"rows-{rows}"
     if not data.exists():
         write_examples(examples, data)
-    sections = {"train": {"batch_size": per_step}, "batch": {"tokens": POSITIONS_PER_STEP + OTHER_POSITIONS}}
+    sections = {"train": {"batch_size": per_step}, "batch": {"tokens": 2 * POSITIONS_PER_STEP}}
     return train_ours(base, data, folder, 3, **sections)[0].rate().wall
 
 
