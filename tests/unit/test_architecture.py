@@ -47,6 +47,7 @@ LAYERS = [
         "speechtune.feature_store",
         "speechtune.cache",
         "speechtune.batching",
+        "speechtune.feeding",
         "speechtune.eval_loss",
         "speechtune.ranks",
         "speechtune.model_files",
