@@ -4,8 +4,9 @@
     python bench/gpu.py --device cpu --scale tiny --passes 1   # the same script, scaled down
 
 Both sides train the same made-up samples with the same LoRA, optimizer, clipping and autocast, one optimizer step per
-micro-batch, batches collated before. The toolkit's micro-batches hold at most the budget of real positions; the peer's
-are sorted by length and hold at most the budget of padded ones, which is the best a padded batch can do. Writes
+micro-batch, batches collated before. The toolkit's packed micro-batches hold at most the budget of real positions; the
+padded ones, the peer's too, are of like length and hold at most the budget, padding included: the best that padding can
+do. The peer is the native forward with its own loss. Writes
 bench/results/gpu-<device>.json and a table in Markdown beside it.
 """
 
@@ -16,8 +17,8 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,6 @@ from speechtune.schedule import make_optimizer
 RESULTS = Path(__file__).parent / "results"
 SIDES: dict[str, dict[str, bool]] = {
     "packed": {"packing": True, "fast": True},
-    "packed+liger": {"packing": True, "fast": True, "liger": True},
-    "packed+compile": {"packing": True, "fast": True, "compiled": True},
     "padded": {"packing": False, "fast": False},
     "peer": {"packing": False, "fast": False},
 }
@@ -97,10 +96,9 @@ def make_work(family: Any, model: nn.Module, plan: PrecisionPlan, side: str, arg
     """Draw the samples, cut and collate them, and count their operations."""
     kind, budget = args
     samples = gpu_setup.make_samples(family, gpu_setup.make_lengths(kind, budget))
-    padded = not family.config.batch.packing
-    groups = gpu_setup.cut(samples, budget, padded=padded)
+    groups = gpu_setup.cut(samples, budget, packed=family.config.batch.packing)
     batches = [family.collate(group) for group in groups]
-    counts = [count_flops(model, flop_rules(family, batch), batch.num_tokens) for batch in batches]
+    counts = [count_flops(model, flop_rules(family, model, batch), batch.num_tokens) for batch in batches]
     tokens = sum(batch.num_tokens for batch in batches)
     computed = sum(batch.inputs["input_ids"].numel() for batch in batches)
     sizes = (tokens, sum(batch.audio_seconds for batch in batches), 1 - tokens / computed)
@@ -108,10 +106,9 @@ def make_work(family: Any, model: nn.Module, plan: PrecisionPlan, side: str, arg
     formula = f"4 x {counts[0].active_parameters:,} active non-embedding parameters x {tokens:,} real tokens"
     if side != "peer":
         objective = Objective(model, family, plan, {})
-        batches = [replace(batch, inputs=pinned(batch.inputs, plan.device)) for batch in batches]
+        batches = [batch.pin_memory() if plan.device.type == "cuda" else batch for batch in batches]
         return Work(batches, lambda batch: objective(batch, batch.target_counts)[0], *sizes, flops_4n, flops, formula)
-    inputs = [gpu_setup.peer_inputs(family, group, b.inputs) for group, b in zip(groups, batches, strict=True)]
-    inputs = [pinned(tensors, plan.device) for tensors in inputs]
+    inputs = [pinned(gpu_setup.peer_inputs(family, group), plan.device) for group in groups]
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(plan.device.type, plan.autocast, enabled=plan.autocast is not None):
@@ -134,11 +131,9 @@ def train_pass(work: Work, model: nn.Module, optimizer: torch.optim.Optimizer, d
         optimizer.step()
 
 
-def pinned(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors where the GPU can fetch them without waiting, as a loader in training lays them."""
-    if device.type != "cuda":
-        return dict(inputs)
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+def pinned(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors where a GPU fetches them without waiting, as a loader lays them in training."""
+    return {name: tensor.pin_memory() for name, tensor in inputs.items()} if device.type == "cuda" else inputs
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,10 +14,13 @@ from torch import nn
 from transformers import HiggsAudioV2Config, Phi4MultimodalConfig
 
 from speechtune.adapter import apply_lora, plain_model
+from speechtune.batching import cut_by_tokens
 from speechtune.config import build_config
 from speechtune.families import create_family
 from speechtune.families.base import Encoded, Family
-from speechtune.families.higgs_layout import IGNORE, delay_rows, target_arrays
+from speechtune.families.fast import IGNORE
+from speechtune.families.fast_layers import make_fast
+from speechtune.families.higgs_layout import delay_rows, pad_inputs, target_arrays
 from speechtune.precision import PrecisionPlan
 
 RELEASED = {
@@ -26,9 +29,6 @@ RELEASED = {
 }
 SHORTEST, LONGEST = 100, 2000
 TEXT_IDS = 10_000  # ids below this are plain text in both vocabularies
-PEER_INPUTS = ("input_ids", "attention_mask")
-
-Step = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
 def make_family(
@@ -39,7 +39,7 @@ def make_family(
         "family": name,
         "model": {"path": RELEASED[name]},
         "batch": {"packing": packing},
-        "speed": {"fast_forward": fast, "liger": liger, "compile": compiled},
+        "speed": {"fast_forward": fast},
     }
     family = cast(Any, create_family(build_config(values, "bench")))
     if tiny:
@@ -95,7 +95,9 @@ def make_model(family: Family, plan: PrecisionPlan, targets: str, seed: int = 0)
         vars(module).pop("_is_hf_initialized", None)
     torch.manual_seed(seed)
     model.initialize_weights()
-    settings = cast(Any, family).config.lora.model_copy(update={"targets": targets, "rank": 16})
+    config = cast(Any, family).config
+    model = make_fast(model) if config.speed.fast_forward else model
+    settings = config.lora.model_copy(update={"targets": targets, "rank": 16})
     return apply_lora(model, family, settings, seed).train()
 
 
@@ -153,38 +155,33 @@ def phi4_sample(family: Any, name: str, length: int, rng: np.random.Generator) -
 SAMPLES = {"higgs_audio_v2": higgs_sample, "phi4_multimodal": phi4_sample}
 
 
-def cut(samples: Sequence[Encoded], budget: int, *, padded: bool) -> list[list[Encoded]]:
-    """Micro-batches of at most `budget` positions: in order, or, where padding counts, sorted by length before."""
-    batches: list[list[Encoded]] = []
-    for sample in sorted(samples, key=lambda s: s.num_tokens) if padded else samples:
-        batch = [*batches[-1], sample] if batches else [sample]
-        lengths = [item.num_tokens for item in batch]
-        taken = max(lengths) * len(lengths) if padded else sum(lengths)
-        if batches and taken <= budget:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return batches
+def cut(samples: Sequence[Encoded], budget: int, *, packed: bool) -> list[list[Encoded]]:
+    """Micro-batches of at most `budget` positions, cut as the toolkit cuts a step."""
+    lengths = np.asarray([sample.num_tokens for sample in samples])
+    parts = cut_by_tokens(range(len(samples)), lengths, budget, 1, packed=packed)
+    return [[samples[i] for i in part] for part in parts]
 
 
-def peer_inputs(family: Any, items: Sequence[Encoded], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What plain transformers takes for the same samples: padded tensors and labels of every position."""
-    return PEER[family.name](items, padded)
+def peer_inputs(family: Any, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """What plain transformers takes for some samples: padded tensors, and labels of every position."""
+    return PEER[family.name](family, items)
 
 
-def higgs_peer(items: Sequence[Encoded], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def higgs_peer(family: Any, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Labels of the audio rows; without a text head, as a plain load has it."""
-    labels_BRK = torch.full_like(padded["audio_input_ids"], IGNORE)
+    prompts = [(item.arrays["input_ids"], item.arrays["audio_rows"]) for item in items]
+    inputs = pad_inputs(prompts, family.pad_id, family.model_config.audio_stream_eos_id, left=False)
+    labels_BRK = torch.full_like(inputs["audio_input_ids"], IGNORE)
     for labels_RK, item in zip(labels_BRK, items, strict=True):
         targets_RK = torch.from_numpy(item.arrays["audio_targets"].astype(np.int64))
         end = len(item.arrays["audio_rows"])
         labels_RK[end - len(targets_RK) : end] = targets_RK
-    names = (*PEER_INPUTS, "audio_input_ids", "audio_input_ids_mask")
-    return {name: padded[name] for name in names} | {"audio_labels": labels_BRK}
+    return inputs | {"audio_labels": labels_BRK}
 
 
-def phi4_peer(items: Sequence[Encoded], padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def phi4_peer(family: Any, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Labels of the answers, features with their mask."""
+    padded = family.collate(items).inputs
     labels_BS = torch.full_like(padded["input_ids"], IGNORE)
     for labels_S, item in zip(labels_BS, items, strict=True):
         task = next(name.removesuffix("_targets") for name in item.arrays if name.endswith("_targets"))
@@ -192,7 +189,9 @@ def phi4_peer(items: Sequence[Encoded], padded: dict[str, torch.Tensor]) -> dict
         labels_S[places] = torch.from_numpy(item.arrays[f"{task}_targets"])
     lengths_B = padded["feature_lengths"]
     frames = torch.arange(padded["features"].shape[1])
-    return {name: padded[name] for name in PEER_INPUTS} | {
+    return {
+        "input_ids": padded["input_ids"],
+        "attention_mask": padded["attention_mask"],
         "audio_input_features": padded["features"],
         "audio_attention_mask": frames < lengths_B[:, None],
         "audio_embed_sizes": torch.tensor([-(-int(n) // 8) for n in lengths_B]),

@@ -46,17 +46,19 @@ def test_the_script_runs_on_a_cpu(family: str, setup: Any, tmp_path: Path) -> No
     assert file.with_suffix(".md").read_text().count(f"| {family} |") == 6
 
 
+@pytest.mark.parametrize("ours", [{"packing": True, "fast": True}, {"packing": False, "fast": False}], ids=str)
 @pytest.mark.parametrize(("name", "count"), [("higgs_audio_v2", 3), ("phi4_multimodal", 1)])
-def test_both_sides_compute_the_same_loss(name: str, count: int, setup: Any) -> None:
+def test_both_sides_compute_the_same_loss(name: str, count: int, ours: dict[str, bool], setup: Any) -> None:
     """Of Phi-4 one sample alone: the native encoder lets padding leak into what it is batched with."""
-    family = setup.make_family(name, tiny=True, packing=False, fast=False)
-    model = setup.make_model(family, FP32, "default").eval()
+    family = setup.make_family(name, tiny=True, **ours)
+    peer = setup.make_family(name, tiny=True, packing=False, fast=False)
+    models = [setup.make_model(side, FP32, "default").eval() for side in (family, peer)]
     items = setup.make_samples(family, [140, 200, 170][:count])
     batch = family.collate(items)
     head = family.heads[0]
-    ours = family.losses(model, batch).sums[head] / batch.target_counts[head]
-    theirs = setup.peer_loss(model, setup.peer_inputs(family, items, dict(batch.inputs)))
-    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    found = family.losses(models[0], batch).sums[head] / batch.target_counts[head]
+    theirs = setup.peer_loss(models[1], setup.peer_inputs(peer, items))
+    torch.testing.assert_close(theirs, found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["higgs_audio_v2", "phi4_multimodal"])
@@ -77,7 +79,8 @@ def test_released_dimensions_have_the_active_parameters_they_should(setup: Any) 
     rules = importlib.import_module("speechtune.families.flop_rules")
     family = setup.make_family("higgs_audio_v2", tiny=False, packing=False, fast=False)
     batch = family.collate(setup.make_samples(family, [150, 400]))
-    found = count_flops(family.skeleton(), rules.flop_rules(family, batch), batch.num_tokens)
+    model = family.skeleton()
+    found = count_flops(model, rules.flop_rules(family, model, batch), batch.num_tokens)
     attention, ffn = 3072 * (2 * 3072 + 2 * 1024), 3 * 3072 * 8192
     assert found.active_parameters == 28 * (attention + ffn) == 2_818_572_288
 
@@ -87,11 +90,11 @@ def test_samples_fill_the_budget_and_none_is_lost(setup: Any) -> None:
     lengths = setup.make_lengths("mixed", 4096)
     samples = setup.make_samples(family, lengths)
     assert [sample.num_tokens for sample in samples] == lengths and min(lengths) < 400 and max(lengths) > 1500
-    for padded in (True, False):
-        batches = setup.cut(samples, 4096, padded=padded)
+    for packed in (True, False):
+        batches = setup.cut(samples, 4096, packed=packed)
         sizes = [[sample.num_tokens for sample in batch] for batch in batches]
         assert sorted(length for size in sizes for length in size) == sorted(lengths)
-        assert all((max(size) * len(size) if padded else sum(size)) <= 4096 for size in sizes)
+        assert all((sum(size) if packed else max(size) * len(size)) <= 4096 for size in sizes)
 
 
 def test_kernels_are_grouped(profile: Any) -> None:

@@ -6,11 +6,15 @@ Shapes: B samples, S sequence positions, T log-mel frames, M mel bins, E encoder
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from speechtune.adapter import plain_model
 from speechtune.families.base import Batch, Family
+from speechtune.families.fast_layers import is_fast
 from speechtune.flops import Rule, causal_pairs
 
 AUDIO_EMBED = r"model\.embed_tokens_extend\.audio_embed"
@@ -18,61 +22,77 @@ BLOCK = AUDIO_EMBED + r"\.encoder\.encoders\.(\d+)"
 LAYER = r"model\.layers\.(\d+)"
 
 
-def flop_rules(family: Family, batch: Batch) -> tuple[Rule, ...]:
-    """Rules for `speechtune.flops.count_flops`.
+def flop_rules(family: Family, model: nn.Module, batch: Batch) -> tuple[Rule, ...]:
+    """Rules for `speechtune.flops.count_flops`: padding is computed, and the fast forward's last layer goes on beyond
+    its attention with the positions of targets alone.
 
-    On the CPU: the sizes are read off the batch's tensors, and on a GPU each reading would wait for the device.
+    Args:
+        family: of the batch.
+        model: its layers tell whether the forward is the fast one.
+        batch: of the family's `collate`, on any device: only sizes are read.
     """
-    return _RULES[family.name](family, batch)
+    decoder = cast(Any, plain_model(model)).model
+    return _RULES[family.name](family, batch, len(decoder.layers) - 1 if is_fast(decoder) else None)
 
 
-def sample_lengths(inputs: Mapping[str, torch.Tensor]) -> list[int]:
-    """Positions of each sample of a batch."""
-    return inputs["attention_mask"].sum(1).tolist()
+@dataclass(frozen=True, slots=True)
+class _Ffn:
+    """One FFN of a decoder layer: its name, and its rows in all layers, of real tokens, and where a target is."""
+
+    name: str
+    part: str
+    rows: int
+    real: int
+    kept: int
 
 
-def _decoder(qkv: str, ffns: Sequence[tuple[str, str, int, int]], rows: int, real: int, pairs: int) -> list[Rule]:
-    """Rules of decoder layers: a regex over the attention's inputs, and per FFN its prefix, part and rows."""
+def _decoder(qkv: str, ffns: Sequence[_Ffn], batch: Batch, last: int | None) -> list[Rule]:
+    """Rules of decoder layers; `qkv` is a regex over the attention's inputs, `last` a layer that computes less."""
+    rows, real, kept = batch.inputs["input_ids"].numel(), batch.num_tokens, len(batch.inputs["kept"])
     attention, norms = "attention projections", r"\.(?:audio_)?{}_layernorm"
+    layers = [(LAYER, False)] if last is None else [(rf"model\.layers\.({last})", True), (LAYER, False)]
     return [
         Rule("layers.norm", LAYER + norms.format("input"), attention),
         Rule("layers.qkv", rf"{LAYER}\.self_attn\.{qkv}", attention, rows, real),
-        Rule("layers.scores", rf"{LAYER}\.self_attn", "attention scores", pairs=pairs),
-        Rule("layers.o", rf"{LAYER}\.self_attn\.o_proj", attention, rows, real),
+        Rule("layers.scores", rf"{LAYER}\.self_attn", "attention scores", pairs=causal_pairs(batch.lengths)),
+        *(
+            Rule("layers.o", rf"{at}\.self_attn\.o_proj", attention, kept if less else rows, real)
+            for at, less in layers
+        ),
         Rule("layers.post_norm", LAYER + norms.format("post_attention"), attention),
-        *(Rule("layers.up", rf"{LAYER}\.{name}\.(?:gate|up|gate_up)_proj", part, n, m) for name, part, n, m in ffns),
-        *(Rule("layers.down", rf"{LAYER}\.{name}\.down_proj", part, n, m) for name, part, n, m in ffns),
+        *(
+            Rule(f"layers.{step}", rf"{at}\.{ffn.name}\.{names}", ffn.part, ffn.kept if less else ffn.rows, ffn.real)
+            for step, names in (("up", "(?:gate|up|gate_up)_proj"), ("down", "down_proj"))
+            for at, less in layers
+            for ffn in ffns
+        ),
         Rule("heads.norm", r"model\.norm", "heads"),
     ]
 
 
-def _higgs(family: Any, batch: Batch) -> tuple[Rule, ...]:
+def _higgs(family: Any, batch: Batch, last: int | None) -> tuple[Rule, ...]:
     inputs = batch.inputs
-    rows, audio = inputs["input_ids"].numel(), int(inputs["audio_input_ids_mask"].sum())
-    ffns = [
-        ("mlp", "text FFN", rows - audio, batch.num_tokens - audio),  # padding passes as text
-        ("audio_mlp", "audio FFN", audio, audio),
+    rows, audio = inputs["input_ids"].numel(), len(inputs["audio_rows"])
+    ffns = [  # padding passes as text
+        _Ffn("mlp", "text FFN", rows - audio, batch.num_tokens - audio, len(inputs["kept_text"])),
+        _Ffn("audio_mlp", "audio FFN", audio, audio, len(inputs["kept_audio"])),
     ]
-    pairs = causal_pairs(sample_lengths(inputs))
     return (
         Rule("embeddings.all", r"model\.embed_(?:audio_)?tokens(?:\.embed_audio_tokens)?", "embeddings"),
-        *_decoder("[qkv]_proj", ffns, rows, batch.num_tokens, pairs),
-        Rule("heads.all", "audio_lm_head", "heads", len(inputs["audio_positions"])),
-        Rule("heads.all", "text_lm_head", "heads", len(inputs["text_positions"])),
+        *_decoder("[qkv]_proj", ffns, batch, last),
+        Rule("heads.all", "audio_lm_head", "heads", len(inputs["audio_targets"])),
+        Rule("heads.all", "text_lm_head", "heads", len(inputs["text_targets"])),
     )
 
 
-def _phi4(family: Any, batch: Batch) -> tuple[Rule, ...]:
+def _phi4(family: Any, batch: Batch, last: int | None) -> tuple[Rule, ...]:
     inputs = batch.inputs
-    rows = inputs["input_ids"].numel()
-    ffns = [("mlp", "text FFN", rows, batch.num_tokens)]
-    pairs = causal_pairs(sample_lengths(inputs))
-    targets = sum(len(inputs[f"{head}_positions"]) for head in batch.target_counts)
+    ffn = _Ffn("mlp", "text FFN", inputs["input_ids"].numel(), batch.num_tokens, len(inputs["kept"]))
     return (
         *_phi4_encoder(family, inputs),
         Rule("embeddings.all", r"model\.embed_tokens", "embeddings"),
-        *_decoder("qkv_proj", ffns, rows, batch.num_tokens, pairs),
-        Rule("heads.all", "lm_head", "heads", targets),
+        *_decoder("qkv_proj", [ffn], batch, last),
+        Rule("heads.all", "lm_head", "heads", sum(batch.target_counts.values())),
         Rule("unused.all", r"model\.embed_tokens_extend\.(?:image_embed|audio_embed)\b.*", "vision encoder"),
     )
 
@@ -87,7 +107,7 @@ def _phi4_encoder(family: Any, inputs: Mapping[str, torch.Tensor]) -> list[Rule]
         kernels = str(index) if not halving else f"({index}|{index + 1})"  # after the first, a pointwise one follows
         rules.append(Rule(f"sub.{halving}", rf"{subsampling}\.conv\.(?:{kernels})", part, clips * frames * bins))
         index += 2 if not halving else 3
-    rows, real = clips * frames, int((inputs["input_ids"] == family.audio_id).sum())
+    rows, real = clips * frames, len(inputs["audio_rows"])
     beyond = clips * (config.kernel_size - 1)  # the depthwise convolution pads both sides; the end is cut off later
     return [
         *rules,
@@ -111,4 +131,7 @@ def _phi4_encoder(family: Any, inputs: Mapping[str, torch.Tensor]) -> list[Rule]
     ]
 
 
-_RULES: Mapping[str, Callable[[Any, Batch], tuple[Rule, ...]]] = {"higgs_audio_v2": _higgs, "phi4_multimodal": _phi4}
+_RULES: Mapping[str, Callable[[Any, Batch, int | None], tuple[Rule, ...]]] = {
+    "higgs_audio_v2": _higgs,
+    "phi4_multimodal": _phi4,
+}
