@@ -45,7 +45,8 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Ke
         hidden: of any shape (..., D).
         weight: (D,).
         eps: added to the mean square.
-        kernels: torch's fused norm, which rounds once, or Liger's, which rounds before the weight as the native class.
+        kernels: torch's norm, fused where torch has it, which rounds once; or Liger's, which rounds before the weight
+            too, as the native class.
     """
     if kernels == "liger":
         # Not in place: the gradient it would write into may be another node's too.
@@ -54,12 +55,12 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Ke
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -> torch.Tensor:
-    """silu(gate) * up, the gated unit's activation (arXiv 2002.05202), keeping only the two inputs for the backward.
+    """silu(gate) * up, the gated unit's activation (arXiv 2002.05202).
 
-    With "liger" the backward pass writes the gradients into the memory of `gate` and `up`: they must not be used again.
-    Halves of one tensor are copied first.
+    Liger keeps no silu(gate) for the backward pass, a third less, and writes the gradients into the memory of `gate`
+    and `up`: they must not be used again. Halves of one tensor are copied first.
     """
-    return (_liger()[1] if kernels == "liger" else _SiluMul).apply(gate, up)
+    return _liger()[1].apply(gate, up) if kernels == "liger" else nn.functional.silu(gate) * up
 
 
 def rope(
@@ -76,20 +77,6 @@ def rope(
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
-
-
-class _SiluMul(torch.autograd.Function):
-    """Plain autograd would keep silu(gate) too: a third more memory for what one pass recomputes."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * nn.functional.silu(gate)
 
 
 class _Rotate(torch.autograd.Function):
