@@ -35,3 +35,11 @@ def sum_over_ranks(
         total = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
         local = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
     return dict(zip(names, local, strict=True))
+
+
+def least_over_ranks(accelerator: Accelerator, value: float) -> float:
+    """The least of a number over all ranks."""
+    if accelerator.num_processes == 1:
+        return value
+    every = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device))
+    return float(cast(torch.Tensor, every).min())

@@ -32,6 +32,7 @@ from speechtune.adapter import (
     trainable,
 )
 from speechtune.base_recipe import describe_base
+from speechtune.budget import resolve_auto
 from speechtune.cache import EncodedSet, encode_samples
 from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
@@ -44,6 +45,7 @@ from speechtune.listening import make_listener, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.model_card import model_card
 from speechtune.precision import plan_precision
+from speechtune.ranks import least_over_ranks
 from speechtune.run_info import INFO_NAME, run_info
 from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
 from speechtune.saving import ADAM_MOMENTS, restore_weights, write_state
@@ -212,6 +214,7 @@ def run_training(config: RunConfig) -> Outcome:
     """
     accelerator = start_accelerator(config)
     job = prepare(config, accelerator)
+    job = resolve_auto(job, accelerator.num_processes, lambda tokens: least_over_ranks(accelerator, tokens))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     run = Run(job, accelerator)
     try:
