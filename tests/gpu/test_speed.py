@@ -53,7 +53,7 @@ def step_of(family: Any, model: nn.Module, batch: Batch) -> tuple[dict[str, floa
     loss, sums = Objective(model, family, plan_precision(), {})(batch, batch.target_counts)
     loss.backward()
     grads = [parameter.grad for parameter in trainable(model).values() if parameter.grad is not None]
-    return {head: float(value) for head, value in sums.items()}, torch.cat([grad.flatten() for grad in grads])
+    return {head: float(value) for head, value in sums.items()}, torch.cat([grad.flatten().double() for grad in grads])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from speechtune.adapter import apply_lora
+from speechtune.families import fast
+from speechtune.families.fast_layers import make_fast
+from speechtune.families.flop_rules import flop_rules
 from speechtune.flops import count_flops
 from speechtune.precision import PrecisionPlan
 
@@ -74,15 +81,42 @@ def test_the_model_is_whole_and_its_buffers_are_those_of_a_loaded_one(name: str,
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
-def test_released_dimensions_have_the_active_parameters_they_should(setup: Any) -> None:
-    """28 layers of 3072: attention of 24 and 8 heads of 128, one FFN of 8192."""
-    rules = importlib.import_module("speechtune.families.flop_rules")
-    family = setup.make_family("higgs_audio_v2", tiny=False, packing=False, fast=False)
-    batch = family.collate(setup.make_samples(family, [150, 400]))
-    model = family.skeleton()
-    found = count_flops(model, rules.flop_rules(family, model, batch), batch.num_tokens)
-    attention, ffn = 3072 * (2 * 3072 + 2 * 1024), 3 * 3072 * 8192
-    assert found.active_parameters == 28 * (attention + ffn) == 2_818_572_288
+@pytest.mark.parametrize(
+    ("name", "layers", "attention"),
+    [("higgs_audio_v2", 28, 3072 * (2 * 3072 + 2 * 1024)), ("phi4_multimodal", 32, 3072 * (5120 + 3072))],
+)
+def test_operations_at_released_dimensions(
+    name: str, layers: int, attention: int, setup: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device torch counts a step of the real size without computing it."""
+    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)  # there is no autocast there to ask for
+    family = setup.make_family(name, tiny=False, packing=True, fast=True)
+    model = apply_lora(make_fast(family.skeleton()), family, family.config.lora, seed=0).train()
+    batch = family.collate(setup.make_samples(family, [200, 300, 700]))
+    rules = flop_rules(family, model, batch)
+    assert count_flops(model, rules, batch.num_tokens).active_parameters == layers * (attention + 3 * 3072 * 8192)
+    pairs = sum(length**2 for length in batch.lengths)  # torch counts all
+    rules = tuple(replace(rule, pairs=pairs) if rule.part == "attention scores" else rule for rule in rules)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.stack(list(family.losses(model, batch.to("meta")).sums.values())).sum().backward()
+    assert count_flops(model, rules, batch.num_tokens).computed_flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["higgs_audio_v2", "phi4_multimodal"])
+def test_a_fast_step_reads_nothing_back(name: str, setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would have to be waited for is an error on the meta device: the native layers' masks, for one."""
+    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)
+
+    def step(way: bool) -> None:
+        family = setup.make_family(name, tiny=True, packing=True, fast=way)
+        model = make_fast(family.skeleton()) if way else family.skeleton()
+        batch = family.collate(setup.make_samples(family, [150, 200])).to("meta")
+        torch.stack(list(family.losses(model, batch).sums.values())).sum().backward()
+
+    step(True)
+    if name == "higgs_audio_v2":
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            step(False)
 
 
 def test_samples_fill_the_budget_and_none_is_lost(setup: Any) -> None:
