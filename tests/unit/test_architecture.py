@@ -40,6 +40,7 @@ LAYERS = [
         "speechtune.precision",
         "speechtune.fingerprint",
         "speechtune.adapter",
+        "speechtune.flops",
         "speechtune.stored_adapter",
         "speechtune.base_recipe",
         "speechtune.guards",
