@@ -35,6 +35,12 @@ WAYS = {  # packed, fast
 }
 
 
+@pytest.fixture(autouse=True)
+def _torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlopCounterMode knows what torch's kernel computes; the blocks of the CPU's own would be counted one by one."""
+    monkeypatch.setattr("speechtune.families.fast.MOST_POSITIONS", 0)
+
+
 def measured(family: Family, model: nn.Module, batch: Batch) -> Counted:
     """What torch counts while the family's losses are computed and differentiated."""
     model.train()
