@@ -91,6 +91,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         _check_sharding(config)
     if world_size() > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(f"WORLD_SIZE={world_size()} without MASTER_ADDR: start several processes with torchrun")
+    if world_size() > 1:
+        _check_restarts()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
         log_with=list(tracking.trackers) or None,
@@ -117,6 +119,17 @@ def _check_sharding(config: RunConfig) -> None:
         raise ConfigError(
             "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
             "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
+        )
+
+
+def _check_restarts() -> None:
+    """Refuse restarts in which a new process would be told the addresses of the old ones (pytorch issue 135712)."""
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "torchrun --max-restarts: a restart would connect to the processes of the attempt before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
+            "--rdzv-backend=c10d"
         )
 
 

@@ -89,6 +89,7 @@ class Watchdog:
         self._store = self._connect()
         self._write()
         self.accelerator.wait_for_everyone()  # reading waits for keys that are not there yet
+        self._read()
         self._process = os.getpid()
         self._old = signal.signal(signal.SIGTERM, self._terminated)
         self._threads = [threading.Thread(target=part, daemon=True) for part in (self._beat, self._judge)]

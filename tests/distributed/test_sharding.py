@@ -173,9 +173,11 @@ def test_blocks_are_found_by_the_base_class_too() -> None:
     assert list(blocks(torch.nn.Sequential(Model()))) == ["0.layers.0", "0.layers.1"]
 
 
+RESTARTS = {"WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 REFUSED = {
     "one process": ({}, {"WORLD_SIZE": "1"}, "nothing can be sharded"),
     "answers": ({"evaluate": {"prompts": 2}}, {"WORLD_SIZE": "2"}, "evaluate.prompts=0"),
+    "stale addresses": ({}, {**RESTARTS, "MASTER_ADDR": "localhost"}, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
 }
 
 
