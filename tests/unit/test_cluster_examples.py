@@ -1,4 +1,4 @@
-"""The recipes for clusters: shell and YAML parse, options and flags exist, and the Slurm script requeues when it should."""
+"""The recipes for clusters: shell and YAML parse, options and flags exist, the Slurm script requeues when it should."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from speechtune.config import option_names
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"
 SLURM = CLUSTER / "slurm.sbatch"
+FLAG = re.compile(r"--[\w-]+")
 
 
 def sky() -> dict[str, Any]:
@@ -27,8 +28,8 @@ def sky() -> dict[str, Any]:
 
 
 def commands(path: Path) -> str:
-    """The text of a file with continued lines joined and comments of shell scripts left out."""
-    lines = [line for line in path.read_text().splitlines() if path.suffix == ".md" or not line.startswith("#")]
+    """The text of a file with continued lines joined and lines of comment left out."""
+    lines = [line for line in path.read_text().splitlines() if not re.match(r"\s*#", line)]
     return re.sub(r"\\\n\s*", " ", "\n".join(lines))
 
 
@@ -51,9 +52,10 @@ def test_the_task_of_skypilot_recovers_and_keeps_its_outputs() -> None:
     assert f"output_dir={mount}/" in task["run"] and "checkpoint.resume=auto" in task["run"]
 
 
-@pytest.mark.parametrize(
-    "path", [SLURM, CLUSTER / "skypilot.yaml", CLUSTER / "README.md", DOCUMENT], ids=lambda p: p.name
-)
+FILES = [SLURM, CLUSTER / "skypilot.yaml", CLUSTER / "README.md", DOCUMENT]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_named_exists(path: Path) -> None:
     """Options of speechtune, its verbs, and the flags of torchrun."""
     text = commands(path)
@@ -73,7 +75,7 @@ def test_what_is_named_exists(path: Path) -> None:
 # -- the Slurm script, with stand-ins for Slurm's commands ------------------------------------------------------------
 
 SRUN = """#!/bin/bash
-echo "$@" > "$SAID/srun"
+echo "$@" > "$SAID/srun.told"
 trap 'echo > "$SAID/terminated"; exit 1' TERM
 [[ $1 == --kill-on-bad-exit=1 ]] || exit 99
 case $DOES in
@@ -83,7 +85,7 @@ case $DOES in
     train) echo $$ > "$SAID/pid"; while :; do sleep 0.05; done ;;
 esac
 """
-SCANCEL = '#!/bin/bash\necho "$@" > "$SAID/scancel"\nkill -TERM "$(cat "$SAID/pid")"\n'
+SCANCEL = '#!/bin/bash\necho "$@" > "$SAID/scancel.told"\nkill -TERM "$(cat "$SAID/pid")"\n'
 SCONTROL = '#!/bin/bash\nif [[ $1 == show ]]; then echo node-a; echo node-b; else echo "$@" > "$SAID/requeue"; fi\n'
 
 
@@ -111,7 +113,7 @@ def slurm(tmp_path: Path) -> Any:
 
 def test_slurm_finishes(slurm: Any, tmp_path: Path) -> None:
     assert slurm("finish").wait(20) == 0 and not (tmp_path / "requeue").exists()
-    told = (tmp_path / "srun").read_text()
+    told = (tmp_path / "srun.told").read_text()
     assert "--nnodes=2 --nproc-per-node=8" in told and "--rdzv-endpoint=node-a:29500" in told
     assert told.rstrip().endswith(f"train my.yaml output_dir={tmp_path}/output checkpoint.resume=auto train.epochs=1")
 
@@ -132,5 +134,5 @@ def test_slurm_lets_the_run_save(number: signal.Signals, requeued: bool, slurm: 
     time.sleep(0.1)  # until the script has set its traps
     script.send_signal(number)
     assert script.wait(20) == 1 and (tmp_path / "terminated").exists()
-    assert (tmp_path / "scancel").read_text() == "--signal=TERM 7.0\n"
+    assert (tmp_path / "scancel.told").read_text() == "--signal=TERM 7.0\n"
     assert (tmp_path / "requeue").exists() is requeued
