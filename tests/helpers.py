@@ -21,6 +21,12 @@ CODEBOOKS = 8
 STREAM_BOS, STREAM_EOS = 1024, 1025
 IGNORED = -100
 FILLER = "<|reserved_special_token_6|>"
+WAYS = [
+    {"batch": {"packing": packing}, "speed": {"fast_forward": fast}}
+    for packing in (True, False)
+    for fast in (True, False)
+]
+"""Sections of the configuration: every way to compute the same training step."""
 FORWARD_NAMES = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
 
 

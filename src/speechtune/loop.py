@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +16,26 @@ from torch import nn
 
 from speechtune import guards
 from speechtune.adapter import trainable
-from speechtune.batching import BatchPlan, MicroBatches, make_loader
+from speechtune.batching import BatchPlan
 from speechtune.checkpoint import prune
 from speechtune.evaluating import Evaluator
 from speechtune.families.base import Batch, Family
+from speechtune.feeding import Feed
 from speechtune.fingerprint import checksums
 from speechtune.interruption import Interruption
 from speechtune.job import Job, TrainResult
 from speechtune.precision import PrecisionPlan
 from speechtune.ranks import check_same_checkpoint, sum_heads, sum_over_ranks
-from speechtune.saving import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, rng_state, twice
+from speechtune.saving import (
+    RunState,
+    Saver,
+    checkpoint_writer,
+    choose_checkpoint,
+    restore,
+    rng_state,
+    set_rng_state,
+    twice,
+)
 from speechtune.schedule import learning_rate, make_optimizer
 from speechtune.sharding import Engine, whole
 from speechtune.tracking import Record, Tracker, log, log_details
@@ -58,9 +68,8 @@ class Run:
         self.engine = Engine(objective, accelerator, config.speed.parallel, defer=config.lora.enabled)
         self.parameters = trainable(job.model)
         guards.check_trainable(self.parameters, lora=config.lora.enabled)
-        settings, ranks = config.train, accelerator.num_processes
-        sizes = (settings.batch_size, settings.accumulation, ranks)
-        self.plan = BatchPlan(job.train_set.lengths, *sizes, settings.seed, settings.group_by_length)
+        self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
+        self.feed = Feed(config, self.plan, job.train_set, accelerator.process_index, job.precision.device)
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
         self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
         self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
@@ -89,11 +98,10 @@ class Run:
         job.model.train()
         started, first_losses = time.monotonic(), {}
         first_step = self.state.step
-        loader = self._loader(first_step)
         with self.saver, Interruption() as interruption:
             for step in range(first_step, self.total_steps):
                 step_started = time.monotonic()
-                batches = [next(loader) for _ in range(self.plan.accumulation)]
+                batches = self.feed.take(step)
                 waited = time.monotonic() - step_started
                 record = self._step(step, batches, step_started, waited, started, first_step)
                 first_losses = first_losses or record.losses
@@ -127,14 +135,6 @@ class Run:
         spent = {**self.spent, "evaluation_seconds": evaluator.spent, "total_seconds": seconds}
         return TrainResult(self.state, first_losses, seconds, number, best, scores, spent)
 
-    def _loader(self, first_step: int) -> Iterator[Batch]:
-        order = range(first_step * self.plan.accumulation, self.total_steps * self.plan.accumulation)
-        batches = MicroBatches(self.plan, self.job.train_set, self.job.family, self.accelerator.process_index)
-        on_gpu = self.job.precision.device.type == "cuda"
-        workers = self.config.train.workers
-        workers = (2 if on_gpu else 0) if workers is None else workers
-        return make_loader(batches, order, workers=workers, pin_memory=on_gpu)
-
     def _step(
         self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int
     ) -> Record:
@@ -145,7 +145,7 @@ class Run:
         counts = sum_heads(self.accelerator, [batch.target_counts for batch in batches], heads)
         self.optimizer.zero_grad(set_to_none=True)
         computing = time.monotonic()
-        per_batch = [self._backward(batch, counts, where, last=batch is batches[-1]) for batch in batches]
+        batches, per_batch = self._forward_backward(step, batches, counts)
         sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
         losses = {head: value / counts[head] for head, value in sums.items()}
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
@@ -173,6 +173,20 @@ class Run:
             data_wait_share=waited / seconds,
             eta_seconds=(now - started) / (step + 1 - first_step) * (self.total_steps - step - 1),
         )
+
+    def _forward_backward(
+        self, step: int, batches: Sequence[Batch], counts: Mapping[str, float]
+    ) -> tuple[Sequence[Batch], list[dict[str, torch.Tensor]]]:
+        """Gradients of a step, and each micro-batch's summed losses; cut finer and taken again when it does not fit."""
+        while True:
+            before = rng_state()
+            try:
+                where = f"step {step + 1}"
+                return batches, [self._backward(b, counts, where, last=b is batches[-1]) for b in batches]
+            except torch.OutOfMemoryError as error:
+                batches = self.feed.cut_finer(step, batches, error)
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(before)
 
     def _backward(
         self, batch: Batch, counts: Mapping[str, float], where: str, *, last: bool

@@ -68,7 +68,18 @@ CUTS = {
     "1 x 8 accumulated": {"train": {"batch_size": 1, "accumulation": 8}},
     "not grouped by length": {"train": {"batch_size": 2, "accumulation": 4, "group_by_length": False}},
     "gradient checkpointing": {"train": {"gradient_checkpointing": True}, "evaluate": {"batch_size": 3}},
+    "budgets": {"batch": {"tokens": 1000}},
+    "padded": {"batch": {"packing": False}},
+    "padded budgets": {"batch": {"packing": False, "tokens": 1500}},
+    "native forward": {"speed": {"fast_forward": False}, "train": {"batch_size": 4, "accumulation": 2}},
+    "padded, native forward": {"speed": {"fast_forward": False}, "batch": {"packing": False}},
+    "checkpointing in the native forward": {
+        "speed": {"fast_forward": False},
+        "train": {"gradient_checkpointing": True},
+    },
 }
+PLAIN = {"batch": {"packing": False}, "speed": {"fast_forward": False}}
+BUDGET = {"batch": {"tokens": 1000}}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -134,6 +145,26 @@ def test_stopped_and_resumed_is_the_straight_run(configure: Configure, straight:
     resumed = train(configure(output))
     assert resumed.result.signal is None and resumed.result.state.step == STEPS
     assert_same_to_the_bit(output, straight, STEPS)
+
+
+@pytest.mark.parametrize("way", [PLAIN, BUDGET], ids=["padded and native", "budgets"])
+def test_a_resume_is_exact_whichever_way_it_is_computed(
+    way: dict[str, Any], configure: Configure, tmp_path: Path
+) -> None:
+    """The defaults, packed and fast, are resumed all over this file; here the others, with dropout."""
+    train(configure(tmp_path / "straight", WITH_DROPOUT, way))
+    for step in (3, None):
+        train(configure(tmp_path / "stopped", WITH_DROPOUT, way), step=step)
+    assert_same_to_the_bit(tmp_path / "stopped", tmp_path / "straight", STEPS)
+
+
+def test_a_resume_may_take_another_budget(configure: Configure, straight: Path, tmp_path: Path) -> None:
+    """Who ran out of memory goes on with a smaller one: the samples of a step, and so the run, are the same."""
+    output = tmp_path / "output"
+    train(configure(output), step=3)
+    train(configure(output, {"batch": {"tokens": 900}}))
+    assert greatest_difference(output, straight) < TOLERANCE
+    assert curve(output) == pytest.approx(curve(straight), rel=1e-6)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

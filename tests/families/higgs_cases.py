@@ -33,10 +33,13 @@ class Case:
     utterance: Utterance
 
 
-def family_on(model: Path, codec: Path | None = None, **values: Any) -> HiggsAudioV2Family:
-    """The family on a model folder, without a run directory."""
+def family_on(
+    model: Path, codec: Path | None = None, batch: Any = None, speed: Any = None, **values: Any
+) -> HiggsAudioV2Family:
+    """The family on a model folder, without a run directory; `batch` and `speed` are sections of the configuration."""
     section = {"path": str(model), "codec_path": str(codec) if codec else None, **values}
-    return HiggsAudioV2Family(build_config({"family": "higgs_audio_v2", "model": section}, "test"))
+    sections = {"model": section, "batch": batch or {}, "speed": speed or {}}
+    return HiggsAudioV2Family(build_config({"family": "higgs_audio_v2", **sections}, "test"))
 
 
 def make_case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from higgs_cases import FP32, Case, collated, tensors, train
+from higgs_cases import FP32, Case, tensors, train
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
-from helpers import FORWARD_NAMES, native_batch
+from helpers import native_batch
 from speechtune.adapter import apply_lora, load_adapter
 from speechtune.checkpoint import write_verified
 from speechtune.config import LoraSettings, RunConfig
 from speechtune.errors import AdapterError
-from speechtune.families.base import Batch, GenerationOptions
+from speechtune.families.base import GenerationOptions
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
 from speechtune.merge import merge
 from speechtune.saving import model_tensors, save_weights
@@ -43,9 +43,14 @@ class Trained:
 
 
 @torch.no_grad()
-def plain_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """The native forward pass on a batch's inputs."""
-    return model(**{name: batch.inputs[name] for name in FORWARD_NAMES}).logits
+def plain_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The native forward pass."""
+    return model(**batch).logits
+
+
+def native_inputs(family: HiggsAudioV2Family, cases: Sequence[Case]) -> dict[str, torch.Tensor]:
+    """What plain transformers wants for some cases."""
+    return native_batch(family.tokenizer, [case.utterance for case in cases])
 
 
 def save_adapter(model: PeftModel, folder: Path) -> Path:
@@ -60,7 +65,7 @@ def trained(tiny_family: HiggsAudioV2Family, cases: list[Case], tmp_path_factory
     before = tensors(base)
     model = train(tiny_family, cases, steps=12, model=apply_lora(base, tiny_family, SETTINGS, seed=1))
     folder = save_adapter(model, tmp_path_factory.mktemp("adapter") / "lora_adapters")
-    return Trained(folder, model, plain_logits(model, collated(tiny_family, cases)), before)
+    return Trained(folder, model, plain_logits(model, native_inputs(tiny_family, cases)), before)
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_plain_peft_loads_the_adapter(
     trained: Trained, plain_base: Any, tiny_family: HiggsAudioV2Family, cases: list[Case]
 ) -> None:
     """Without speechtune: native base, plain `PeftModel.from_pretrained`, and the trained model's logits."""
-    batch = collated(tiny_family, cases)
+    batch = native_inputs(tiny_family, cases)
     untouched = plain_logits(plain_base, batch)
     with warnings.catch_warnings(record=True) as caught:
         loaded = PeftModel.from_pretrained(plain_base, str(trained.folder)).eval()
@@ -101,7 +106,7 @@ def test_plain_peft_loads_the_adapter(
 def test_our_loader_gives_the_same_logits(trained: Trained, tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """`load_adapter` is stricter than PEFT, and no different where it accepts."""
     model = load_adapter(tiny_family.load(FP32), trained.folder).eval()
-    assert float((plain_logits(model, collated(tiny_family, cases)) - trained.logits).abs().max()) <= 1e-6
+    assert float((plain_logits(model, native_inputs(tiny_family, cases)) - trained.logits).abs().max()) <= 1e-6
 
 
 def test_fresh_adapter_changes_nothing_and_is_refused(
@@ -109,7 +114,7 @@ def test_fresh_adapter_changes_nothing_and_is_refused(
 ) -> None:
     """Fault: an all-zero adapter passed verification. lora_B starts at zero, so it says "never trained"."""
     fresh = apply_lora(tiny_family.load(FP32), tiny_family, SETTINGS, seed=1).eval()
-    batch = collated(tiny_family, cases)
+    batch = native_inputs(tiny_family, cases)
     assert torch.equal(plain_logits(fresh, batch), plain_logits(plain_base, batch))
     folder = save_adapter(fresh, tmp_path / "zero")
     with pytest.raises(AdapterError, match="every lora_B is zero"):
@@ -133,7 +138,7 @@ def test_adapter_of_the_original_package_is_refused(
     folder = changed_copy(
         trained, tmp_path / "boson", lambda name: name.replace("base_model.model.model.", "base_model.model.")
     )
-    batch = collated(tiny_family, cases)
+    batch = native_inputs(tiny_family, cases)
     untouched = plain_logits(plain_base, batch)
     with pytest.warns(UserWarning, match="missing adapter keys"):
         deaf = PeftModel.from_pretrained(plain_base, str(folder)).eval()
@@ -181,7 +186,7 @@ def test_merged_folder_is_a_plain_model(
     report = merge(make_config(), trained.folder, tmp_path / "merged")
     plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    logits = plain_logits(plain, collated(tiny_family, cases))
+    logits = plain_logits(plain, native_inputs(tiny_family, cases))
     assert float((logits - trained.logits).abs().max()) <= 1e-5
     assert report.adapter_effect > 0.05 and report.merged_difference <= 1e-5 and report.greedy_equal
     options = GenerationOptions(temperature=0, max_new_tokens=30)

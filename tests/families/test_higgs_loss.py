@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,23 @@ from higgs_cases import FP32, Case, collated, family_on
 from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerBase
 
-from helpers import CODEBOOKS, FORWARD_NAMES, STREAM_BOS, STREAM_EOS, Utterance, native_batch
+from helpers import CODEBOOKS, STREAM_BOS, STREAM_EOS, WAYS, Utterance, native_batch
 from speechtune.errors import ManifestError
 from speechtune.families.base import Batch
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
+from speechtune.families.higgs_forward import target_states
+
+
+@pytest.fixture(params=WAYS, ids=str)
+def family(tiny_base: Path, request: pytest.FixtureRequest) -> HiggsAudioV2Family:
+    """The family in each of the ways to compute the same: packed or padded, the layers fast or native."""
+    return family_on(tiny_base / "model", tiny_base / "codec", **request.param)
 
 
 @pytest.fixture
-def model(tiny_family: HiggsAudioV2Family) -> nn.Module:
+def model(family: HiggsAudioV2Family) -> nn.Module:
     """A fresh base."""
-    return tiny_family.load(FP32).eval()
+    return family.load(FP32).eval()
 
 
 @torch.no_grad()
@@ -52,46 +58,51 @@ def independent_sums(model: Any, tokenizer: PreTrainedTokenizerBase, utterances:
 
 
 def test_loss_equals_the_formula(
-    tiny_family: HiggsAudioV2Family, model: nn.Module, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
+    family: HiggsAudioV2Family, model: nn.Module, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> None:
     """Fault: audio logits compared with their own row instead of the next (loss 0.003, then silence)."""
-    sums = tiny_family.losses(model, collated(tiny_family, cases)).sums
+    sums = family.losses(model, collated(family, cases)).sums
     expected = independent_sums(model, tokenizer, [case.utterance for case in cases])
     assert list(sums) == ["audio", "text"]
     assert [float(value.detach()) for value in sums.values()] == pytest.approx(expected, rel=1e-6)
 
 
 def test_loss_of_a_batch_is_the_sum_of_its_samples(
-    tiny_family: HiggsAudioV2Family, model: nn.Module, cases: list[Case]
+    family: HiggsAudioV2Family, model: nn.Module, cases: list[Case]
 ) -> None:
     """Padding and batch mates must not enter: the loop divides sums over all micro-batches and ranks."""
     with torch.no_grad():
-        together = tiny_family.losses(model, collated(tiny_family, cases)).sums
-        alone = [tiny_family.losses(model, collated(tiny_family, [case])).sums for case in cases]
-    for head in tiny_family.heads:
+        together = family.losses(model, collated(family, cases)).sums
+        alone = [family.losses(model, collated(family, [case])).sums for case in cases]
+    for head in family.heads:
         assert float(together[head]) == pytest.approx(sum(float(one[head]) for one in alone), rel=1e-6)
 
 
 @torch.no_grad()
 def test_counts_divide_to_the_native_class_mean(
-    tiny_family: HiggsAudioV2Family, model: Any, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
+    family: HiggsAudioV2Family, model: Any, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> None:
     """Sum over count, added up over heads, is what the native `forward` calls loss, given our targets as labels."""
-    batch = collated(tiny_family, cases)
+    batch = collated(family, cases)
     native = native_batch(tokenizer, [case.utterance for case in cases])
     labels, audio_labels = torch.full_like(native["input_ids"], -100), torch.full_like(native["audio_input_ids"], -100)
-    width = native["input_ids"].shape[1]
+
+    def place(position: torch.Tensor) -> tuple[int, int]:
+        """Sample and place of what a position in the laid out batch predicts."""
+        b = int(torch.searchsorted(batch.inputs["offsets"], position, right=True)) - 1
+        return b, int(position) + 1 - int(batch.inputs["offsets"][b])
+
     for position, target in zip(batch.inputs["text_positions"], batch.inputs["text_targets"], strict=True):
-        labels.view(-1)[position + 1] = target
+        labels[place(position)] = target
     is_row = (native["input_ids"] == model.config.audio_token_id) | (
         native["input_ids"] == model.config.audio_delay_token_id
     )
     row_of = is_row.cumsum(1) - 1
     for position, targets in zip(batch.inputs["audio_positions"], batch.inputs["audio_targets"], strict=True):
-        b, s = divmod(int(position) + 1, width)
+        b, s = place(position)
         audio_labels[b, row_of[b, s]] = targets
-    losses = tiny_family.losses(model, batch).sums
-    ours = sum(float(losses[head]) / batch.target_counts[head] for head in tiny_family.heads)
+    losses = family.losses(model, batch).sums
+    ours = sum(float(losses[head]) / batch.target_counts[head] for head in family.heads)
     assert ours == pytest.approx(float(model(**native, labels=labels, audio_labels=audio_labels).loss), rel=1e-6)
 
 
@@ -108,19 +119,21 @@ def test_fresh_model_guesses(tiny_base: Path, cases: list[Case]) -> None:
     assert means["text"] == pytest.approx(math.log(config.vocab_size), rel=1e-2)
 
 
-def test_target_counts(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
+def test_target_counts(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Audio: frames and one EOS per sample, counted once for all codebooks; text: three tokens per sample."""
-    batch = collated(tiny_family, cases)
+    batch = collated(family, cases)
     assert batch.target_counts == {"audio": (12 + 1) + (17 + 1), "text": 2 * 3}
     targets_PK = batch.inputs["audio_targets"]
     assert (targets_PK != -100).sum(0).tolist() == [31] * CODEBOOKS
     assert batch.audio_seconds == pytest.approx((12 + 17) / 25)
-    assert batch.num_tokens == int(batch.inputs["attention_mask"].sum())
+    sizes = [len(family.encode(case.sample, case.features).arrays["input_ids"]) for case in cases]
+    assert batch.num_tokens == sum(sizes)
+    assert batch.lengths == (tuple(sizes) if family.config.batch.packing else (max(sizes),) * 2)
 
 
-def test_eos_once_per_codebook_and_no_bos(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
+def test_eos_once_per_codebook_and_no_bos(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Faults: EOS never trained, so nothing stops; BOS trained, which the model never chooses."""
-    targets_PK = tiny_family.encode(cases[0].sample, cases[0].features).arrays["audio_targets"]
+    targets_PK = family.encode(cases[0].sample, cases[0].features).arrays["audio_targets"]
     assert (targets_PK == STREAM_EOS).sum(0).tolist() == [1] * CODEBOOKS
     assert not (targets_PK == STREAM_BOS).any()
     for k in range(CODEBOOKS):
@@ -129,11 +142,11 @@ def test_eos_once_per_codebook_and_no_bos(tiny_family: HiggsAudioV2Family, cases
 
 
 def test_text_targets_are_three_tokens_of_the_target_turn(
-    tiny_family: HiggsAudioV2Family, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
+    family: HiggsAudioV2Family, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> None:
     """The prompt's words are given at inference, so they are not learnt; the reference's tokens neither."""
     for case in cases:
-        arrays = tiny_family.encode(case.sample, case.features).arrays
+        arrays = family.encode(case.sample, case.features).arrays
         names = tokenizer.convert_ids_to_tokens(arrays["text_targets"].tolist())
         assert names == ["<|audio_out_bos|>", "<|audio_eos|>", "<|eot_id|>"]
         ids = arrays["input_ids"]
@@ -142,27 +155,27 @@ def test_text_targets_are_three_tokens_of_the_target_turn(
         assert arrays["text_positions"].tolist() == [end - 2 - case.utterance.rows - 2, end - 3, end - 2]
 
 
-def test_reference_is_not_trained(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
+def test_reference_is_not_trained(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Fault: training on the reference teaches the model to repeat it. Other codes there change no target."""
     case = cases[1]
-    before = tiny_family.encode(case.sample, case.features)
-    after = tiny_family.encode(case.sample, [(case.features[0] + 7) % 1024, case.features[1]])
+    before = family.encode(case.sample, case.features)
+    after = family.encode(case.sample, [(case.features[0] + 7) % 1024, case.features[1]])
     changed = {name for name, array in before.arrays.items() if not np.array_equal(array, after.arrays[name])}
     assert changed == {"audio_rows"}
     ids, places = before.arrays["input_ids"], before.arrays["audio_positions"]
     reference_rows = len(case.features[0]) + 2
-    assert (ids[: places[0]] == tiny_family.model_config.audio_token_id).sum() == reference_rows
+    assert (ids[: places[0]] == family.model_config.audio_token_id).sum() == reference_rows
     np.testing.assert_array_equal(places, np.arange(places[0], places[0] + case.utterance.rows - 1))
 
 
-def test_second_epoch_has_the_same_labels(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
+def test_second_epoch_has_the_same_labels(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Fault: labels mutated in place, so that the second epoch has none. Codes from the cache are read-only."""
     features = [array.copy() for array in cases[0].features]
     for array in features:
         array.flags.writeable = False
-    items = [tiny_family.encode(cases[0].sample, features), tiny_family.encode(cases[1].sample, cases[1].features)]
+    items = [family.encode(cases[0].sample, features), family.encode(cases[1].sample, cases[1].features)]
     kept = copy.deepcopy(items)
-    first, second = tiny_family.collate(items), tiny_family.collate(items)
+    first, second = family.collate(items), family.collate(items)
     for name, value in first.inputs.items():
         assert torch.equal(value, second.inputs[name])
     first.inputs["audio_targets"].fill_(-100)
@@ -171,57 +184,34 @@ def test_second_epoch_has_the_same_labels(tiny_family: HiggsAudioV2Family, cases
             np.testing.assert_array_equal(array, copied.arrays[name])
 
 
-def test_sample_without_target_or_clip_is_refused(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
+def test_sample_without_target_or_clip_is_refused(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Fault: the audio index shifted onto the wrong clip where one was missing."""
     with pytest.raises(ManifestError, match="1 clips for 2 places"):
-        tiny_family.encode(cases[0].sample, cases[0].features[:1])
-
-
-@contextmanager
-def recorded(head: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What a head puts out while the context is open."""
-    seen: list[torch.Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        family.encode(cases[0].sample, cases[0].features[:1])
 
 
 @torch.no_grad()
-def our_logits(family: HiggsAudioV2Family, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def our_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of both heads at the positions where the family applies them."""
-    with recorded(model.audio_lm_head) as audio, recorded(model.text_lm_head) as text:
-        family.losses(model, batch)
-    return audio[0], text[0]
-
-
-def test_logits_equal_the_plain_forward(tiny_family: HiggsAudioV2Family, model: Any, cases: list[Case]) -> None:
-    """Applying the heads only at targets is a saving, not another model."""
-    batch = collated(tiny_family, cases)
-    audio, text = our_logits(tiny_family, model, batch)
-    native = {name: batch.inputs[name] for name in FORWARD_NAMES}
-    with torch.no_grad():
-        plain = model(**native).logits.flatten(0, 1)[batch.inputs["audio_positions"]]
-        hidden = model.model(**native).last_hidden_state.flatten(0, 1)
-        plain_text = model.text_lm_head(hidden)[batch.inputs["text_positions"]]
-    assert float((audio - plain).abs().max()) <= 1e-6
-    assert float((text - plain_text).abs().max()) <= 1e-6
-    assert float(plain.abs().max()) > 0.1
+    audio, text = target_states(model.model, batch)
+    return model.audio_lm_head(audio), model.text_lm_head(text)
 
 
 def test_padding_does_not_matter(
-    tiny_family: HiggsAudioV2Family, model: Any, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
+    family: HiggsAudioV2Family, model: Any, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> None:
-    """Each sample's logits in the batch are those of the sample alone, unpadded, in the plain native forward."""
-    audio, _ = our_logits(tiny_family, model, collated(tiny_family, cases))
+    """Each sample's logits in the batch are those of the sample alone, unpadded, in the plain native forward.
+
+    Applying the heads only at targets is a saving, not another model.
+    """
+    audio, _ = our_logits(model, collated(family, cases))
     first = 0
     for case in cases:
         count = case.utterance.rows - 1
         native = native_batch(tokenizer, [case.utterance])
         with torch.no_grad():
             plain = model(**native).logits[0]
-        places = tiny_family.encode(case.sample, case.features).arrays["audio_positions"]
+        places = family.encode(case.sample, case.features).arrays["audio_positions"]
         assert float((audio[first : first + count] - plain[places]).abs().max()) <= 1e-5
         first += count
     assert first == len(audio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,20 +12,34 @@ import torch
 from phi4_cases import FP32, encoded, family_on, features, native_inputs, native_logits
 from transformers import Phi4MultimodalFeatureExtractor
 
+from helpers import WAYS
 from speechtune.assessment import render_answer, target_of
 from speechtune.audio import read_audio
 from speechtune.errors import AudioError, ConfigError, ManifestError
-from speechtune.families.base import Audio, GenerationOptions, Sample
+from speechtune.families.base import Audio, Batch, GenerationOptions, Sample
 from speechtune.families.phi4_audio import embed_clips, num_positions, pad_features
+from speechtune.families.phi4_forward import target_states
 from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
 from speechtune.run import Outcome
 
 LENGTHS = (37, 120, 64, 233, 64, 91, 8, 401)  # frames; not sorted, one of them twice, one below a stride
 
 
+@pytest.fixture(scope="module", params=WAYS, ids=str)
+def phi4_family(phi4_base: Path, request: pytest.FixtureRequest) -> Phi4MultimodalFamily:
+    """The family in each of the ways to compute the same: packed or padded, the layers fast or native."""
+    return family_on(phi4_base, **request.param)
+
+
 @pytest.fixture(scope="module")
 def model(phi4_family: Phi4MultimodalFamily) -> torch.nn.Module:
     return phi4_family.load(FP32).eval()
+
+
+def all_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Logits (S, V) of every sample of a batch, at all its positions."""
+    everywhere = dict(batch.inputs) | {"kept": torch.arange(sum(batch.lengths))}
+    return model.lm_head(target_states(model, replace(batch, inputs=everywhere))).split(list(batch.lengths))
 
 
 def clips_of(lengths: tuple[int, ...]) -> list[np.ndarray]:
@@ -37,7 +52,7 @@ def test_each_clip_of_a_padded_batch_is_encoded_as_by_the_native_encoder_alone(m
     """Guards against the native padding mask: added as +1, it lets neighbours change an encoding by a fifth."""
     hearing = model.model.embed_tokens_extend.audio_embed
     clips = clips_of(LENGTHS)
-    together = embed_clips(hearing, *pad_features(clips)).split([num_positions(n, 8) for n in LENGTHS])
+    together = embed_clips(hearing, *pad_features(clips, 8)).split([num_positions(n, 8) for n in LENGTHS])
     for clip, found in zip(clips, together, strict=True):
         native = hearing.encoder(torch.from_numpy(clip)[None], None)
         native = hearing.down_proj_for_speech(torch.nn.functional.gelu(hearing.up_proj_for_speech(native)))[0]
@@ -72,8 +87,7 @@ def test_prompt_and_logits_are_those_of_plain_transformers(
         assert ids.tolist() == native_inputs(phi4_base, sample)["input_ids"][0].tolist()
     batch = phi4_family.collate(encoded(phi4_family, phi4_samples[:4]))
     with torch.no_grad():
-        hidden = phi4_family._hidden(model, batch.inputs)
-        for row, sample in zip(model.lm_head(hidden), phi4_samples[:4], strict=True):
+        for row, sample in zip(all_logits(model, batch), phi4_samples[:4], strict=True):
             native = native_logits(model, phi4_base, sample)[0]
             torch.testing.assert_close(row[: len(native)], native, atol=1e-4, rtol=1e-4)
 
@@ -125,9 +139,8 @@ def test_an_answer_does_not_depend_on_batch_mates(phi4_run: Outcome, phi4_sample
     base = model.get_base_model()
     items = [family.encode(sample, found) for sample, found in pairs]
     with torch.no_grad():
-        rows = base.lm_head(family._hidden(base, family.collate(items).inputs))
-        for item, row in zip(items, rows, strict=True):
-            single = base.lm_head(family._hidden(base, family.collate([item]).inputs))[0]
+        for item, row in zip(items, all_logits(base, family.collate(items)), strict=True):
+            (single,) = all_logits(base, family.collate([item]))
             assert float((row[: len(single)] - single).abs().max()) < 1e-4 * max(1.0, float(single.abs().max()))
 
 
@@ -153,7 +166,7 @@ def test_a_clip_of_40_seconds_is_taken(phi4_family: Phi4MultimodalFamily, model:
     found = phi4_family.encode_audio(clips)
     hearing = model.model.embed_tokens_extend.audio_embed
     with torch.no_grad():
-        embeds = embed_clips(hearing, *pad_features(found))
+        embeds = embed_clips(hearing, *pad_features(found, 8))
     assert len(embeds) == 13 + 500 and bool(embeds.isfinite().all())
 
 
@@ -178,13 +191,13 @@ def test_other_kinds_of_recordings_come_in_as_16_khz_float(
 
 
 def test_placeholders_without_features_are_refused(
-    phi4_family: Phi4MultimodalFamily, phi4_samples: list[Sample], model: torch.nn.Module
+    phi4_family: Phi4MultimodalFamily, phi4_samples: list[Sample]
 ) -> None:
     """Guards against placeholders that keep their meaningless embeddings and give a normal-looking loss."""
-    batch = phi4_family.collate(encoded(phi4_family, phi4_samples[:2]))
-    shorter = dict(batch.inputs) | {"feature_lengths": batch.inputs["feature_lengths"] - 16}
+    items = encoded(phi4_family, phi4_samples[:2])
+    shorter = {**items[0].arrays, "features": items[0].arrays["features"][:-16]}
     with pytest.raises(ManifestError, match=r"\d+ audio placeholders in the prompts, \d+ audio positions"):
-        phi4_family.losses(model, replace(batch, inputs=shorter))
+        phi4_family.collate([replace(items[0], arrays=shorter), items[1]])
 
 
 def test_a_special_token_in_an_answer_is_refused(phi4_family: Phi4MultimodalFamily, phi4_samples: list[Sample]) -> None:

@@ -46,6 +46,7 @@ LAYERS = [
         "speechtune.feature_store",
         "speechtune.cache",
         "speechtune.batching",
+        "speechtune.feeding",
         "speechtune.eval_loss",
         "speechtune.ranks",
         "speechtune.model_files",

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from speechtune.batching import BatchPlan, MicroBatches, evaluation_batches
+from speechtune.batching import BatchPlan, StepBatches, cut_by_tokens, evaluation_batches
 from speechtune.families.base import Batch, Encoded, Family
 
 CUTS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)]
@@ -21,8 +21,8 @@ def plan(size: int = 21, batch_size: int = 8, accumulation: int = 1, world_size:
 
 def cut(plan: BatchPlan, step: int) -> list[list[int]]:
     """All micro-batches of a step, in the order (micro-step, rank)."""
-    places = [(micro, rank) for micro in range(plan.accumulation) for rank in range(plan.world_size)]
-    return [plan.micro_batch(step, micro, rank) for micro, rank in places]
+    per_rank = [plan.micro_batches(step, rank) for rank in range(plan.world_size)]
+    return [per_rank[rank][micro] for micro in range(len(per_rank[0])) for rank in range(plan.world_size)]
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 21, 64])
@@ -104,15 +104,61 @@ class CollatesIds:
         return Batch(tuple(item.sample_id for item in items), {}, {"audio": 1}, 1, 1.0)
 
 
+@pytest.mark.parametrize("tokens", [None, 900])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_micro_batches_count_on_over_steps(rank: int) -> None:
-    """Item k is micro-step k of the run, so that a loader can start anywhere."""
+def test_an_item_holds_the_micro_batches_of_a_step(rank: int, tokens: int | None) -> None:
+    """Item s is step s of the run, so that a loader can start anywhere."""
     encoded = [Encoded(f"s{i}", {}, 1, 1.0) for i in range(21)]
-    batches = plan(21, batch_size=2, accumulation=3, world_size=2)
-    items = MicroBatches(batches, encoded, cast(Family, CollatesIds()), rank)
-    for index in range(30):
-        expected = batches.micro_batch(index // 3, index % 3, rank)
-        assert items[index].sample_ids == tuple(f"s{i}" for i in expected)
+    batches = plan(21, batch_size=2, accumulation=3, world_size=2, tokens=tokens)
+    items = StepBatches(batches, encoded, cast(Family, CollatesIds()), rank)
+    for step in range(10):
+        expected = [tuple(f"s{i}" for i in part) for part in batches.micro_batches(step, rank)]
+        assert [batch.sample_ids for batch in items[step]] == expected
+        assert tokens is not None or len(expected) == 3
+
+
+# -- budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [500, 800, 2000, 100_000])
+@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), CUTS)
+def test_a_budget_cuts_the_same_global_batch(
+    batch_size: int, accumulation: int, world_size: int, tokens: int, packed: bool
+) -> None:
+    """No sample lost or doubled, none over the budget, and every rank has as many forward passes (DDP would hang)."""
+    whole = plan()
+    parts = plan(21, batch_size, accumulation, world_size, tokens=tokens, packed=packed)
+    for step in range(9):
+        per_rank = [parts.micro_batches(step, rank) for rank in range(world_size)]
+        assert len({len(micro_batches) for micro_batches in per_rank}) == 1
+        cut_parts = cut(parts, step)
+        assert Counter(i for part in cut_parts for i in part) == Counter(whole.global_batch(step))
+        for part in cut_parts:
+            sizes = [int(parts.lengths[i]) for i in part]
+            assert part and (sum(sizes) if packed else max(sizes) * len(sizes)) <= tokens
+
+
+def test_a_budget_takes_few_and_even_parts() -> None:
+    """Ranks wait for the one with most to do: parts differ by less than the longest sample."""
+    lengths = np.random.default_rng(5).integers(100, 2000, 64)
+    parts = cut_by_tokens(range(64), lengths, 8192, 2, packed=True)
+    sums = [int(lengths[part].sum()) for part in parts]
+    assert max(sums) <= 8192 and max(sums) - min(sums) < lengths.max() / 2
+    assert len(parts) <= int(np.ceil(lengths.sum() / 8192)) + 2
+
+
+def test_padding_counts_in_a_padded_budget() -> None:
+    """Faults: a budget of real positions, which one long sample among short ones exceeds many times over."""
+    lengths = np.array([1000, *[10] * 7])
+    padded = cut_by_tokens(range(8), lengths, 1200, 1, packed=False)
+    assert sorted(len(part) for part in padded) == [1, 7]
+    assert len(cut_by_tokens(range(8), lengths, 1200, 1, packed=True)) == 1
+
+
+def test_a_sample_over_the_budget_goes_alone() -> None:
+    for packed in (True, False):
+        assert [3] in cut_by_tokens(range(5), np.array([10, 20, 30, 5000, 40]), 100, 1, packed=packed)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 24])

@@ -100,7 +100,8 @@ class Batch:
     """Tensors for one forward pass, and per head the number of targets the loss is divided by.
 
     `target_counts` is known before the forward pass, so that a step can be normalised over all its micro-batches and
-    ranks. `num_tokens` counts real positions, without padding.
+    ranks. `num_tokens` counts real positions, without padding; `lengths` are the positions that each sample takes in
+    the batch, padding included, known on the CPU.
     """
 
     sample_ids: tuple[str, ...]
@@ -108,6 +109,11 @@ class Batch:
     target_counts: Mapping[str, int]
     num_tokens: int
     audio_seconds: float
+    lengths: tuple[int, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a GPU run beside its work."""
+        return replace(self, inputs={k: v.pin_memory() for k, v in self.inputs.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""

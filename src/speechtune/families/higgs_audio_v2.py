@@ -39,12 +39,15 @@ from speechtune.families.base import (
     Sample,
     Scored,
 )
+from speechtune.families.fast import IGNORE, head_loss
+from speechtune.families.fast_layers import make_fast
 from speechtune.families.higgs_codec import HiggsCodec
+from speechtune.families.higgs_forward import target_states
 from speechtune.families.higgs_layout import (
     AUDIO,
-    IGNORE,
     cut_rows,
     delay_rows,
+    lay_out,
     pad_inputs,
     refuse_special_tokens,
     render_prompt,
@@ -74,7 +77,6 @@ RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
 RELEASED_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 FRAMES_PER_SECOND = 25
 MAX_NEW_TOKENS = 2048  # 82 seconds
-FORWARD_INPUTS = ("input_ids", "attention_mask", "audio_input_ids", "audio_input_ids_mask")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 ASSET_PATTERNS = (*TOKENIZER_FILES, "*processor_config.json")
 
@@ -178,7 +180,7 @@ class HiggsAudioV2Family:
         require_sound(settings.path, "model.path")
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
-            return model.to(plan.device)
+            return self._ready(model, plan)
         classes = HiggsAudioV2ForConditionalGeneration
         model, info = load_pretrained(classes, settings, settings.revision, plan.base_dtype, use_text_head=True)
         missing = set(info["missing_keys"])
@@ -191,7 +193,11 @@ class HiggsAudioV2Family:
                 "%s: weights the model has no place for are left out: %s", settings.path, info["unexpected_keys"]
             )
         require_fit(settings.path, missing, info["mismatched_keys"])
-        return model.to(plan.device)
+        return self._ready(model, plan)
+
+    def _ready(self, model: nn.Module, plan: PrecisionPlan) -> nn.Module:
+        model = model.to(plan.device)
+        return make_fast(model) if self.config.speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""
@@ -280,19 +286,13 @@ class HiggsAudioV2Family:
         return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
-        """Right-pad ids and rows; positions of targets become indices into the flattened (B * S) batch."""
+        """Lay samples end to end, or right-pad them; positions of targets become indices into the flattened batch."""
         if not items:
             raise ValueError("an empty batch")
-        prompts = [(item.arrays["input_ids"], item.arrays["audio_rows"]) for item in items]
-        inputs = pad_inputs(prompts, self.pad_id, self.model_config.audio_stream_eos_id, left=False)
-        width = inputs["input_ids"].shape[1]
-        for head in self.heads:
-            inputs[f"{head}_positions"] = torch.from_numpy(
-                np.concatenate([b * width + item.arrays[f"{head}_positions"] for b, item in enumerate(items)])
-            )
-            inputs[f"{head}_targets"] = torch.from_numpy(
-                np.concatenate([item.arrays[f"{head}_targets"] for item in items]).astype(np.int64)
-            )
+        config = self.model_config
+        row_ids = (config.audio_token_id, config.audio_delay_token_id)
+        arrays = [item.arrays for item in items]
+        inputs, lengths = lay_out(arrays, row_ids, self.pad_id, packed=self.config.batch.packing)
         # Per codebook: the audio loss is the sum over codebooks of mean cross-entropies, as in the native class.
         counts = {
             "audio": int((inputs["audio_targets"][:, 0] != IGNORE).sum()),
@@ -300,27 +300,16 @@ class HiggsAudioV2Family:
         }
         ids = tuple(item.sample_id for item in items)
         num_tokens = sum(item.num_tokens for item in items)
-        return Batch(ids, inputs, counts, num_tokens, sum(item.audio_seconds for item in items))
+        return Batch(ids, inputs, counts, num_tokens, sum(item.audio_seconds for item in items), lengths)
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per head, with the heads applied only where a target is."""
-        audio_PKV, text_PV = self._logits(model, batch)
-        sums = {"audio": _summed_cross_entropy(audio_PKV, batch.inputs["audio_targets"])}
-        if text_PV is not None:
-            sums["text"] = _summed_cross_entropy(text_PV, batch.inputs["text_targets"])
-        return Losses(sums)
-
-    def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits where a target is: (P, K, V) of the audio head, (P, V) of the text head if there is one."""
         base = cast(Any, plain_model(model))
-        inputs = batch.inputs
-        hidden_ND = base.model(
-            **{name: inputs[name] for name in FORWARD_INPUTS}, use_cache=False
-        ).last_hidden_state.flatten(0, 1)
-        audio_PKV = base.audio_lm_head(hidden_ND[inputs["audio_positions"]])
-        audio_PKV = audio_PKV.unflatten(-1, (self.model_config.num_codebooks, self.model_config.codebook_size))
-        head = base.text_lm_head
-        return audio_PKV, None if head is None else head(hidden_ND[inputs["text_positions"]])
+        audio_PD, text_PD = target_states(base.model, batch)
+        sums = {"audio": head_loss(base.audio_lm_head, audio_PD, batch.inputs["audio_targets"])}
+        if base.text_lm_head is not None:
+            sums["text"] = head_loss(base.text_lm_head, text_PD, batch.inputs["text_targets"])
+        return Losses(sums)
 
     def generate(
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
@@ -353,7 +342,10 @@ class HiggsAudioV2Family:
     def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Right codes and all codes, per codebook."""
         eos = self.model_config.audio_stream_eos_id
-        return codebook_hits(self._logits(model, batch)[0], batch.inputs["audio_targets"], eos)
+        base = cast(Any, plain_model(model))
+        logits = base.audio_lm_head(target_states(base.model, batch)[0])
+        logits_PKV = logits.unflatten(-1, (self.model_config.num_codebooks, -1))
+        return codebook_hits(logits_PKV, batch.inputs["audio_targets"], eos)
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
         """See `score_speech`."""
@@ -371,8 +363,9 @@ class HiggsAudioV2Family:
         codes_FK = codes_FK.reshape(12, config.num_codebooks)
         clip = AudioRef(data=b"probe")
         sample = Sample("probe", "A fixed sentence.", clip, (Clip(clip, "Another fixed sentence."),))
-        inputs = self.collate([self.encode(sample, [codes_FK, codes_FK])]).to(cast(Any, model).device).inputs
-        logits = model(**{name: inputs[name] for name in FORWARD_INPUTS}).logits.float().cpu()
+        encoded = self.prompt_arrays(sample, [codes_FK, codes_FK], with_target=True)
+        inputs = pad_inputs([encoded], self.pad_id, config.audio_stream_eos_id, left=False)
+        logits = model(**{k: v.to(cast(Any, model).device) for k, v in inputs.items()}).logits.float().cpu()
         if not greedy_steps:
             return logits, np.zeros((1, 0, config.num_codebooks), np.int64)
         options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
@@ -391,9 +384,3 @@ class HiggsAudioV2Family:
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""
         copy_files(self.config.model.path, self.config.model.revision, ASSET_PATTERNS, directory)
-
-
-def _summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )

@@ -6,7 +6,7 @@ Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 
 from speechtune.errors import ManifestError
 from speechtune.families.base import GenerationOptions, Sample
+from speechtune.families.fast import IGNORE
 
 DEFAULT_SYSTEM = "Generate audio following instruction."
 DEFAULT_SCENE = "Audio is recorded from a quiet room."
 AUDIO = "<|AUDIO_OUT|>"
-IGNORE = -100
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 
 
@@ -160,6 +160,60 @@ def target_arrays(
         "text_positions": text_targets - 1,
         "text_targets": ids_S[text_targets],
     }
+
+
+def lay_out(
+    items: Sequence[Mapping[str, np.ndarray]], row_ids: Sequence[int], pad_id: int, *, packed: bool
+) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """A training batch: ids and rows end to end or padded on the right, and where everything stands.
+
+    Args:
+        items: arrays of `target_arrays`.
+        row_ids: token ids that stand for audio rows.
+        pad_id: fills up the ids where they are padded.
+        packed: end to end, without padding.
+
+    Returns:
+        the tensors of the batch, and the positions each sample takes. `input_ids` is (1, N) or (B, S), `audio_rows`
+        (A, K) are all rows in order; the others are described in `fast_layers.Sorting`. Positions of targets count
+        in the flattened batch; text targets are sorted so that those predicted by audio rows come first.
+    """
+    sizes = [len(item["input_ids"]) for item in items]
+    lengths = sizes if packed else [max(sizes)] * len(sizes)
+    starts = np.cumsum([0, *lengths])
+    ids_N, real_N = np.full(starts[-1], pad_id, np.int64), np.zeros(starts[-1], np.int64)
+    for start, size, item in zip(starts, sizes, items, strict=False):
+        ids_N[start : start + size], real_N[start : start + size] = item["input_ids"], 1
+    is_audio_N = np.isin(ids_N, row_ids)
+    order_N = np.concatenate([np.flatnonzero(is_audio_N), np.flatnonzero(~is_audio_N)])
+    places_N = np.empty_like(order_N)
+    places_N[order_N] = np.arange(len(order_N))
+    positions = {
+        head: np.concatenate([start + item[f"{head}_positions"] for start, item in zip(starts, items, strict=False)])
+        for head in ("audio", "text")
+    }
+    targets = {head: np.concatenate([item[f"{head}_targets"] for item in items]).astype(np.int64) for head in positions}
+    audio_first = np.argsort(~is_audio_N[positions["text"]], kind="stable")
+    positions["text"], targets["text"] = positions["text"][audio_first], targets["text"][audio_first]
+    kept_P = np.concatenate(list(positions.values()))
+    kept_audio, kept_text = (places_N[kept_P[is_audio_N[kept_P] == audio]] for audio in (True, False))
+    arrays = {
+        "input_ids": ids_N.reshape(1 if packed else len(items), -1),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "offsets": starts.astype(np.int32),
+        "audio_rows": np.concatenate([item["audio_rows"] for item in items]).astype(np.int64),
+        "text_ids": ids_N[~is_audio_N],
+        "order": order_N,
+        "places": places_N,
+        "kept": kept_P,
+        "kept_audio": kept_audio,
+        "kept_text": kept_text - int(is_audio_N.sum()),
+    }
+    if not packed:
+        arrays["attention_mask"] = real_N.reshape(len(items), -1)
+    arrays |= {f"{head}_positions": value for head, value in positions.items()}
+    arrays |= {f"{head}_targets": value for head, value in targets.items()}
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}, tuple(lengths)
 
 
 def sampling(options: GenerationOptions) -> dict[str, Any]:

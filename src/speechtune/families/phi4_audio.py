@@ -47,22 +47,34 @@ def num_positions(num_frames: int, time_reduction: int) -> int:
     return -(-num_frames // time_reduction)
 
 
-def pad_features(features: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of some clips as one tensor (B, T, M), zeros behind each clip, and their lengths in frames (B,)."""
+def pad_features(
+    features: Sequence[np.ndarray], time_reduction: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clips as one batch for `embed_clips`.
+
+    Returns:
+        features (B, T, M) with zeros behind each clip, their lengths in frames (B,), and the places (N,) of the real
+        audio positions among all (B * E), known before the encoder runs, so that nothing waits for a device.
+    """
     lengths = torch.tensor([len(item) for item in features])
     padded_BTM = torch.zeros(len(features), int(lengths.max()), features[0].shape[1])
     for row, item in zip(padded_BTM, features, strict=True):
         row[: len(item)] = torch.tensor(item)  # a copy: what the cache maps may not be written to
-    return padded_BTM, lengths
+    width = num_positions(padded_BTM.shape[1], time_reduction)
+    places = [b * width + np.arange(num_positions(len(item), time_reduction)) for b, item in enumerate(features)]
+    return padded_BTM, lengths, torch.from_numpy(np.concatenate(places))
 
 
-def embed_clips(audio_embed: nn.Module, features_BTM: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+def embed_clips(
+    audio_embed: nn.Module, features_BTM: torch.Tensor, lengths_B: torch.Tensor, places_N: torch.Tensor
+) -> torch.Tensor:
     """Embeddings of all clips of a padded batch, one clip after the other: (sum of E, D).
 
     Args:
         audio_embed: the native `Phi4MultimodalAudioEmbedding`.
         features_BTM: log-mel features with anything behind each clip's end.
         lengths_B: frames of each clip.
+        places_N: real audio positions among all (B * E).
     """
     embed: Any = audio_embed
     encoder, projection = embed.encoder, embed.up_proj_for_speech
@@ -75,7 +87,7 @@ def embed_clips(audio_embed: nn.Module, features_BTM: torch.Tensor, lengths_B: t
     for layer in encoder.encoders:
         hidden_BEH = layer(hidden_BEH, mask_BAEE.to(hidden_BEH.dtype))
     # Only real positions are projected; the convolutions inside the layers look back alone, never into the padding.
-    hidden_NH = hidden_BEH[~padding_BE]
+    hidden_NH = hidden_BEH.flatten(0, 1).index_select(0, places_N)
     return embed.down_proj_for_speech(nn.functional.gelu(projection(hidden_NH)))
 
 

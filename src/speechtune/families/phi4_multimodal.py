@@ -27,7 +27,10 @@ from speechtune.assessment import TASKS, Task, render_answer, target_of, task_of
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
-from speechtune.families.phi4_audio import FRAMES_PER_SECOND, embed_clips, log_mel, num_positions, pad_features
+from speechtune.families.fast import head_loss
+from speechtune.families.fast_layers import make_fast
+from speechtune.families.phi4_audio import FRAMES_PER_SECOND, log_mel, num_positions
+from speechtune.families.phi4_forward import Layout, embed, lay_out, native_states, target_states
 from speechtune.families.phi4_layout import (
     NATIVE_REVISION,
     PRESETS,
@@ -172,7 +175,8 @@ class Phi4MultimodalFamily:
         require_fit(settings.path, info["missing_keys"], info["mismatched_keys"])
         if unused := sorted(info["unexpected_keys"]):
             log.warning("%s: %d tensors the model has no place for: %s", settings.path, len(unused), some(unused))
-        return self.speech.prepare(model.to(plan.device))
+        model = self.speech.prepare(model.to(plan.device))
+        return make_fast(model) if self.config.speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""
@@ -255,35 +259,34 @@ class Phi4MultimodalFamily:
         return Encoded(sample.id, arrays, len(ids_S), len(features_TM) / FRAMES_PER_SECOND)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
-        """Right-pad ids and features; positions of targets become indices into the flattened (B * S) batch."""
+        """Lay samples end to end, or right-pad them; positions of targets become indices into the flattened batch."""
         if not items:
             raise ValueError("an empty batch")
-        inputs = self._inputs([(i.arrays["input_ids"], i.arrays["features"]) for i in items], left=False)
-        width = inputs["input_ids"].shape[1]
-        counts: dict[str, int] = {}
+        pairs = [(item.arrays["input_ids"], item.arrays["features"]) for item in items]
+        inputs, starts, lengths = self._inputs(pairs, "packed" if self.config.batch.packing else "right")
+        counts, kept = {}, []
         for head in self.heads:
-            rows = [(b, item.arrays) for b, item in enumerate(items) if f"{head}_positions" in item.arrays]
+            rows = [(s, item.arrays) for s, item in zip(starts, items, strict=True) if f"{head}_targets" in item.arrays]
             if rows:
-                positions = np.concatenate([b * width + arrays[f"{head}_positions"] for b, arrays in rows])
+                kept += [start + arrays[f"{head}_positions"] for start, arrays in rows]
                 targets = np.concatenate([arrays[f"{head}_targets"] for _, arrays in rows])
-                inputs[f"{head}_positions"], inputs[f"{head}_targets"] = map(torch.from_numpy, (positions, targets))
-                counts[head] = len(targets)
+                inputs[f"{head}_targets"], counts[head] = torch.from_numpy(targets), len(targets)
+        inputs["kept"] = torch.from_numpy(np.concatenate(kept))
         ids = tuple(item.sample_id for item in items)
         tokens = sum(item.num_tokens for item in items)
-        return Batch(ids, inputs, counts, tokens, sum(item.audio_seconds for item in items))
+        return Batch(ids, inputs, counts, tokens, sum(item.audio_seconds for item in items), lengths)
 
     # -- forward passes --------------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per task, with the head (200,064 rows) applied only where a target is."""
         base = cast(Any, plain_model(model))
-        hidden_ND = self._hidden(base, batch.inputs).flatten(0, 1)
-        sums = {}
-        for head in batch.target_counts:
-            logits_PV = base.lm_head(hidden_ND[batch.inputs[f"{head}_positions"]])
-            targets = batch.inputs[f"{head}_targets"]
-            sums[head] = nn.functional.cross_entropy(logits_PV.float(), targets, reduction="sum")
-        return Losses(sums)
+        parts = self._target_states(base, batch).items()
+        return Losses({head: head_loss(base.lm_head, part, batch.inputs[f"{head}_targets"]) for head, part in parts})
+
+    def _target_states(self, base: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        parts = target_states(base, batch).split(list(batch.target_counts.values()))
+        return dict(zip(batch.target_counts, parts, strict=True))
 
     @torch.no_grad()
     def generate(
@@ -292,7 +295,7 @@ class Phi4MultimodalFamily:
         """Answer a batch of prompts; greedy unless a temperature is given."""
         base = cast(Any, plain_model(model))
         pairs = [(self.prompt_ids(task_of(sample), len(f[0])), f[0]) for sample, f in prompts]
-        inputs = {k: v.to(base.device) for k, v in self._inputs(pairs, left=True).items()}
+        inputs = {k: v.to(base.device) for k, v in self._inputs(pairs, "left")[0].items()}
         ids_BS = self._generate(base, inputs, options)
         return [self._output(sample.id, ids_S.tolist()) for (sample, _), ids_S in zip(prompts, ids_BS, strict=True)]
 
@@ -300,11 +303,10 @@ class Phi4MultimodalFamily:
     def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Right tokens and all tokens of the answers, per task."""
         base = cast(Any, plain_model(model))
-        hidden_ND = self._hidden(base, batch.inputs).flatten(0, 1)
         found = {}
-        for head, count in batch.target_counts.items():
-            tokens_P = base.lm_head(hidden_ND[batch.inputs[f"{head}_positions"]]).argmax(-1)
-            found[f"token_accuracy_{head}"] = (int((tokens_P == batch.inputs[f"{head}_targets"]).sum()), count)
+        for head, states_PD in self._target_states(base, batch).items():
+            right_P = base.lm_head(states_PD).argmax(-1) == batch.inputs[f"{head}_targets"]
+            found[f"token_accuracy_{head}"] = (int(right_P.sum()), batch.target_counts[head])
         return found
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
@@ -322,8 +324,8 @@ class Phi4MultimodalFamily:
         bins = self.extractor.feature_size
         features_TM = 6.0 + 4.0 * np.sin(np.arange(PROBE_FRAMES * bins) * 0.37).reshape(PROBE_FRAMES, bins)
         pair = (self.prompt_ids("APA", PROBE_FRAMES), features_TM.astype(np.float32))
-        inputs = {k: v.to(base.device) for k, v in self._inputs([pair], left=False).items()}
-        logits_1SV = base.lm_head(self._hidden(base, inputs)).float().cpu()
+        inputs = {k: v.to(base.device) for k, v in self._inputs([pair], "right")[0].items()}
+        logits_1SV = base.lm_head(native_states(base, inputs)).float().cpu()
         if not greedy_steps:
             return logits_1SV, np.zeros((1, 0), np.int64)
         greedy = GenerationOptions(max_new_tokens=greedy_steps)
@@ -338,39 +340,19 @@ class Phi4MultimodalFamily:
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _inputs(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, left: bool) -> dict[str, torch.Tensor]:
-        """Padded ids, attention mask and features of some (ids, features) pairs."""
-        width = max(len(ids_S) for ids_S, _ in pairs)
-        input_ids = torch.full((len(pairs), width), cast(int, self.model_config.pad_token_id))
-        attention_mask = torch.zeros_like(input_ids)
-        for b, (ids_S, _) in enumerate(pairs):
-            where = slice(width - len(ids_S), width) if left else slice(0, len(ids_S))
-            input_ids[b, where] = torch.from_numpy(ids_S).long()
-            attention_mask[b, where] = 1
-        features_BTM, lengths_B = pad_features([features for _, features in pairs])
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return inputs | {"features": features_BTM, "feature_lengths": lengths_B}
-
-    def _embed(self, base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Token embeddings (B, S, D) with each placeholder replaced by its audio position."""
-        embeds_BSD = base.model.embed_tokens(inputs["input_ids"])
-        audio_ND = embed_clips(
-            base.model.embed_tokens_extend.audio_embed, inputs["features"], inputs["feature_lengths"]
-        )
-        places = torch.nonzero(inputs["input_ids"] == self.audio_id, as_tuple=True)
-        if len(places[0]) != len(audio_ND):
-            raise ManifestError(f"{len(places[0])} audio placeholders in the prompts, {len(audio_ND)} audio positions")
-        return embeds_BSD.index_put(places, audio_ND.to(embeds_BSD.dtype))
-
-    def _hidden(self, base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        embeds_BSD = self._embed(base, inputs)
-        outputs = base.model(inputs_embeds=embeds_BSD, attention_mask=inputs["attention_mask"], use_cache=False)
-        return outputs.last_hidden_state
+    def _inputs(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout
+    ) -> tuple[dict[str, torch.Tensor], list[int], tuple[int, ...]]:
+        """See `lay_out`."""
+        config = self.model_config
+        reduction = cast(Any, config.audio_config).time_reduction
+        pad_id = cast(int, config.pad_token_id)
+        return lay_out(pairs, layout, pad_id=pad_id, audio_id=self.audio_id, time_reduction=reduction)
 
     def _generate(self, base: Any, inputs: Mapping[str, torch.Tensor], options: GenerationOptions) -> torch.Tensor:
         torch.manual_seed(options.seed)
         ids_BS = base.generate(
-            inputs_embeds=self._embed(base, inputs),
+            inputs_embeds=embed(base, inputs),
             attention_mask=inputs["attention_mask"],
             max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
             eos_token_id=self.eos_ids,
