@@ -78,7 +78,8 @@ class Run:
         self.saved_step = -1
         self.unproven = True
         self.spent = {f"{part}_seconds": 0.0 for part in ("data", "forward_backward", "optimizer", "checkpoint")}
-        self.saver = Saver(background=config.lora.enabled)  # a full model is too large to copy for it
+        # A full model is too large to copy for it; and PEFT, saving, makes FSDP take weights back that a pass is using.
+        self.saver = Saver(background=config.lora.enabled and config.speed.parallel == "ddp")
 
     def train(self) -> TrainResult:
         """Train to the last step, or to a signal; saves on the way and at the end."""

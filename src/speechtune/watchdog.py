@@ -21,9 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from speechtune.checkpoint import MANIFEST_NAME, find_checkpoints
 from speechtune.errors import LostRankError, TrainingError
@@ -80,6 +81,7 @@ class Watchdog:
         self._verdict = ""
         self._stop = threading.Event()
         self._unanswered = 0
+        self._cut_off = False
         self._beats = 0
         self._peers: dict[int, _Peer] = {}
 
@@ -103,7 +105,7 @@ class Watchdog:
         if self.ranks == 1:
             return
         failed = isinstance(error, RuntimeError) and (
-            isinstance(error, DistError) or CONNECTION.search(str(error)) is not None
+            isinstance(error, dist.DistError) or CONNECTION.search(str(error)) is not None
         )
         lost = self._find_lost() if failed else ""
         self._end = f"lost: {lost}" if lost else DONE if error is None else f"{type(error).__name__}: {error}"
@@ -148,9 +150,12 @@ class Watchdog:
                 self._write()
                 self._read()
                 self._unanswered = 0
-            except RuntimeError as error:  # the store is gone, or does not answer: the judge counts
+            except dist.DistNetworkError as error:  # its process is gone; every further attempt would print a C++ trace
+                log.debug("the launch's store is gone: %s", error)
+                self._cut_off = True
+            except RuntimeError as error:  # it does not answer: the judge counts
                 log.debug("no answer of the launch's store: %s", error)
-            if last:
+            if last or self._cut_off:
                 return
             self._stop.wait(self.beat_seconds)
 
@@ -171,7 +176,7 @@ class Watchdog:
         """Who has missed so many beats, or said that it ends; empty for nobody."""
         if self._verdict:
             return self._verdict
-        if self._unanswered >= beats:
+        if self._unanswered >= (QUICK_BEATS if self._cut_off else beats):
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             first = f"; {self._describe(0)}" if self.rank and 0 in self._peers else ""
             return (
@@ -204,6 +209,8 @@ class Watchdog:
 
     def _tell(self, lost: str) -> None:
         """Let the other ranks say the same, and at once."""
+        if self._cut_off:
+            return
         teller = threading.Thread(target=_quietly, args=(lambda: self._store.set(VERDICT, lost),), daemon=True)
         teller.start()
         teller.join(self.beat_seconds)  # the store may be what is lost
