@@ -65,9 +65,7 @@ def train(config: RunConfig, step: int | None = None, action: Callable[[], None]
 
 
 def sigkill() -> None:
-    """Not after a restart by torchrun."""
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        signal.raise_signal(signal.SIGKILL)
+    signal.raise_signal(signal.SIGKILL)
 
 
 def hang() -> None:
