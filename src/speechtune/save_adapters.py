@@ -51,7 +51,7 @@ def save_lora_adapters(
         notes: further texts to lie beside the weights, by file name.
         allow_untrained: accept an adapter whose every lora_B is still zero.
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
-        state_dict: the model's tensors, whole, under its own names, where the model has only shards of them.
+        state_dict: the model's tensors, whole, under its own names, where the model has only shards of them (FSDP2).
         is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
             others return at once and do not wait.
 
