@@ -53,3 +53,11 @@ def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None
             f"the ranks found different checkpoints to resume from ({', '.join(found)}, in order of rank): output_dir "
             "must lie on a disk that all nodes share"
         )
+
+
+def least_over_ranks(accelerator: Accelerator, value: float) -> float:
+    """The least of a number over all ranks."""
+    if accelerator.num_processes == 1:
+        return value
+    every = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device))
+    return float(cast(torch.Tensor, every).min())

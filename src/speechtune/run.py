@@ -32,6 +32,7 @@ from speechtune.adapter import (
     trainable,
 )
 from speechtune.base_recipe import describe_base
+from speechtune.budget import resolve_auto
 from speechtune.cache import EncodedSet, encode_samples
 from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
@@ -44,6 +45,7 @@ from speechtune.listening import make_listener, num_prompts, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.model_card import model_card
 from speechtune.precision import plan_precision
+from speechtune.ranks import least_over_ranks
 from speechtune.run_info import INFO_NAME, run_info
 from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
 from speechtune.saving import ADAM_MOMENTS, copy_of_weights, restore_weights, write_state
@@ -119,6 +121,10 @@ def _check_sharding(config: RunConfig) -> None:
         raise ConfigError(
             "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
             "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
+        )
+    if config.batch.tokens == "auto":
+        raise ConfigError(
+            "speed.parallel=fsdp: batch.tokens=auto measures a model that is whole on its device: name a number"
         )
 
 
@@ -255,6 +261,7 @@ def run_training(config: RunConfig) -> Outcome:
 
 def _train(config: RunConfig, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
     job = prepare(config, accelerator)
+    job = resolve_auto(job, accelerator.num_processes, lambda tokens: least_over_ranks(accelerator, tokens))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     run = Run(job, accelerator)
     watchdog.step = lambda: run.state.step

@@ -76,6 +76,7 @@ LAYERS = [
     ["speechtune.families", "speechtune.families.*"],
     ["speechtune.listening"],
     ["speechtune.job", "speechtune.evaluating", "speechtune.loop"],
+    ["speechtune.budget"],
     ["speechtune.run", "speechtune.run_info", "speechtune.model_card"],
     [
         "speechtune.adapter_files",
@@ -88,6 +89,7 @@ LAYERS = [
         "speechtune.lint_tree",
         "speechtune.merge",
         "speechtune.push",
+        "speechtune.fit",
         "speechtune.generate",
         "speechtune.answer_file",
         "speechtune.evaluate",
