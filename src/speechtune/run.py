@@ -255,7 +255,7 @@ def run_training(config: RunConfig) -> Outcome:
     with Watchdog(accelerator, config.output_dir) as watchdog:
         outcome = _train(config, accelerator, watchdog)
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+    accelerator.end_training()
     return outcome
 
 

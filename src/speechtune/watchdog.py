@@ -94,9 +94,10 @@ class Watchdog:
         self._read()
         self._process = os.getpid()
         self._old = signal.signal(signal.SIGTERM, self._terminated)
-        self._threads = [threading.Thread(target=part, daemon=True) for part in (self._beat, self._judge)]
-        for thread in self._threads:
-            thread.start()
+        # No daemon: one that comes back from the store while the interpreter is torn down aborts the process.
+        self._beating = threading.Thread(target=self._beat)
+        self._beating.start()
+        threading.Thread(target=self._judge, daemon=True).start()
         return self
 
     def __exit__(
@@ -109,10 +110,13 @@ class Watchdog:
         )
         lost = self._find_lost() if failed else ""
         self._end = f"lost: {lost}" if lost else DONE if error is None else f"{type(error).__name__}: {error}"
-        if lost:
-            _end_in(EXIT_SECONDS)  # what closes connections at the end of a process may wait for the dead
         self._stop.set()
-        self._threads[0].join(self.beat_seconds)
+        self._beating.join(self.beat_seconds)
+        if lost or (error is not None and self._beating.is_alive()):
+            # What closes connections at the end of a process may wait for the dead.
+            _end_in(EXIT_SECONDS, LostRankError.exit_code if lost else getattr(error, "exit_code", 1))
+        if error is None:
+            self.accelerator.wait_for_everyone()  # the process that holds the store outlives everybody's last beat
         signal.signal(signal.SIGTERM, self._old)
         if lost:
             raise LostRankError(self._message(lost)) from error
@@ -167,7 +171,7 @@ class Watchdog:
         while not self._stop.wait(self.beat_seconds):
             self._unanswered += 1
             if lost := self._lost(self.lost_seconds / self.beat_seconds):
-                _end_in(EXIT_SECONDS)
+                _end_in(EXIT_SECONDS, LostRankError.exit_code)
                 self._tell(lost)
                 print(f"speechtune: LostRankError: {self._message(lost)}", file=sys.stderr, flush=True)
                 os._exit(LostRankError.exit_code)
@@ -211,7 +215,7 @@ class Watchdog:
         """Let the other ranks say the same, and at once."""
         if self._cut_off:
             return
-        teller = threading.Thread(target=_quietly, args=(lambda: self._store.set(VERDICT, lost),), daemon=True)
+        teller = threading.Thread(target=_quietly, args=(lambda: self._store.set(VERDICT, lost),))
         teller.start()
         teller.join(self.beat_seconds)  # the store may be what is lost
 
@@ -227,15 +231,15 @@ class Watchdog:
         """SIGTERM outside the loop: a launcher sends it to those who are left, and then this says who is not."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() == self._process and (lost := self._find_lost()):
-            _end_in(EXIT_SECONDS)
+            _end_in(EXIT_SECONDS, LostRankError.exit_code)
             print(f"speechtune: LostRankError: {self._message(lost)}", file=sys.stderr, flush=True)
             os._exit(LostRankError.exit_code)
         signal.raise_signal(number)
 
 
-def _end_in(seconds: float) -> None:
+def _end_in(seconds: float, code: int) -> None:
     """End this process after a while, whatever it hangs in."""
-    timer = threading.Timer(seconds, os._exit, (LostRankError.exit_code,))
+    timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()
 

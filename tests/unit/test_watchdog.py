@@ -124,9 +124,9 @@ FAILURES = {
 def test_only_a_failed_connection_is_laid_on_a_lost_rank(case: str, pair: tuple[Any, Any]) -> None:
     error, others = FAILURES[case]
     one, _ = pair
-    ends: list[float] = []
+    ends: list[tuple[float, int]] = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(LostRankError if others else type(error)) as caught:
-        patch.setattr(watchdog, "_end_in", ends.append)
+        patch.setattr(watchdog, "_end_in", lambda *end: ends.append(end))
         with one:
             raise error
     assert bool(ends) is others
