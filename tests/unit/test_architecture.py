@@ -52,6 +52,8 @@ LAYERS = [
         "speechtune.ranks",
         "speechtune.model_files",
         "speechtune.schedule",
+        "speechtune.sharding",
+        "speechtune.watchdog",
         "speechtune.save_adapters",
         "speechtune.saving",
         "speechtune.checkpoint",
