@@ -20,7 +20,7 @@ from speechtune.batching import BatchPlan
 from speechtune.errors import TrainingError
 from speechtune.families.base import Batch
 from speechtune.job import Job
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.saving import ADAM_MOMENTS, rng_state, set_rng_state
 
 log = logging.getLogger("speechtune")

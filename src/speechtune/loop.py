@@ -1,4 +1,4 @@
-"""The training loop: one `Objective`, the only `backward()`, and a guard wherever training can be unreal."""
+"""The training loop: the only `backward()`, and a guard wherever training can be unreal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from speechtune.adapter import trainable
 from speechtune.batching import BatchPlan
 from speechtune.checkpoint import prune
 from speechtune.evaluating import Evaluator
-from speechtune.families.base import Batch, Family
+from speechtune.families.base import Batch
 from speechtune.feeding import Feed
 from speechtune.fingerprint import checksums
 from speechtune.interruption import Interruption
 from speechtune.job import Job, TrainResult
-from speechtune.precision import PrecisionPlan
+from speechtune.objective import Objective
 from speechtune.ranks import check_same_checkpoint, sum_heads, sum_over_ranks
 from speechtune.saving import (
     RunState,
@@ -41,21 +41,6 @@ from speechtune.sharding import Engine, whole
 from speechtune.tracking import Record, Tracker, log, log_details
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
-
-
-class Objective(nn.Module):
-    """Model and loss as one module, so that DDP sees the whole forward pass; calling past it lets ranks drift apart."""
-
-    def __init__(self, model: nn.Module, family: Family, plan: PrecisionPlan, weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self.model, self.family, self.plan, self.weights = model, family, plan, dict(weights)
-
-    def forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss of a batch, each head's sum divided by `counts`, and the sums without gradient."""
-        with torch.autocast(self.plan.device.type, self.plan.autocast, enabled=self.plan.autocast is not None):
-            sums = self.family.losses(self.model, batch).sums
-        terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
-        return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
 
 
 class Run:

@@ -26,7 +26,7 @@ from speechtune.families.fast import IGNORE, Segments, attend, head_loss, linear
 from speechtune.families.fast_layers import FAST_LAYERS, block_causal_mask
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
 from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.precision import PrecisionPlan
 
 TOLERANCE = 1e-5

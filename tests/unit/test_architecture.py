@@ -48,6 +48,7 @@ LAYERS = [
         "speechtune.cache",
         "speechtune.batching",
         "speechtune.feeding",
+        "speechtune.objective",
         "speechtune.eval_loss",
         "speechtune.ranks",
         "speechtune.model_files",
