@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _validate_verb(verbs)
     for name, help_text, function in (
         ("encode", "encode all clips of a recipe's data into the cache, resumably", _encode),
+        ("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost", _fit),
         ("train", "train as a recipe says", _train),
     ):
         verb = verbs.add_parser(name, help=help_text)
@@ -83,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--verify", action="store_true", help="read all cached clips and encode damaged ones anew"
             )
+        elif name == "fit":
+            verb.add_argument("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
         else:
             verb.add_argument(
                 "--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights"
@@ -302,6 +305,14 @@ def _train(options: argparse.Namespace) -> int:
 
         return dry_run(config)
     return train(config, as_json=options.json)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from speechtune.config import load_config
+    from speechtune.fit import fit_recipe
+
+    config = load_config(options.recipe, options.overrides)
+    return fit_recipe(config, price_per_hour=options.price_per_hour, as_json=options.json)
 
 
 def train(config: Any, *, as_json: bool = False) -> int:

@@ -68,9 +68,9 @@ class Feed:
         )
         if self.config.batch.on_oom == "fail":
             raise TrainingError(
-                f"{fault}\nSet batch.tokens={largest // 2} (or batch.on_oom=halve; `speechtune fit` measures what "
-                "fits) and go on from the last checkpoint with checkpoint.resume=auto: the samples of each step, and so "
-                "what is learnt, stay the same. train.gradient_checkpointing=true saves memory too"
+                f"{fault}\nSet batch.tokens={largest // 2} (or batch.on_oom=halve; `speechtune fit` measures "
+                "what fits) and go on from the last checkpoint with checkpoint.resume=auto: the samples of each step, "
+                "and so what is learnt, stay the same. train.gradient_checkpointing=true saves memory too"
             ) from error
         if all(len(batch.sample_ids) == 1 for batch in batches):
             raise TrainingError(

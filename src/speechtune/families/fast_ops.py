@@ -1,0 +1,124 @@
+"""Norm, gated unit and rotary embedding of the decoders, in plain torch or with Liger's kernels.
+
+The arithmetic is that of transformers' native classes: the norm in float32, everything else in the dtype of its input.
+Fewer passes over memory round less often, so the results differ from the native ones by rounding alone.
+
+Of Liger (https://github.com/linkedin/Liger-Kernel) the norm and the gated unit are used. Its rotary embedding writes
+into queries and keys behind autograd's back, where the two passes below cost little; it is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from speechtune.config import SpeedConfig
+from speechtune.errors import ConfigError
+
+Kernels = Literal["torch", "compiled", "liger"]
+
+
+def choose_kernels(speed: SpeedConfig, device: torch.device) -> Kernels:
+    """The kernels that `speed.liger` and `speed.compile` ask for.
+
+    Raises:
+        ConfigError: Liger on a device other than a GPU, or not installed.
+    """
+    if not speed.liger:
+        return "compiled" if speed.compile else "torch"
+    if device.type != "cuda":
+        raise ConfigError(
+            f"speed.liger: Liger's kernels need a GPU, this run is on {device.type}; set speed.liger=false"
+        )
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("speed.liger: Liger is not installed; pip install 'speechtune[liger]', or speed.liger=false")
+    return "liger"
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Kernels = "torch") -> torch.Tensor:
+    """Root mean square norm over the last dimension (arXiv 1910.07467), computed in float32, in `hidden`'s dtype.
+
+    Args:
+        hidden: of any shape (..., D).
+        weight: (D,).
+        eps: added to the mean square.
+        kernels: torch's norm, fused where torch has it, which rounds once; or Liger's, which rounds before the weight
+            too, as the native class; compiled is torch's, fused by torch.compile.
+    """
+    if kernels == "compiled":
+        return _compiled(rms_norm)(hidden, weight, eps)
+    if kernels == "liger":
+        # Not in place: the gradient it would write into may be another node's too.
+        return _liger()[0].apply(hidden, weight, eps, 0.0, "llama", False)
+    return nn.functional.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -> torch.Tensor:
+    """silu(gate) * up, the gated unit's activation (arXiv 2002.05202).
+
+    Liger keeps no silu(gate) for the backward pass, a third less, and writes the gradients into the memory of `gate`
+    and `up`: they must not be used again. Halves of one tensor are copied first.
+    """
+    if kernels == "compiled":
+        return _compiled(silu_mul)(gate, up)
+    return _liger()[1].apply(gate, up) if kernels == "liger" else nn.functional.silu(gate) * up
+
+
+def rope(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding (arXiv 2104.09864) of queries and keys, in two passes each.
+
+    Args:
+        query: (..., D) with heads at `unsqueeze_dim`.
+        key: likewise, with as many heads of its own.
+        cos: (..., R) without the heads, R <= D even, its halves alike; entries from R on pass as they are.
+        sin: likewise. Neither gets a gradient.
+        unsqueeze_dim: where the heads stand.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(hidden, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1), None, None
+
+
+def _rotated(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    result = torch.empty_like(hidden)
+    torch.mul(hidden[..., :width], cos, out=result[..., :width])
+    result[..., :half].addcmul_(hidden[..., half:width], sin[..., :half], value=-direction)
+    result[..., half:width].addcmul_(hidden[..., :half], sin[..., half:], value=direction)
+    if width < hidden.shape[-1]:
+        result[..., width:] = hidden[..., width:]
+    return result
+
+
+@cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One graph for all lengths: a packed batch hardly ever has that of the one before."""
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def _liger() -> tuple[Any, Any]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
+
+    return cast(Any, LigerRMSNormFunction), cast(Any, LigerSiLUMulFunction)
