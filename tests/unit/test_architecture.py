@@ -44,6 +44,7 @@ LAYERS = [
         "speechtune.base_recipe",
         "speechtune.guards",
         "speechtune.feature_store",
+        "speechtune.clip_hashes",
         "speechtune.cache",
         "speechtune.batching",
         "speechtune.eval_loss",
