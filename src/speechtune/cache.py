@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -55,13 +55,17 @@ class ClipFault:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What one call of `encode_samples` did; clips are distinct clips, durations are of audio encoded here."""
+    """What one call of `encode_samples` did; clips are distinct clips, durations are of audio encoded here.
+
+    `shards_left`, after a shard: index -> number of clips that its process has not encoded yet.
+    """
 
     num_clips: int
     num_encoded: int
     num_reused: int
     audio_seconds_encoded: float
     seconds: float
+    shards_left: Mapping[int, int] = field(default_factory=dict)
 
 
 class EncodedSet(Sequence[Encoded]):
@@ -183,7 +187,7 @@ def encode_samples(
         num_clips = len(clips)
         missing = [_Clip(key, ref) for key, ref in clips.items() if key not in store]
         del clips
-        share = [clip for clip in missing if shard is None or int(clip.key[:8], 16) % shard[1] == shard[0]]
+        share = [clip for clip in missing if shard is None or _shard_of(clip, shard[1]) == shard[0]]
         # Longest first: a group that does not fit in memory fails at once, not in the last minute.
         share.sort(key=lambda clip: _size_hint(clip.ref), reverse=True)
         groups = [share[i : i + group_size] for i in range(0, len(share), group_size)]
@@ -194,12 +198,20 @@ def encode_samples(
                 reasons |= found
                 seconds += encoded_seconds
                 meter.add(len(group), encoded_seconds)
+        store.refresh()
+        left = Counter(_shard_of(clip, shard[1]) for clip in missing if clip.key not in store) if shard else {}
     if reasons:
         faults = _faults(family, samples, keys, reasons)
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise ManifestError(f"{len(faults)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(faults))
-    report = EncodeReport(num_clips, len(share), num_clips - len(missing), seconds, time.monotonic() - started)
+    elapsed = time.monotonic() - started
+    report = EncodeReport(num_clips, len(share), num_clips - len(missing), seconds, elapsed, dict(left))
     return EncodedSet(family, samples, store, keys, report)
+
+
+def _shard_of(clip: _Clip, num_shards: int) -> int:
+    """By content, so that all machines agree whatever the files are called there."""
+    return int(clip.key[:8], 16) % num_shards
 
 
 def _distinct_clips(

@@ -163,7 +163,7 @@ def check_audio(
             for ref, finding in zip(task, found, strict=True):
                 if finding.duration_seconds is not None:
                     durations[ref] = finding.duration_seconds
-                if finding.faults or finding.digest or finding.file_seconds != finding.duration_seconds:
+                if finding.faults or finding.digest:
                     special[ref] = finding
             num_done += len(task)
             if progress is not None:

@@ -351,12 +351,13 @@ def _sample(
             context.fault("bad_unicode", f"{name!r} holds lone surrogates or NUL")
     if context.faults:
         return None
-    own = {key: item for key, item in extra.items() if key not in _RESERVED}
+    one = context.shared
+    own = {one(k): one(v) if isinstance(v, str) else v for k, v in extra.items() if k not in _RESERVED}
     extra = {**own, "row": context.row.number, "layout": layout}
     if any(declared is not None for _, declared, _ in clips):
         extra["declared_seconds"] = tuple(declared for _, declared, _ in clips)
-    references = tuple(Clip(ref, context.shared(spoken)) for ref, _, spoken in clips[1:])
-    system, scene, speaker, language, text = map(context.shared, (system, scene, speaker, language, text))
+    references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
+    system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
     return Sample(
         context.sample_id, text or "", audio, references, system, scene, speaker, language, context.row.source, extra
     )

@@ -101,6 +101,7 @@ LAYERS = [
         "speechtune.report_plot",
         "speechtune.doctor",
         "speechtune.demo",
+        "speechtune.encoding",
         "speechtune.demo_pronunciation",
         "speechtune.integrations",
         "speechtune.integrations.*",

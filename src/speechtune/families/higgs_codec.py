@@ -160,8 +160,8 @@ def _prepare_for_one_thread(model: nn.Module) -> None:
     """Let one thread compute what several compute, to the last bit: a code is a nearest neighbour, and ties are near.
 
     Weight norms are folded as they stand, because their sums depend on the number of threads; 1x1 convolutions keep
-    the kernel that torch takes with several threads. The activations of the acoustic encoder, a fifth of the time,
-    work on pieces that fit in the cache.
+    the kernel that torch takes with several threads. The activations of the acoustic encoder work on pieces that fit in
+    the cache, for threads side by side share the way to memory.
     """
     for module in model.modules():
         if is_parametrized(module, "weight"):
