@@ -189,12 +189,14 @@ def test_collating_is_pure_and_on_the_cpu(bench: Bench) -> None:
 # -- the pieces ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [(5,), (3, 9, 9, 1), (4, 4, 4)])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_attention_within_segments(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
-    """Against softmax written out, with a mask; also the gradients."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lengths", [(5,), (3, 9, 9, 1), (4, 4, 4), (64, 65, 200)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2)])
+def test_attention_within_segments(lengths: tuple[int, ...], heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against softmax written out, with a mask; also the gradients. float64 goes through torch's own kernel."""
+    torch.manual_seed(0)
     q, k, v = (
-        torch.randn(sum(lengths), h, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], heads[1], heads[1])
+        torch.randn(sum(lengths), h, 8, dtype=dtype, requires_grad=True) for h in (heads[0], heads[1], heads[1])
     )
     segments = Segments(lengths, torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32))
     places = torch.cat([torch.arange(n) for n in lengths])
