@@ -91,8 +91,6 @@ def make_model(family: Family, plan: PrecisionPlan, targets: str, seed: int = 0)
         parameter.data = parameter.data.to(plan.base_dtype)
     model = model.to_empty(device=plan.device)
     model.tie_weights()
-    for module in model.modules():  # the skeleton counts as initialised; its weights and buffers are not
-        vars(module).pop("_is_hf_initialized", None)
     torch.manual_seed(seed)
     model.initialize_weights()
     config = cast(Any, family).config
