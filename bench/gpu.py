@@ -33,7 +33,7 @@ from speechtune.adapter import trainable
 from speechtune.config import TrainConfig
 from speechtune.families.flop_rules import flop_rules
 from speechtune.flops import count_flops, mfu, peak_flops
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.schedule import make_optimizer
 

@@ -1,31 +1,91 @@
-"""All benches: a table of medians and spreads, and `bench/results/latest.json`; timings are ratios to a named peer."""
+"""All benches: one table of medians and spreads, `bench/results/latest.json`, exit code 1 where a threshold is missed.
+
+    python bench/run.py [--only training,save] [--quick] [--json FILE]
+
+Timings are ratios to a named peer in the same run wherever there is one. `bench/evaluate.py` and `bench/scorers.py`
+have command lines of their own: they take minutes, and scorers that are not installed with the toolkit.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import save
-from rich.console import Console
-from rich.table import Table
+from table import Row, Threshold, make_rows, print_rows, write_results
 
-BENCHES = {"save of a 500 MB adapter": save.measure}
+RESULTS = Path(__file__).with_name("results")
+QUICK_PAIRS = 2
 
 
-def main() -> None:
-    """Run every bench."""
-    table = Table("bench", "measured", "median", "least", "greatest", "pairs")
-    results = {name: measure() for name, measure in BENCHES.items()}
-    for name, rows in results.items():
-        for what, values in rows.items():
-            numbers = (statistics.median(values), min(values), max(values))
-            table.add_row(name, what, *(f"{number:.3g}" for number in numbers), str(len(values)))
-    Console().print(table)
-    folder = Path(__file__).with_name("results")
-    folder.mkdir(exist_ok=True)
-    (folder / "latest.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Bench:
+    """A module with `measure() -> dict[str, list[float]]`, and what some of its rows must reach."""
+
+    title: str
+    thresholds: Mapping[str, Threshold] = field(default_factory=dict)
+
+
+BENCHES: dict[str, Bench] = {
+    "startup": Bench("start-up", {"speechtune --help, CPU seconds": Threshold(most=0.4)}),
+    "data_path": Bench("data path, second epoch on", {"codec in the loop / cached codes, time": Threshold(least=10)}),
+    "encode": Bench("encoding", {}),
+    "save": Bench(
+        "saving",
+        {
+            "verified / plain": Threshold(most=1.1),
+            "training waits / plain": Threshold(most=1.1),
+            "checkpoint: training waits / plain": Threshold(most=1.1),
+            "checkpoint: published / plain": Threshold(most=1.1),
+        },
+    ),
+    "memory": Bench("peak memory", {}),
+    "training": Bench(
+        "training",
+        {"mixed lengths: ours / peer": Threshold(least=2.0), "equal lengths: ours / peer": Threshold(least=1.1)},
+    ),
+    "curves": Bench("cost of training", {}),
+    "scale": Bench("cost of many samples", {}),
+}
+
+
+def run(name: str, *, quick: bool) -> list[Row]:
+    """Measure one bench."""
+    measure = importlib.import_module(name).measure
+    few = quick and "pairs" in inspect.signature(measure).parameters
+    bench = BENCHES[name]
+    return make_rows(bench.title, measure(pairs=QUICK_PAIRS) if few else measure(), bench.thresholds)
+
+
+def main() -> int:
+    """Run the benches asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"comma-separated, of: {', '.join(BENCHES)}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PAIRS} pairs of each: to try it, not to quote it")
+    parser.add_argument("--json", type=Path, default=RESULTS / "latest.json", help="where the results go")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(BENCHES)
+    unknown = sorted(set(names) - set(BENCHES))
+    if unknown:
+        parser.error(f"no bench {unknown[0]!r}")
+    rows: list[Row] = []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            print(f"{name}: not in this tree, left out")
+            continue
+        print(f"{name} ...", flush=True)
+        rows += run(name, quick=options.quick)
+        write_results(rows, options.json)  # after each: what was measured survives a stop
+    print_rows(rows)
+    missed = [row for row in rows if not row.holds]
+    for row in missed:
+        print(f"missed: {row.bench}, {row.what}: wanted {row.threshold}")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -120,8 +120,8 @@ class TrainConfig(Section):
     """AdamW epsilon."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Clip the global gradient norm to this value."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass; saves memory, costs time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass; saves memory, costs time. auto: only if need be."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto decides by device; see `speechtune doctor`."""
     head_weights: dict[str, float] = Field(default_factory=dict)
@@ -154,9 +154,9 @@ class SpeedConfig(Section):
     fast_forward: bool = True
     """The toolkit's forward pass of the family's layers; False takes transformers' own."""
     compile: bool = False
-    """Compile the layers with torch.compile: minutes at the start, faster steps on a GPU."""
+    """Norms and gated units of the fast forward fused by torch.compile, where there is a compiler; not with `liger`."""
     liger: bool = False
-    """Liger kernels (extra `liger`) for norms and gated units in the fast forward, on a GPU."""
+    """Liger kernels (extra `liger`) for norms and gated units of the fast forward, on a GPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several ranks: a whole model each (DDP), or its weights sharded over them (FSDP2)."""
 
@@ -239,6 +239,10 @@ class RunConfig(Section):
                 f"data.eval ({self.data.eval}) and data.validation_split ({self.data.validation_split:g}) are both "
                 "set; they name two evaluation sets: remove one"
             )
+        if (self.speed.compile or self.speed.liger) and not self.speed.fast_forward:
+            raise ValueError("speed.compile and speed.liger are parts of speed.fast_forward, which is off: remove them")
+        if self.speed.compile and self.speed.liger:
+            raise ValueError("speed.compile and speed.liger are two ways to do the same: set one")
         if self.train.freeze is not None and self.lora.enabled:
             raise ValueError(
                 "train.freeze is for full fine-tuning; with lora.enabled the whole base is frozen: remove it"

@@ -28,8 +28,8 @@ from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family
 from speechtune.families.base import Family
 from speechtune.fingerprint import checksums
-from speechtune.loop import Objective
 from speechtune.model_files import inspect_folder
+from speechtune.objective import Objective
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.run import load_sets
 from speechtune.saving import ADAM_MOMENTS, model_tensors, save_weights

@@ -43,6 +43,12 @@ class TrainingError(SpeechtuneError):
     exit_code = 4
 
 
+class LostRankError(TrainingError):
+    """Another process of the run is gone; the message names it. Started again, the run goes on from its checkpoint."""
+
+    exit_code = 5
+
+
 class CheckpointError(SpeechtuneError):
     """A checkpoint could not be written, verified or read."""
 

@@ -28,9 +28,13 @@ def evaluation_losses(
     objective.eval()
     sums, counts = [], []
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    for indices in evaluation_batches(eval_set.lengths, batch_size, rank, ranks):
+    mine, most = (evaluation_batches(eval_set.lengths, batch_size, one, ranks) for one in (rank, 0))
+    # A rank whose share ran out takes the first rank's batch along for nothing: sharded weights need all in every pass.
+    for number, indices in enumerate([*mine, *most[len(mine) :]]):
         batch = family.collate([eval_set[i] for i in indices]).to(accelerator.device)
         _, found = objective(batch, dict.fromkeys(batch.target_counts, 1.0))
+        if number >= len(mine):
+            continue
         sums.append({head: float(value) for head, value in found.items()})
         counts.append({head: float(batch.target_counts[head]) for head in found})
     objective.train(was_training)

@@ -16,9 +16,9 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -283,30 +283,36 @@ def _index_line(key: str, entry: _Entry) -> bytes:
 
 def _read_index(path: Path, start: int) -> tuple[list[tuple[str, _Entry]], int]:
     """Entries from byte `start`, and the position after the last complete line; what does not parse is no entry."""
-    rows, position = read_json_lines(path, start)
     entries: list[tuple[str, _Entry]] = []
-    for row in rows:
+    part, position = path.stem, start
+    same: dict[Any, Any] = {}  # parts hold millions of arrays of few shapes: each shape and dtype is kept once
+    for row, end in read_json_lines(path, start):
+        position = end
         with contextlib.suppress(KeyError, TypeError, ValueError):
             np.dtype(row["dtype"])
-            entry = _Entry(path.stem, int(row["offset"]), tuple(row["shape"]), row["dtype"], int(row["crc32"]))
+            shape, dtype = tuple(row["shape"]), row["dtype"]
+            shape, dtype = same.setdefault(shape, shape), same.setdefault(dtype, dtype)
+            entry = _Entry(part, int(row["offset"]), shape, dtype, int(row["crc32"]))
             entries.append((str(row["key"]), entry))
     return entries, position
 
 
-def read_json_lines(path: Path, start: int = 0) -> tuple[list[dict], int]:
-    """Parse the complete lines of `path` from byte `start`; return them and the position after the last one.
+def read_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The complete lines of `path` from byte `start`, parsed, each with the position after it.
 
-    Lines that are no JSON object are left out: they are what a power cut leaves.
+    A line that is no JSON object, which is what a power cut leaves, gives an empty one.
     """
+    position = start
     with path.open("rb") as file:
         file.seek(start)
-        data = file.read()
-    end = data.rfind(b"\n") + 1
-    rows = []
-    for line in data[:end].split(b"\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)], start + end
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            row = None
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+            yield row if isinstance(row, dict) else {}, position
 
 
 def _write_at(descriptor: int, data: bytes, start: int) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from speechtune.sharding import whole
+
 CHUNK_ELEMENTS = 1 << 24  # 128 MiB once widened to 64 bits
 
 
@@ -47,10 +49,10 @@ def folder_fingerprint(directory: Path) -> str:
 def tensor_checksum(tensor: torch.Tensor) -> str:
     """Two checksums of a tensor's bits, computed where it lies: any flipped bit or swapped element changes them.
 
-    Not cryptographic: it shows accidents, not forgeries.
+    Not cryptographic: it shows accidents, not forgeries. A sharded tensor is gathered, so every rank must ask.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(-1).view(kinds[tensor.element_size()])
+    bits = whole(tensor.detach()).contiguous().view(-1).view(kinds[tensor.element_size()])
     sums = []
     for chunk in bits.split(CHUNK_ELEMENTS):
         values = chunk.long()

@@ -10,6 +10,7 @@ from torch import nn
 
 from speechtune.errors import TrainingError
 from speechtune.families.base import Batch
+from speechtune.sharding import whole
 
 SHOWN = 5
 ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
@@ -89,7 +90,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: 
         TrainingError: names the parameters with non-finite gradients, or says that none arrived.
     """
     if not math.isfinite(norm):
-        broken = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        broken = [name for name, p in parameters.items() if p.grad is not None and not whole(p.grad).isfinite().all()]
         raise TrainingError(
             f"{where}: the gradient norm is {norm}; non-finite gradients in {len(broken)} parameters "
             f"({some(broken)}); samples of the step: {some(sample_ids)}"
@@ -108,7 +109,7 @@ def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
         TrainingError: names each lora_B that none reached.
     """
     unreached = [
-        name for name, p in parameters.items() if "lora_B" in name and (p.grad is None or not bool(p.grad.any()))
+        name for name, p in parameters.items() if "lora_B" in name and (p.grad is None or not bool(whole(p.grad).any()))
     ]
     if unreached:
         raise TrainingError(
@@ -143,7 +144,7 @@ def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids:
     """
     norm = nn.utils.get_total_norm([parameter.detach().float() for parameter in parameters.values()])
     # One number first: a look at each parameter would wait for the device as often.
-    if not bool(norm.isfinite()) and (broken := non_finite(parameters.items())):
+    if not bool(whole(norm).isfinite()) and (broken := non_finite(parameters.items())):
         raise TrainingError(
             f"{where}: the optimizer step left {len(broken)} parameters that are not finite ({some(broken)}); samples "
             f"of the step: {some(sample_ids)}"
@@ -152,7 +153,8 @@ def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids:
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     """Names of the tensors that hold NaN or infinity, with what they hold."""
-    found = {name: tensor.detach() for name, tensor in tensors if not bool(torch.isfinite(tensor).all())}
+    all_of_them = ((name, whole(tensor.detach())) for name, tensor in tensors)
+    found = {name: tensor for name, tensor in all_of_them if not bool(torch.isfinite(tensor).all())}
     return [f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}" for name, tensor in found.items()]
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one `Objective`, the only `backward()`, and a guard wherever training can be unreal."""
+"""The training loop: the only `backward()`, and a guard wherever training can be unreal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from speechtune.adapter import trainable
 from speechtune.batching import BatchPlan
 from speechtune.checkpoint import prune
 from speechtune.evaluating import Evaluator
-from speechtune.families.base import Batch, Family
+from speechtune.families.base import Batch
 from speechtune.feeding import Feed
 from speechtune.fingerprint import checksums
 from speechtune.interruption import Interruption
 from speechtune.job import Job, TrainResult
-from speechtune.precision import PrecisionPlan
-from speechtune.ranks import sum_heads, sum_over_ranks
+from speechtune.objective import Objective
+from speechtune.ranks import check_same_checkpoint, sum_heads, sum_over_ranks
 from speechtune.saving import (
     RunState,
     Saver,
@@ -38,24 +37,10 @@ from speechtune.saving import (
     twice,
 )
 from speechtune.schedule import learning_rate, make_optimizer
+from speechtune.sharding import Engine, whole
 from speechtune.tracking import Record, Tracker, log, log_details
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
-
-
-class Objective(nn.Module):
-    """Model and loss as one module, so that DDP sees the whole forward pass; calling past it lets ranks drift apart."""
-
-    def __init__(self, model: nn.Module, family: Family, plan: PrecisionPlan, weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self.model, self.family, self.plan, self.weights = model, family, plan, dict(weights)
-
-    def forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss of a batch, each head's sum divided by `counts`, and the sums without gradient."""
-        with torch.autocast(self.plan.device.type, self.plan.autocast, enabled=self.plan.autocast is not None):
-            sums = self.family.losses(self.model, batch).sums
-        terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
-        return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
 
 
 class Run:
@@ -64,6 +49,8 @@ class Run:
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         config = job.config
         self.job, self.accelerator, self.config = job, accelerator, config
+        objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
+        self.engine = Engine(objective, accelerator, config.speed.parallel, defer=config.lora.enabled)
         self.parameters = trainable(job.model)
         guards.check_trainable(self.parameters, lora=config.lora.enabled)
         self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
@@ -71,20 +58,20 @@ class Run:
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
         self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
         self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
-        objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
-        self.objective = accelerator.prepare(objective)
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0
         self.saved_step = -1
         self.unproven = True
         self.spent = {f"{part}_seconds": 0.0 for part in ("data", "forward_backward", "optimizer", "checkpoint")}
-        self.saver = Saver(background=config.lora.enabled)  # a full model is too large to copy for it
+        # A full model is too large to copy for it; and PEFT, saving, makes FSDP take weights back that a pass is using.
+        self.saver = Saver(background=config.lora.enabled and config.speed.parallel == "ddp")
 
     def train(self) -> TrainResult:
         """Train to the last step, or to a signal; saves on the way and at the end."""
         job, config = self.job, self.config
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         resumed = choose_checkpoint(config.output_dir, config.checkpoint.resume)
+        check_same_checkpoint(self.accelerator, resumed)
         if resumed is not None:
             identity, rank = self.state.identity, self.accelerator.process_index
             parts = (job.model, self.optimizer, self.scaler, identity, rank)
@@ -92,7 +79,7 @@ class Run:
             self.state = replace(state, total_steps=self.total_steps, identity=identity)
             self.unproven = False
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
-        evaluator = Evaluator(job, self.accelerator, self.accelerator.unwrap_model(self.objective), tracker)
+        evaluator = Evaluator(job, self.accelerator, self.engine.plain, tracker)
         evaluator.evaluate_base(self.state.step, self.total_steps)
         job.model.train()
         started, first_losses = time.monotonic(), {}
@@ -192,10 +179,10 @@ class Run:
     ) -> dict[str, torch.Tensor]:
         ranks = self.accelerator.num_processes
         batch = batch.to(self.job.precision.device)
-        with nullcontext() if last else self.accelerator.no_sync(self.objective):
-            loss, sums = self.objective(batch, counts)
+        with self.engine.micro_batch(last=last):
+            loss, sums = self.engine.objective(batch, counts)
             guards.check_attached(loss, where, batch.sample_ids)
-            self.scaler.scale(loss * ranks).backward()  # DDP averages over ranks; the counts already span them
+            self.scaler.scale(loss * ranks).backward()  # ranks average; the counts already span them
         return sums
 
     def _update(self, where: str, ids: Sequence[str], rate: float) -> float:
@@ -203,7 +190,7 @@ class Run:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.parameters.values())
-        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         norm = float(total_norm)
         self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
         if not self.skipped or self.skipped > MAX_SKIPPED_STEPS:
@@ -227,12 +214,13 @@ class Run:
             return
         self.saved_step = self.state.step
         states = gather_object([rng_state()])
-        if not self.accelerator.is_main_process:
-            return
         job, step, best = self.job, self.state.step, self.state.best_step
         directory = self._checkpoint(step)
         parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
-        publish = checkpoint_writer(directory, *parts, job.family.save_assets, job.notes, copy=self.config.lora.enabled)
+        main, copy = self.accelerator.is_main_process, self.config.lora.enabled
+        publish = checkpoint_writer(directory, *parts, job.family.save_assets, job.notes, copy=copy, keep=main)
+        if not main:
+            return
 
         def save() -> None:
             twice(publish)

@@ -57,7 +57,7 @@ FLAGS = (
 UNSUPPORTED = {
     "--deepspeed": "DeepSpeed is not used here: a LoRA run has optimizer state for the adapter alone, so there is "
     "nothing worth spreading",
-    "--fsdp": "FSDP is not used here: the base in half precision (9.5 GB) fits on one GPU",
+    "--fsdp": "the base in half precision (9.5 GB) fits on one GPU; speechtune train has speed.parallel=fsdp",
 }
 INSTEAD = (
     "several GPUs train by DDP (--gpus 0,1 starts torchrun); memory is saved by gradient checkpointing, on in both "

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from speechtune.errors import CheckpointError
 
 
 def sum_heads(
@@ -35,6 +39,20 @@ def sum_over_ranks(
         total = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
         local = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
     return dict(zip(names, local, strict=True))
+
+
+def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:
+    """All ranks go on from the same checkpoint; a node that sees another disk would start from the beginning.
+
+    Raises:
+        CheckpointError: they differ; says what each found.
+    """
+    found = cast(list[str], gather_object([chosen.name if chosen else "none"]))
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the ranks found different checkpoints to resume from ({', '.join(found)}, in order of rank): output_dir "
+            "must lie on a disk that all nodes share"
+        )
 
 
 def least_over_ranks(accelerator: Accelerator, value: float) -> float:

@@ -32,7 +32,7 @@ from speechtune.adapter import (
     trainable,
 )
 from speechtune.base_recipe import describe_base
-from speechtune.budget import resolve_auto
+from speechtune.budget import settle_budget, settle_checkpointing
 from speechtune.cache import EncodedSet, encode_samples
 from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
@@ -41,15 +41,18 @@ from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
 from speechtune.fingerprint import checksums, tensors_fingerprint
-from speechtune.listening import make_listener, prepare_scorers
+from speechtune.listening import make_listener, num_prompts, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.model_card import model_card
+from speechtune.objective import checkpoint_activations
 from speechtune.precision import plan_precision
 from speechtune.ranks import least_over_ranks
 from speechtune.run_info import INFO_NAME, run_info
 from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
-from speechtune.saving import ADAM_MOMENTS, restore_weights, write_state
+from speechtune.saving import ADAM_MOMENTS, copy_of_weights, restore_weights, write_state
+from speechtune.sharding import is_sharded
 from speechtune.tracking import WARNINGS_NAME, add_warnings, configure_logging, flatten
+from speechtune.watchdog import Watchdog
 
 log = logging.getLogger("speechtune")
 
@@ -87,8 +90,12 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             raise ConfigError(
                 f"tracking.trackers: {name} is not installed: pip install {name}, or name another tracker"
             )
+    if config.speed.parallel == "fsdp":
+        _check_sharding(config)
     if world_size() > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(f"WORLD_SIZE={world_size()} without MASTER_ADDR: start several processes with torchrun")
+    if world_size() > 1:
+        _check_restarts()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
         log_with=list(tracking.trackers) or None,
@@ -103,6 +110,38 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     configure_logging(accelerator.is_main_process)
     return accelerator
+
+
+def _check_sharding(config: RunConfig) -> None:
+    if world_size() == 1:
+        raise ConfigError(
+            "speed.parallel=fsdp: there is one process, so nothing can be sharded: start several with torchrun, or set "
+            "speed.parallel=ddp"
+        )
+    if num_prompts(config):
+        raise ConfigError(
+            "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
+            "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
+        )
+    for option, value in (
+        ("batch.tokens", config.batch.tokens),
+        ("train.gradient_checkpointing", config.train.gradient_checkpointing),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"speed.parallel=fsdp: {option}=auto measures a model that is whole on its device: name a value"
+            )
+
+
+def _check_restarts() -> None:
+    """Refuse restarts in which a new process would be told the addresses of the old ones (pytorch issue 135712)."""
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "torchrun --max-restarts: a restart would connect to the processes of the attempt before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
+            "--rdzv-backend=c10d"
+        )
 
 
 def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sample]]:
@@ -171,6 +210,11 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         matching_modules(family.skeleton(), target_pattern(family, lora))
     scorers = prepare_scorers(config, family)
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
+    if plan.scaler and config.speed.parallel == "fsdp":
+        raise ConfigError(
+            "speed.parallel=fsdp: the gradient scaler of float16 looks for infinities rank by rank: set "
+            "train.precision=bf16 or fp32, or speed.parallel=ddp"
+        )
     training, evaluation = load_sets(config, family)
     ranks = accelerator.num_processes
     shard = (accelerator.process_index, ranks) if ranks > 1 else None
@@ -185,8 +229,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         model = apply_lora(model, family, lora, config.train.seed)
     elif config.train.freeze:
         freeze(model, config.train.freeze)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+    if config.train.gradient_checkpointing is True:
+        checkpoint_activations(model)
     identity = {
         "family": config.family,
         "dataset": train_set.fingerprint,
@@ -213,10 +257,20 @@ def run_training(config: RunConfig) -> Outcome:
         SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
+    with Watchdog(accelerator, config.output_dir) as watchdog:
+        outcome = _train(config, accelerator, watchdog)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return outcome
+
+
+def _train(config: RunConfig, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
     job = prepare(config, accelerator)
-    job = resolve_auto(job, accelerator.num_processes, lambda tokens: least_over_ranks(accelerator, tokens))
+    for settle in (settle_checkpointing, settle_budget):
+        job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     run = Run(job, accelerator)
+    watchdog.step = lambda: run.state.step
     try:
         result = run.train()
     except TrainingError as error:
@@ -224,10 +278,10 @@ def run_training(config: RunConfig) -> Outcome:
             add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
         raise
     proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
-    if accelerator.is_main_process and result.signal is None:
-        finish(job, result, proof)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if result.signal is None:
+        weights = _final_weights(job, result, keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            finish(job, result, proof, weights)
     return Outcome(result, proof, job)
 
 
@@ -252,19 +306,24 @@ def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: b
     return Proof(len(after), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
 
 
-def finish(job: Job, result: TrainResult, proof: Proof) -> None:
-    """Write `lora_adapters/` (with LoRA) and the run's trainer state."""
+def _final_weights(job: Job, result: TrainResult, *, keep: bool) -> dict[str, torch.Tensor] | None:
+    """Put the adapter that the run ends with into the model; of a sharded model also return it whole."""
+    if not isinstance(job.model, PeftModel):
+        return None
+    if job.config.checkpoint.final == "best" and result.best_checkpoint is not None:
+        restore_weights(job.model, result.best_checkpoint)
+        best = result.best_checkpoint.name
+        log.info("lora_adapters holds the weights of %s, the best by %s", best, job.config.evaluate.best_metric)
+    return copy_of_weights(job.model, keep=keep) if is_sharded(job.model) else None
+
+
+def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Write `lora_adapters/` (with LoRA; `weights` as `save_lora_adapters` takes them) and the run's trainer state."""
     output_dir = job.config.output_dir
     if isinstance(job.model, PeftModel):
-        if job.config.checkpoint.final == "best" and result.best_checkpoint is not None:
-            restore_weights(job.model, result.best_checkpoint)
-            log.info(
-                "lora_adapters holds the weights of %s, the best by %s",
-                result.best_checkpoint.name,
-                job.config.evaluate.best_metric,
-            )
         notes = {**job.notes, CARD_NAME: model_card(job.config, job.family, job.train_set, result.scores)}
-        save_lora_adapters(job.model, output_dir / "lora_adapters", notes=notes, save_embedding_layers=False)
+        directory = output_dir / "lora_adapters"
+        save_lora_adapters(job.model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
     write_state(output_dir / STATE_NAME, result.state)
     summary = {
         "speechtune": __version__,

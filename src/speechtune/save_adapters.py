@@ -38,6 +38,7 @@ def save_lora_adapters(
     notes: Mapping[str, str] | None = None,
     allow_untrained: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
     is_main_process: bool | None = None,
 ) -> Path:
     """Save the LoRA adapter inside `model` as a folder plain PEFT loads, and prove by reading back that it is there.
@@ -50,6 +51,7 @@ def save_lora_adapters(
         notes: further texts to lie beside the weights, by file name.
         allow_untrained: accept an adapter whose every lora_B is still zero.
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
+        state_dict: the model's tensors, whole, under its own names, where the model has only shards of them (FSDP2).
         is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
             others return at once and do not wait.
 
@@ -68,15 +70,17 @@ def save_lora_adapters(
         inside = f", found inside {type(model).__name__}" if peft_model is not model else ""
         log.info("Model to save type: %s%s", type(peft_model).__name__, inside)
         name = trained_adapter(peft_model)
-        state = named_state(peft_model, name, save_embedding_layers)
-        embeddings = len(state) > len(named_state(peft_model, name, False))
+        state = named_state(peft_model, name, save_embedding_layers, state_dict)
+        embeddings = len(state) > len(named_state(peft_model, name, False, state_dict))
         _check_state(state, allow_untrained)
         _prepare_place(directory, state, replace)
         texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
         write_verified(
             directory,
-            lambda aside: _write(peft_model, name, aside, embeddings, tensors.keys() != state.keys(), texts),
+            lambda aside: _write(
+                peft_model, name, aside, embeddings, tensors.keys() != state.keys(), texts, state_dict
+            ),
             tensors,
             replace=replace,
         )
@@ -138,9 +142,12 @@ def trained_adapter(model: PeftModel) -> str:
 
 
 def named_state(
-    model: PeftModel, name: str, save_embedding_layers: bool | Literal["auto"] = False
+    model: PeftModel,
+    name: str,
+    save_embedding_layers: bool | Literal["auto"] = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One adapter's tensors under the names they have on disk; they share memory with the model.
+    """One adapter's tensors under the names they have on disk; they share memory with the model, or with `state_dict`.
 
     Raises:
         AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
@@ -150,10 +157,12 @@ def named_state(
         for key, p in model.named_parameters()
         if type(p).__name__ in SHARDED_TYPES or hasattr(p, "ds_id") or (p.is_meta and f".{name}." in key)
     ]
-    if sharded:
+    if sharded and state_dict is None:
         raise AdapterError(f"{len(sharded)} parameters are sharded or not in memory ({sharded[0]}): {NO_SHARDS}")
     try:
-        return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=save_embedding_layers)
+        return get_peft_model_state_dict(
+            model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+        )
     except (KeyError, ValueError, RuntimeError) as error:
         raise AdapterError(f"PEFT cannot collect the tensors of adapter {name!r}: {error}") from error
 
@@ -213,10 +222,18 @@ def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: 
 
 
 def _write(
-    peft_model: PeftModel, name: str, aside: Path, embeddings: bool, renamed: bool, texts: Mapping[str, str]
+    peft_model: PeftModel,
+    name: str,
+    aside: Path,
+    embeddings: bool,
+    renamed: bool,
+    texts: Mapping[str, str],
+    state_dict: Mapping[str, torch.Tensor] | None,
 ) -> None:
     try:
-        peft_model.save_pretrained(str(aside), selected_adapters=[name], save_embedding_layers=embeddings)
+        peft_model.save_pretrained(
+            str(aside), selected_adapters=[name], save_embedding_layers=embeddings, state_dict=state_dict
+        )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"PEFT could not write adapter {name!r}: {type(error).__name__}: {error}") from error
     named = aside / name  # PEFT gives every adapter but "default" a folder of its own

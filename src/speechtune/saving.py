@@ -28,6 +28,7 @@ from speechtune.checkpoint import (
     write_verified,
 )
 from speechtune.errors import CheckpointError
+from speechtune.sharding import cut_optimizer_state, is_sharded, like, whole
 from speechtune.stored_adapter import WEIGHTS_NAME
 
 log = logging.getLogger("speechtune")
@@ -96,15 +97,16 @@ def checkpoint_writer(
     notes: Mapping[str, str],
     *,
     copy: bool,
+    keep: bool = True,
 ) -> Callable[[], Path]:
     """Return the function that publishes one checkpoint: weights, optimizer, scaler, random states, run state, recipe.
 
-    With `copy` what is trained is copied now, and the function may run while training goes on.
+    With `copy` what is trained is copied now, and the function may run while training goes on. Shards are gathered now:
+    every rank must call this, and only that with `keep` may call the function returned.
     """
-    # PEFT stores the buffers of modules_to_save with them
-    buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
-    weights = cpu_copy(trainable(model) | buffers) if copy else None
-    optimizer_state = cpu_copy(optimizer.state_dict()) if copy else optimizer.state_dict()
+    copy = copy or is_sharded(model)
+    weights = copy_of_weights(model, keep=keep) if copy else None
+    optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
     scaler_state = scaler.state_dict()
     tensors = model_tensors(model, weights)
     bytes_needed = bytes_of_save(tensors.values(), optimizer)
@@ -126,13 +128,29 @@ def checkpoint_writer(
     return publish
 
 
-def cpu_copy(value: Any) -> Any:
-    """Copy of nested mappings, lists and tensors; tensors come to the CPU."""
+def copy_of_weights(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """What is trained, under the model's own names, whole and on the CPU; of a full model everything it saves.
+
+    Every rank of a sharded model must call it; those without `keep` get something of no use, and need no memory.
+    """
+    if not isinstance(model, PeftModel):
+        return cpu_copy(model.state_dict(), keep=keep)
+    # PEFT stores the buffers of modules_to_save with them
+    buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
+    return cpu_copy(trainable(model) | buffers, keep=keep)
+
+
+def cpu_copy(value: Any, *, keep: bool = True) -> Any:
+    """Copy of nested mappings, lists and tensors; tensors come to the CPU, whole.
+
+    Without `keep` this rank only helps the others to gather theirs: tensors stay what they are.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        gathered = whole(value.detach())
+        return gathered.to("cpu", copy=True) if keep else value
     if isinstance(value, Mapping):
-        return {key: cpu_copy(item) for key, item in value.items()}
-    return [cpu_copy(item) for item in value] if isinstance(value, list) else value
+        return {key: cpu_copy(item, keep=keep) for key, item in value.items()}
+    return [cpu_copy(item, keep=keep) for item in value] if isinstance(value, list) else value
 
 
 class Saver:
@@ -257,7 +275,7 @@ def restore(
         log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
     restore_weights(model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], optimizer))
     scaler.load_state_dict(saved["scaler"])
     rng_states = torch.load(directory / RNG_NAME, map_location="cpu", weights_only=True)
     if rank < len(rng_states):
@@ -281,7 +299,7 @@ def restore_weights(model: nn.Module, directory: Path) -> None:
         raise CheckpointError(f"{directory}/{WEIGHTS_NAME}: its tensors are not those of this run's model")
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(stored[name])  # the state's tensors share memory with the parameters
+            tensor.copy_(like(stored[name], tensor))  # the state's tensors share memory with the parameters
 
 
 def rng_state() -> dict[str, torch.Tensor]:

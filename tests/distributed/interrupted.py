@@ -1,6 +1,6 @@
 """Training runs that something happens to at a chosen step: called by tests, and started as a script.
 
-torchrun interrupted.py ranks jobs.json    runs of jobs.json one after another; a signal hits the last rank alone
+torchrun interrupted.py ranks jobs.json    runs of jobs.json one after another; what happens hits the last rank alone
 python interrupted.py cli recipe.yaml STEP    the command line, which waits in STEP until a file `go` is there
 """
 
@@ -12,19 +12,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 import speechtune.run
+from speechtune.cli import guarded
 from speechtune.cli import main as command_line
 from speechtune.config import RunConfig, load_config
 from speechtune.families import create_family
 from speechtune.families.base import Batch, Family, Losses
 from speechtune.run import Outcome
+from speechtune.watchdog import Watchdog
 
 WAIT_SECONDS = 60
+SLEEP_SECONDS = 4.5
 
 
 def hooked(config: RunConfig, step: int, action: Callable[[], None]) -> Family:
@@ -60,13 +64,38 @@ def train(config: RunConfig, step: int | None = None, action: Callable[[], None]
         GradientState._reset_state()
 
 
+def sigkill() -> None:
+    signal.raise_signal(signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(10 * WAIT_SECONDS)
+
+
+def sleep() -> None:
+    time.sleep(SLEEP_SECONDS)
+
+
+ACTIONS = {"sigterm": sigterm, "sigkill": sigkill, "hang": hang, "sleep": sleep}
+
+
 def run_ranks(jobs: Path) -> None:
-    """Run the jobs; for each the ranks meet at a port of its own, torchrun's store being used up after one."""
+    """Run the jobs; for each the ranks meet at a port of its own, torchrun's store being used up after one.
+
+    A row names a recipe, `port` (None for torchrun's own store), the step at which something happens, and what;
+    `lost_seconds` in place of the watchdog's own.
+    """
     last_rank = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     for job in json.loads(jobs.read_text(encoding="utf-8")):
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
+        if job["port"] is not None:
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
+        if job["lost_seconds"] is not None:
+            shortened = partial(Watchdog, beat_seconds=job["lost_seconds"] / 12, lost_seconds=job["lost_seconds"])
+            speechtune.run.Watchdog = shortened  # type: ignore[misc,assignment]
         config = load_config(Path(job["config"]))
-        result = train(config, job["signal_step"] if last_rank else None).result
+        reached, action = Path(job["config"]).with_suffix(".reached"), ACTIONS[job["action"]]
+        step = job["step"] if last_rank else None
+        result = train(config, step, lambda reached=reached, action=action: (reached.touch(), action())[1]).result
         finished = (config.output_dir / "lora_adapters").exists()
         seen = {"step": result.state.step, "signal": result.signal, "finished": finished}
         Path(f"{job['config']}.rank{os.environ['RANK']}").write_text(json.dumps(seen))
@@ -87,6 +116,6 @@ def run_command_line(recipe: Path, step: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "ranks":
-        run_ranks(Path(sys.argv[2]))
+        sys.exit(guarded(lambda: run_ranks(Path(sys.argv[2]))))
     else:
         sys.exit(run_command_line(Path(sys.argv[2]), int(sys.argv[3])))

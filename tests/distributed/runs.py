@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.config import RunConfig
 
 RANKS_SECONDS = 120
+STEPS = 6  # of the runs on real speech and the tiny Higgs
+TOLERANCE = 1e-6
 SCRIPT = Path(__file__).with_name("interrupted.py")
+
+Configure = Callable[..., RunConfig]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,24 +61,57 @@ def assert_same_to_the_bit(output: Path, reference: Path, steps: int) -> None:
     assert all(verify_folder(path) == [] for _, path in find_checkpoints(output))
 
 
-def run_on_two_ranks(folder: Path, jobs: dict[str, tuple[RunConfig, int | None]]) -> dict[str, list[dict[str, Any]]]:
-    """Run all jobs in one launch of torchrun; what each rank says of each run."""
-    rows = []
-    for name, (config, signal_step) in jobs.items():
+@dataclass(frozen=True)
+class Row:
+    """One run of a launch, and what happens in it, if anything, to the last rank."""
+
+    config: RunConfig
+    step: int | None = None
+    action: str = "sigterm"
+    lost_seconds: float | None = None
+    own_port: bool = True
+
+
+def write_jobs(folder: Path, rows: dict[str, Row]) -> Path:
+    """The file that a launch of `interrupted.py` reads."""
+    jobs = []
+    for name, row in rows.items():
         recipe = folder / f"{name}.yaml"
-        recipe.write_text(config.to_yaml(), encoding="utf-8")
-        rows.append({"config": str(recipe), "signal_step": signal_step, "port": free_port()})
-    (folder / "jobs.json").write_text(json.dumps(rows), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(SCRIPT), "ranks", str(folder / "jobs.json")]
-    launch = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+        recipe.write_text(row.config.to_yaml(), encoding="utf-8")
+        more = {"step": row.step, "action": row.action, "lost_seconds": row.lost_seconds}
+        jobs.append({"config": str(recipe), "port": free_port() if row.own_port else None, **more})
+    path = folder / f"{'-'.join(rows)}.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    return path
+
+
+def start_torchrun(jobs: Path, *options: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start `interrupted.py` under torchrun; `prefix` stands before the command."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), "ranks", str(jobs)]
+    return subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+
+
+def ended(launch: subprocess.Popen[str], seconds: float = RANKS_SECONDS) -> str:
+    """Wait for a launch; what it wrote to stderr."""
     try:
-        _, errors = launch.communicate(timeout=RANKS_SECONDS)
+        return launch.communicate(timeout=seconds)[1]
     except subprocess.TimeoutExpired:
         launch.terminate()  # torchrun takes its ranks along; killed, it would leave them behind
         pytest.fail(f"the ranks hang: {launch.communicate()[1][-4000:]}")
+
+
+def said(folder: Path, rows: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """What each of two ranks says of each run."""
+    return {name: [json.loads((folder / f"{name}.yaml.rank{rank}").read_text()) for rank in (0, 1)] for name in rows}
+
+
+def run_on_two_ranks(folder: Path, jobs: dict[str, tuple[RunConfig, int | None]]) -> dict[str, list[dict[str, Any]]]:
+    """Run all jobs in one launch of torchrun, a SIGTERM in the step named; what each rank says of each run."""
+    path = write_jobs(folder, {name: Row(config, step) for name, (config, step) in jobs.items()})
+    launch = start_torchrun(path, "--standalone", "--nproc_per_node=2")
+    errors = ended(launch)
     assert launch.returncode == 0, errors[-4000:]
-    return {name: [json.loads((folder / f"{name}.yaml.rank{rank}").read_text()) for rank in (0, 1)] for name in jobs}
+    return said(folder, jobs)
 
 
 def free_port() -> int:

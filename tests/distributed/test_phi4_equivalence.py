@@ -76,6 +76,16 @@ def test_a_cut_by_task_changes_nothing(configure: Callable[..., RunConfig], tmp_
     train(configure(tmp_path / "resumed"))
     assert_same_to_the_bit(tmp_path / "resumed", straight, STEPS)
     ranks = configure(tmp_path / "ranks", train={"batch_size": 1, "accumulation": 4})
-    run_on_two_ranks(tmp_path, {"ranks": (ranks, None)})
-    assert greatest_difference(tmp_path / "ranks", straight) < TOLERANCE
-    assert curve(tmp_path / "ranks") == pytest.approx(curve(straight), rel=2e-6)
+    sharded = configure(
+        tmp_path / "sharded",
+        train={"batch_size": 1, "accumulation": 4},
+        evaluate={"prompts": 0},
+        speed={"parallel": "fsdp"},
+    )
+    run_on_two_ranks(tmp_path, {"ranks": (ranks, None), "sharded": (sharded, None)})
+    for name in ("ranks", "sharded"):
+        assert greatest_difference(tmp_path / name, straight) < TOLERANCE
+        assert curve(tmp_path / name) == pytest.approx(curve(straight), rel=2e-6)
+    # Without answers nothing is evaluated before the first step.
+    sharded_loss, loss = (curve(tmp_path / name, "eval_loss")[STEPS] for name in ("sharded", "straight"))
+    assert sharded_loss == pytest.approx(loss, rel=2e-6)

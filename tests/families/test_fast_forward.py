@@ -22,11 +22,11 @@ from helpers import WAYS
 from speechtune.adapter import apply_lora
 from speechtune.config import build_config
 from speechtune.families.base import Batch, Encoded, Family, Sample
-from speechtune.families.fast import IGNORE, Segments, attend, head_loss, linear, rotate
+from speechtune.families.fast import IGNORE, Segments, attend, head_loss, linear
 from speechtune.families.fast_layers import FAST_LAYERS, block_causal_mask
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
 from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.precision import PrecisionPlan
 
 TOLERANCE = 1e-5
@@ -195,9 +195,7 @@ def test_collating_is_pure_and_on_the_cpu(bench: Bench) -> None:
 def test_attention_within_segments(lengths: tuple[int, ...], heads: tuple[int, int], dtype: torch.dtype) -> None:
     """Against softmax written out, with a mask; also the gradients. float64 goes through torch's own kernel."""
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(sum(lengths), h, 8, dtype=dtype, requires_grad=True) for h in (heads[0], heads[1], heads[1])
-    )
+    q, k, v = (torch.randn(sum(lengths), h, 8, dtype=dtype, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     segments = Segments(lengths, torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32))
     places = torch.cat([torch.arange(n) for n in lengths])
     mask = block_causal_mask(Batch((), {"position_ids": places}, {}, 0, 0.0))[0, 0]
@@ -271,11 +269,3 @@ def test_an_adapter_switched_off_or_merged_is_not_added() -> None:
         layer.enable_adapters(True)
         layer.merge()
         torch.testing.assert_close(linear(layer, x), on)
-
-
-def test_rotation_of_a_part_of_the_channels() -> None:
-    """Phi-4 turns three quarters of them; against complex multiplication."""
-    x, angles = torch.randn(6, 2, 8, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
-    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
-    turned = torch.complex(x[..., :3], x[..., 3:6]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((turned.real, turned.imag, x[..., 6:]), -1))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.higgs_audio_v2 import modeling_higgs_audio_v2 as higgs
 from transformers.models.phi4_multimodal import modeling_phi4_multimodal as phi4
 
+from speechtune.config import SpeedConfig
 from speechtune.errors import ConfigError
 from speechtune.families.fast_ops import choose_kernels, rms_norm, rope, silu_mul
 
@@ -98,15 +99,27 @@ def test_rotary_embedding_is_the_native_one(module: object, rotated: int) -> Non
     assert_alike([value.transpose(1, 2) for value in packed], list(ours))
 
 
+def test_compiled_operations_agree() -> None:
+    """For two lengths: the second would compile anew, or be cut to the first's, were lengths taken for constants."""
+    for length in (7, 12):
+        x = [random(length, WIDTH).requires_grad_() for _ in range(2)]
+        weight = random(WIDTH)
+        pairs = [(rms_norm(x[0], weight, 1e-5, kernels), silu_mul(*x, kernels)) for kernels in ("compiled", "torch")]
+        grads = [torch.autograd.grad(sum(value.square().sum() for value in pair), x) for pair in pairs]
+        for ours, theirs in zip([*pairs[0], *grads[0]], [*pairs[1], *grads[1]], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernels(False, torch.device("cpu")) == "torch"
+    assert choose_kernels(SpeedConfig(), torch.device("cpu")) == "torch"
+    assert choose_kernels(SpeedConfig(compile=True), torch.device("cpu")) == "compiled"
     with pytest.raises(ConfigError, match="need a GPU, this run is on cpu"):
-        choose_kernels(True, torch.device("cpu"))
+        choose_kernels(SpeedConfig(liger=True), torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'speechtune\[liger\]'"):
-        choose_kernels(True, torch.device("cuda"))
+        choose_kernels(SpeedConfig(liger=True), torch.device("cuda"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert choose_kernels(True, torch.device("cuda")) == "liger"
+    assert choose_kernels(SpeedConfig(liger=True), torch.device("cuda")) == "liger"
 
 
 @pytest.mark.skipif(

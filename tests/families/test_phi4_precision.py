@@ -26,7 +26,7 @@ from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families.base import Sample
 from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.run import run_training
 

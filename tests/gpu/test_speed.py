@@ -17,7 +17,7 @@ from torch import nn
 from speechtune.adapter import trainable
 from speechtune.families.base import Batch
 from speechtune.families.fast_ops import rms_norm, silu_mul
-from speechtune.loop import Objective
+from speechtune.objective import Objective
 from speechtune.precision import plan_precision
 
 pytestmark = [

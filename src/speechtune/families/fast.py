@@ -100,16 +100,6 @@ def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
     return kernel
 
 
-def rotate(x_NHE: torch.Tensor, cos_NE: torch.Tensor, sin_NE: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021) of the first E' = cos.shape[-1] channels, halves rotated."""
-    width = cos_NE.shape[-1]
-    turned, rest = x_NHE[..., :width], x_NHE[..., width:]
-    first, second = turned.chunk(2, -1)
-    cos, sin = cos_NE[:, None], sin_NE[:, None]
-    turned = turned * cos + torch.cat((-second, first), -1) * sin
-    return turned if not rest.shape[-1] else torch.cat((turned, rest), -1)
-
-
 class _Reorder(torch.autograd.Function):
     """A permutation of rows; the gradient comes back by the inverse, where index_select would add row by row."""
 

@@ -17,7 +17,8 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalDecoderLayer
 
 from speechtune.families.base import Batch
-from speechtune.families.fast import Segments, attend, linear, reorder, rotate
+from speechtune.families.fast import Segments, attend, linear, reorder
+from speechtune.families.fast_ops import Kernels, rms_norm, rope, silu_mul
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +54,28 @@ class Routes:
     sorting: Sorting | None = None
 
 
+def _norm(norm: Any, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon, kernels)
+
+
 class FastHiggsLayer(HiggsAudioV2DecoderLayer):
     """Dual-FFN layer on (audio, text) tensors; the native one finds the audio by boolean masks six times a layer."""
+
+    kernels: Kernels = "torch"
 
     def forward(self, hidden_states: Any, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
         """Native without `routes`; with them a pair of tensors (A, D), (T, D) in and out."""
         if routes is None or routes.sorting is None:
             return super().forward(hidden_states, *args, **kwargs)
         (audio_AD, text_TD), sorting = hidden_states, routes.sorting
-        heads: Any = self.self_attn
-        mixed_ND = torch.cat((self.audio_input_layernorm(audio_AD), self.input_layernorm(text_TD)))
+        heads, kernels = cast(Any, self.self_attn), self.kernels
+        norms = ((self.audio_input_layernorm, audio_AD), (self.input_layernorm, text_TD))
+        mixed_ND = torch.cat([_norm(norm, x, kernels) for norm, x in norms])
         q, k, v = (
             reorder(linear(projection, mixed_ND), sorting.places, sorting.order).unflatten(-1, (-1, heads.head_dim))
             for projection in (heads.q_proj, heads.k_proj, heads.v_proj)
         )
-        q, k = (rotate(x, *routes.rotation).to(v.dtype) for x in (q, k))
+        q, k = (x.to(v.dtype) for x in rope(q, k, *routes.rotation))
         attended_ND = attend(q, k, v, routes.segments).flatten(1)
         if routes.kept is None:
             attended_ND = reorder(attended_ND, sorting.order, sorting.places)
@@ -76,17 +84,19 @@ class FastHiggsLayer(HiggsAudioV2DecoderLayer):
             audio_AD, text_TD = audio_AD.index_select(0, sorting.kept_audio), text_TD.index_select(0, sorting.kept_text)
         to_audio, to_text = linear(heads.o_proj, attended_ND).split((len(audio_AD), len(text_TD)))
         audio_AD, text_TD = audio_AD + to_audio, text_TD + to_text
-        audio_AD = audio_AD + _feed_forward(self.audio_mlp, self.audio_post_attention_layernorm(audio_AD))
-        text_TD = text_TD + _feed_forward(self.mlp, self.post_attention_layernorm(text_TD))
+        audio_AD = audio_AD + self._feed_forward(self.audio_mlp, self.audio_post_attention_layernorm, audio_AD)
+        text_TD = text_TD + self._feed_forward(self.mlp, self.post_attention_layernorm, text_TD)
         return audio_AD, text_TD
 
-
-def _feed_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
+    def _feed_forward(self, mlp: Any, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = _norm(norm, x, self.kernels)
+        return linear(mlp.down_proj, silu_mul(linear(mlp.gate_proj, x), linear(mlp.up_proj, x), self.kernels))
 
 
 class FastPhi4Layer(Phi4MultimodalDecoderLayer):
     """Language model layer on samples laid end to end."""
+
+    kernels: Kernels = "torch"
 
     def forward(self, hidden_states: Any, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
         """Native without `routes`; with them (N, D) in and out."""
@@ -95,15 +105,17 @@ class FastPhi4Layer(Phi4MultimodalDecoderLayer):
         heads: Any = self.self_attn
         groups = heads.num_key_value_heads
         sizes = (groups * heads.num_key_value_groups, groups, groups)
-        qkv = linear(heads.qkv_proj, self.input_layernorm(hidden_states)).unflatten(-1, (-1, heads.head_dim))
+        mixed_ND = _norm(self.input_layernorm, hidden_states, self.kernels)
+        qkv = linear(heads.qkv_proj, mixed_ND).unflatten(-1, (-1, heads.head_dim))
         q, k, v = qkv.split(sizes, 1)
-        q, k = (rotate(x, *routes.rotation).to(v.dtype) for x in (q, k))
+        q, k = (x.to(v.dtype) for x in rope(q, k, *routes.rotation))
         attended_ND = attend(q, k, v, routes.segments).flatten(1)
         if routes.kept is not None:
             attended_ND, hidden_states = (x.index_select(0, routes.kept) for x in (attended_ND, hidden_states))
         hidden_states = hidden_states + self.resid_attn_dropout(linear(heads.o_proj, attended_ND))
-        gate, up = linear(self.mlp.gate_up_proj, self.post_attention_layernorm(hidden_states)).chunk(2, -1)
-        down = linear(self.mlp.down_proj, up * self.mlp.activation_fn(gate))
+        mixed_ND = _norm(self.post_attention_layernorm, hidden_states, self.kernels)
+        gate, up = linear(self.mlp.gate_up_proj, mixed_ND).chunk(2, -1)
+        down = linear(self.mlp.down_proj, silu_mul(gate, up, self.kernels))
         return hidden_states + self.resid_mlp_dropout(down)
 
 
@@ -113,12 +125,15 @@ FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def make_fast(model: nn.Module) -> nn.Module:
-    """Let the decoder layers of a loaded model be fast ones; attention with dropout stays native."""
+def make_fast(model: nn.Module, kernels: Kernels = "torch") -> nn.Module:
+    """Let the decoder layers of a loaded model be fast ones.
+
+    Those with dropout in their attention, or with another activation than SiLU, stay native.
+    """
     for module in model.modules():
-        fast = FAST_LAYERS.get(type(module))
-        if fast is not None and not cast(Any, module).self_attn.attention_dropout:
-            module.__class__ = fast
+        fast, layer = FAST_LAYERS.get(type(module)), cast(Any, module)
+        if fast is not None and not layer.self_attn.attention_dropout and layer.self_attn.config.hidden_act == "silu":
+            layer.__class__, layer.kernels = fast, kernels
     return model
 
 

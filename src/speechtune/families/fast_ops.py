@@ -10,6 +10,7 @@ into queries and keys behind autograd's back, where the two passes below cost li
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal, cast
@@ -17,19 +18,20 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from speechtune.config import SpeedConfig
 from speechtune.errors import ConfigError
 
-Kernels = Literal["torch", "liger"]
+Kernels = Literal["torch", "compiled", "liger"]
 
 
-def choose_kernels(liger: bool, device: torch.device) -> Kernels:
-    """The kernels that `speed.liger` asks for.
+def choose_kernels(speed: SpeedConfig, device: torch.device) -> Kernels:
+    """The kernels that `speed.liger` and `speed.compile` ask for.
 
     Raises:
         ConfigError: Liger on a device other than a GPU, or not installed.
     """
-    if not liger:
-        return "torch"
+    if not speed.liger:
+        return "compiled" if speed.compile else "torch"
     if device.type != "cuda":
         raise ConfigError(
             f"speed.liger: Liger's kernels need a GPU, this run is on {device.type}; set speed.liger=false"
@@ -47,8 +49,10 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Ke
         weight: (D,).
         eps: added to the mean square.
         kernels: torch's norm, fused where torch has it, which rounds once; or Liger's, which rounds before the weight
-            too, as the native class.
+            too, as the native class; compiled is torch's, fused by torch.compile.
     """
+    if kernels == "compiled":
+        return _compiled(rms_norm)(hidden, weight, eps)
     if kernels == "liger":
         # Not in place: the gradient it would write into may be another node's too.
         return _liger()[0].apply(hidden, weight, eps, 0.0, "llama", False)
@@ -63,6 +67,8 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -
     Liger keeps no silu(gate) for the backward pass, a third less, and writes the gradients into the memory of `gate`
     and `up`: they must not be used again. Halves of one tensor are copied first.
     """
+    if kernels == "compiled":
+        return _compiled(silu_mul)(gate, up)
     return _liger()[1].apply(gate, up) if kernels == "liger" else nn.functional.silu(gate) * up
 
 
@@ -105,6 +111,12 @@ def _rotated(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, directi
     if width < hidden.shape[-1]:
         result[..., width:] = hidden[..., width:]
     return result
+
+
+@cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One graph for all lengths: a packed batch hardly ever has that of the one before."""
+    return torch.compile(function, dynamic=True)
 
 
 @cache

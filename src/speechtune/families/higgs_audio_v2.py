@@ -41,6 +41,7 @@ from speechtune.families.base import (
 )
 from speechtune.families.fast import IGNORE, head_loss
 from speechtune.families.fast_layers import make_fast
+from speechtune.families.fast_ops import choose_kernels
 from speechtune.families.higgs_codec import HiggsCodec
 from speechtune.families.higgs_forward import target_states
 from speechtune.families.higgs_layout import (
@@ -197,7 +198,8 @@ class HiggsAudioV2Family:
 
     def _ready(self, model: nn.Module, plan: PrecisionPlan) -> nn.Module:
         model = model.to(plan.device)
-        return make_fast(model) if self.config.speed.fast_forward else model
+        speed = self.config.speed
+        return make_fast(model, choose_kernels(speed, plan.device)) if speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""

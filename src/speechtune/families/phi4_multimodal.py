@@ -29,6 +29,7 @@ from speechtune.errors import ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 from speechtune.families.fast import head_loss
 from speechtune.families.fast_layers import make_fast
+from speechtune.families.fast_ops import choose_kernels
 from speechtune.families.phi4_audio import FRAMES_PER_SECOND, log_mel, num_positions
 from speechtune.families.phi4_forward import Layout, embed, lay_out, native_states, target_states
 from speechtune.families.phi4_layout import (
@@ -176,7 +177,8 @@ class Phi4MultimodalFamily:
         if unused := sorted(info["unexpected_keys"]):
             log.warning("%s: %d tensors the model has no place for: %s", settings.path, len(unused), some(unused))
         model = self.speech.prepare(model.to(plan.device))
-        return make_fast(model) if self.config.speed.fast_forward else model
+        speed = self.config.speed
+        return make_fast(model, choose_kernels(speed, plan.device)) if speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
         """The base without weights, on the meta device."""
