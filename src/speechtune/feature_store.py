@@ -17,6 +17,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +57,11 @@ class FeatureStore:
         self.root = Path(root)
         self.encode_key = encode_key
         self.folder = self.root / hashlib.sha256(encode_key.encode()).hexdigest()[:16]
-        self._entries: dict[str, _Entry] = {}
         self._positions: dict[str, tuple[int, int]] = {}  # part -> inode and bytes read of its index
         self._maps: dict[str, np.memmap] = {}
         self._checked: set[str] = set()
         self._writer: _Writer | None = None
         self._claim_folder()
-        self.refresh()
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, str]]:
         return FeatureStore, (self.root, self.encode_key)
@@ -79,21 +78,29 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @cached_property
+    def _entries(self) -> dict[str, _Entry]:
+        """The index, read when first asked for: before, the clips are hashed, which takes as much memory."""
+        self.__dict__["_entries"] = {}  # what `refresh` fills
+        self.refresh()
+        return self.__dict__["_entries"]
+
     def refresh(self) -> None:
         """Read what other processes have added since the last look."""
+        entries_now = self._entries
         for index in sorted(self.folder.glob("part-*.jsonl")):
             part = index.stem
             stat = index.stat()
             inode, position = self._positions.get(part, (stat.st_ino, 0))
             if inode != stat.st_ino or stat.st_size < position:  # rewritten by a writer that dropped entries
-                self._entries.clear()
+                entries_now.clear()
                 self._positions.clear()
                 return self.refresh()
             if stat.st_size > position:
                 entries, position = _read_index(index, position)
                 # Measured after the index was read: a line is never older than its data.
                 size = _size(index.with_suffix(".bin"))
-                self._entries.update((key, entry) for key, entry in entries if entry.end <= size)
+                entries_now.update((key, entry) for key, entry in entries if entry.end <= size)
             self._positions[part] = (stat.st_ino, position)
 
     def get(self, key: str) -> np.ndarray:

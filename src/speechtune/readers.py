@@ -17,7 +17,7 @@ from typing import Any
 from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
 from speechtune.families.base import AudioRef, Clip, Sample
-from speechtune.rows import Fault, Row, Shared, printable
+from speechtune.rows import Fault, Row, RowFacts, Shared, printable
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
 """What the original pipeline writes before the target text in the user's message."""
@@ -352,14 +352,14 @@ def _sample(
     if context.faults:
         return None
     one = context.shared
-    own = {one(k): one(v) if isinstance(v, str) else v for k, v in extra.items() if k not in _RESERVED}
-    extra = {**own, "row": context.row.number, "layout": layout}
+    alike: dict[str, Any] = {key: item for key, item in extra.items() if key not in _RESERVED} | {"layout": layout}
     if any(declared is not None for _, declared, _ in clips):
-        extra["declared_seconds"] = tuple(declared for _, declared, _ in clips)
+        alike["declared_seconds"] = tuple(declared for _, declared, _ in clips)
+    facts = RowFacts(context.row.number, one.mapping(alike))
     references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
     system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
     return Sample(
-        context.sample_id, text or "", audio, references, system, scene, speaker, language, context.row.source, extra
+        context.sample_id, text or "", audio, references, system, scene, speaker, language, context.row.source, facts
     )
 
 
