@@ -9,35 +9,38 @@ import tempfile
 from pathlib import Path
 
 from meter import quiet
-from ours import DISTRIBUTIONS, train_ours
-from voices import BENCH, make_base, make_examples, write_examples
+from ours import train_ours
+from voices import BENCH, FRAMES_PER_SECOND, LETTERS_PER_SECOND, make_base, make_examples, write_examples
 
 ROWS = (100, 250, 500, 1000, 2000, 4000)
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-OTHER_POSITIONS = 130  # of the prompt beside the two clips, about
+OTHER_POSITIONS = 100  # of the prompt beside the frames of the two clips, about
 POSITIONS_PER_STEP = 4000
-FRAMES_PER_SECOND = 25
+SHORT_ROWS = 240  # so that the least budget holds two samples
+
+
+def write_rows(folder: Path, rows: int, count: int) -> Path:
+    """`count` samples of about `rows` positions each."""
+    data = folder / f"rows-{rows}"
+    if not data.exists():
+        letters = LETTERS_PER_SECOND / FRAMES_PER_SECOND
+        seconds = max(0.1, (rows - OTHER_POSITIONS) / 2 / FRAMES_PER_SECOND / (1 + letters))
+        write_examples(make_examples([(seconds, seconds)] * count, BENCH.codebook_size), data)
+    return data
 
 
 def by_length(base: Path, folder: Path, rows: int) -> float:
     """Real tokens a second on samples of about `rows` positions, steps of about the same number of positions."""
     per_step = max(1, POSITIONS_PER_STEP // rows)
-    seconds = max(0.2, (rows - OTHER_POSITIONS) / 2 / FRAMES_PER_SECOND)
-    examples = make_examples([(seconds, seconds)] * (2 * per_step), BENCH.codebook_size)
-    data = folder / f"rows-{rows}"
-    if not data.exists():
-        write_examples(examples, data)
     sections = {"train": {"batch_size": per_step}, "batch": {"tokens": 2 * POSITIONS_PER_STEP}}
-    return train_ours(base, data, folder, 3, **sections)[0].rate().wall
+    return train_ours(base, write_rows(folder, rows, 2 * per_step), folder, 3, **sections)[0].rate().wall
 
 
 def by_tokens(base: Path, folder: Path, tokens: int) -> float:
-    """Real tokens a second on mixed lengths with at most `tokens` positions in a batch."""
-    data = folder / "mixed"
-    if not data.exists():
-        write_examples(make_examples(DISTRIBUTIONS["mixed"](64), BENCH.codebook_size), data)
-    sections = {"train": {"batch_size": 32}, "batch": {"tokens": tokens}}
-    return train_ours(base, data, folder, 2, **sections)[0].rate().wall
+    """Real tokens a second of steps as large as the greatest budget, cut to at most `tokens` positions a batch."""
+    per_step = TOKENS[-1] // SHORT_ROWS
+    sections = {"train": {"batch_size": per_step}, "batch": {"tokens": tokens}}
+    return train_ours(base, write_rows(folder, SHORT_ROWS, per_step), folder, 2, **sections)[0].rate().wall
 
 
 def measure(pairs: int = 5) -> dict[str, list[float]]:

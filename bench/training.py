@@ -64,11 +64,18 @@ class Setting:
 
     def ours(self, steps: int = TIMED_STEPS + 1) -> Rate:
         """Real tokens a second of ours."""
-        return train_ours(self.base, self.data, self.folder, steps)[0].rate()
+        return said(f"{self.data.name}, ours", train_ours(self.base, self.data, self.folder, steps)[0].rate())
 
     def peer(self, settings: peer.Settings, steps: int = TIMED_STEPS + 1) -> Rate:
         """Real tokens a second of the peer."""
-        return train_peer(self.base, self.data, self.folder, steps, settings)[0].rate()
+        rate = train_peer(self.base, self.data, self.folder, steps, settings)[0].rate()
+        return said(f"{self.data.name}, peer, {settings}", rate)
+
+
+def said(what: str, rate: Rate) -> Rate:
+    """Show a rate as soon as it is known: all of them take minutes."""
+    print(f"{what}: {rate.wall:,.0f} tokens/s ({rate.cpu:,.0f} per CPU second)", flush=True)
+    return rate
 
 
 def measure(pairs: int = 5) -> dict[str, list[float]]:

@@ -22,7 +22,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    HiggsAudioV2ForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 IGNORE = -100
 AUDIO = "<|AUDIO_OUT|>"
@@ -163,6 +169,7 @@ def make_trainer(
     trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=padding)
     # Left on, the number of text labels (three a sample) would be handed to forward as the divisor of the audio loss.
     trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
