@@ -90,7 +90,6 @@ def test_operations_at_released_dimensions(
     name: str, layers: int, attention: int, setup: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device torch counts a step of the real size without computing it."""
-    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)  # there is no autocast there to ask for
     monkeypatch.setattr(fast, "MOST_POSITIONS", 0)  # nor a CPU's attention in blocks
     family = setup.make_family(name, tiny=False, packing=True, fast=True)
     model = apply_lora(make_fast(family.skeleton()), family, family.config.lora, seed=0).train()
@@ -107,7 +106,6 @@ def test_operations_at_released_dimensions(
 @pytest.mark.parametrize("name", ["higgs_audio_v2", "phi4_multimodal"])
 def test_a_fast_step_reads_nothing_back(name: str, setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would have to be waited for is an error on the meta device: the native layers' masks, for one."""
-    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)
 
     def step(way: bool) -> None:
         family = setup.make_family(name, tiny=True, packing=True, fast=way)
