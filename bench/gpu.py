@@ -38,8 +38,10 @@ from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.schedule import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
-SIDES: dict[str, dict[str, bool]] = {
+SIDES: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "fast": True},
+    "packed+liger": {"packing": True, "fast": True, "kernels": "liger"},
+    "packed+compile": {"packing": True, "fast": True, "kernels": "compiled"},
     "padded": {"packing": False, "fast": False},
     "peer": {"packing": False, "fast": False},
 }

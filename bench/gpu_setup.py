@@ -20,6 +20,7 @@ from speechtune.families import create_family
 from speechtune.families.base import Encoded, Family
 from speechtune.families.fast import IGNORE
 from speechtune.families.fast_layers import make_fast
+from speechtune.families.fast_ops import choose_kernels
 from speechtune.families.higgs_layout import delay_rows, pad_inputs, target_arrays
 from speechtune.precision import PrecisionPlan
 
@@ -31,15 +32,13 @@ SHORTEST, LONGEST = 100, 2000
 TEXT_IDS = 10_000  # ids below this are plain text in both vocabularies
 
 
-def make_family(
-    name: str, *, tiny: bool, packing: bool, fast: bool, liger: bool = False, compiled: bool = False
-) -> Any:
+def make_family(name: str, *, tiny: bool, packing: bool, fast: bool, kernels: str = "torch") -> Any:
     """The family of a released model, its dimensions scaled down if `tiny`; no file is read."""
     values = {
         "family": name,
         "model": {"path": RELEASED[name]},
         "batch": {"packing": packing},
-        "speed": {"fast_forward": fast},
+        "speed": {"fast_forward": fast, "liger": kernels == "liger", "compile": kernels == "compiled"},
     }
     family = cast(Any, create_family(build_config(values, "bench")))
     if tiny:
@@ -91,12 +90,11 @@ def make_model(family: Family, plan: PrecisionPlan, targets: str, seed: int = 0)
         parameter.data = parameter.data.to(plan.base_dtype)
     model = model.to_empty(device=plan.device)
     model.tie_weights()
-    for module in model.modules():  # the skeleton counts as initialised; its weights and buffers are not
-        vars(module).pop("_is_hf_initialized", None)
     torch.manual_seed(seed)
     model.initialize_weights()
     config = cast(Any, family).config
-    model = make_fast(model) if config.speed.fast_forward else model
+    if config.speed.fast_forward:
+        model = make_fast(model, choose_kernels(config.speed, plan.device))
     settings = config.lora.model_copy(update={"targets": targets, "rank": 16})
     return apply_lora(model, family, settings, seed).train()
 

@@ -217,9 +217,9 @@ def find_defects(audio: Audio) -> list[tuple[str, str]]:
 
 
 def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
-    if ref.path is not None:
-        _check_file(ref, ref.path)
-        source: str | io.BytesIO = str(ref.path)
+    if ref.place is not None:
+        _check_file(ref, ref.place)
+        source: str | io.BytesIO = ref.place
     else:
         source = io.BytesIO(_bytes(ref, allow_urls))
     try:
@@ -236,7 +236,7 @@ def _info(ref: AudioRef, file: soundfile.SoundFile) -> AudioInfo:
     return AudioInfo(file.frames / file.samplerate, file.samplerate, file.frames, file.channels)
 
 
-def _check_file(ref: AudioRef, path: Path) -> None:
+def _check_file(ref: AudioRef, path: str) -> None:
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -303,12 +303,12 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _chunks(ref: AudioRef, allow_urls: bool) -> Iterator[bytes]:
-    if ref.path is None:
+    if ref.place is None:
         yield _bytes(ref, allow_urls)
         return
-    _check_file(ref, ref.path)
+    _check_file(ref, ref.place)
     try:
-        with ref.path.open("rb") as file:
+        with open(ref.place, "rb") as file:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 yield chunk
     except OSError as error:

@@ -20,7 +20,7 @@ from speechtune.batching import BatchPlan
 from speechtune.errors import TrainingError
 from speechtune.families.base import Batch
 from speechtune.job import Job
-from speechtune.objective import Objective
+from speechtune.objective import Objective, checkpoint_activations
 from speechtune.saving import ADAM_MOMENTS, rng_state, set_rng_state
 
 log = logging.getLogger("speechtune")
@@ -102,12 +102,11 @@ def measure_budgets(job: Job, ranks: int = 1, on_result: Callable[[Fit], None] =
     plan = BatchPlan.of(job.config, job.train_set.lengths, ranks)
     memory = Memory(job.precision.device)
     limit = memory.limit()
-    moments = ADAM_MOMENTS * sum(p.numel() * p.element_size() for p in trainable(job.model).values())
     longest, most = int(plan.lengths.max()), _greatest_share(plan)
     results: list[Fit] = []
 
     def try_budget(tokens: int) -> bool:
-        fit = _measure(job, replace(plan, tokens=tokens), memory, moments)
+        fit = _measure(job, replace(plan, tokens=tokens), memory, _moments(job))
         if fit.peak_bytes is not None and fit.peak_bytes > limit:
             fit = replace(fit, peak_bytes=None)
         results.append(fit)
@@ -135,7 +134,20 @@ def choose_budget(results: list[Fit]) -> Fit:
     return next(fit for fit in fitting if fit.tokens_per_second >= AS_FAST * fastest)
 
 
-def resolve_auto(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
+def settle_checkpointing(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
+    """The job with an answer for `train.gradient_checkpointing: auto`; arguments as of `settle_budget`."""
+    train = job.config.train
+    if train.gradient_checkpointing != "auto":
+        return job
+    wanted = not agree(float(_fits(job, ranks)))
+    if wanted:
+        checkpoint_activations(job.model)
+    log.info("train.gradient_checkpointing: auto is %s on %s", wanted, job.precision.device)
+    train = train.model_copy(update={"gradient_checkpointing": wanted})
+    return replace(job, config=job.config.model_copy(update={"train": train}))
+
+
+def settle_budget(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
     """The job with a number for `batch.tokens: auto`.
 
     Args:
@@ -149,6 +161,22 @@ def resolve_auto(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
     log.info("batch.tokens: auto is %d on %s", tokens, job.precision.device)
     batch = job.config.batch.model_copy(update={"tokens": tokens})
     return replace(job, config=job.config.model_copy(update={"batch": batch}))
+
+
+def _fits(job: Job, ranks: int) -> bool:
+    """Whether the fullest micro-batch of the run fits, or the longest sample where the budget is still to be found."""
+    plan, batch = BatchPlan.of(job.config, job.train_set.lengths, ranks), job.config.batch
+    longest = int(plan.lengths.max())
+    needed = plan.tokens or (longest if batch.tokens == "auto" else longest * plan.batch_size)
+    memory = Memory(job.precision.device)
+    tokens = max(longest, min(needed, _greatest_share(plan)))
+    fit = _measure(job, replace(plan, tokens=tokens), memory, _moments(job))
+    return fit.peak_bytes is not None and fit.peak_bytes <= memory.limit()
+
+
+def _moments(job: Job) -> int:
+    """Bytes that Adam will take."""
+    return ADAM_MOMENTS * sum(p.numel() * p.element_size() for p in trainable(job.model).values())
 
 
 def _rounded(tokens: int) -> int:

@@ -11,25 +11,26 @@ import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from speechtune.audio import content_hash, read_audio
+from speechtune.audio import read_audio
+from speechtune.clip_hashes import ClipHasher
 from speechtune.errors import AudioError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Encoded, Family, Sample
-from speechtune.feature_store import FeatureStore, read_json_lines
+from speechtune.feature_store import FeatureStore
 
 __all__ = ["ClipFault", "ClipHasher", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
 
-SETTLE_SECONDS = 2.0  # coarsest modification time in use (FAT): a younger file may change and keep its stamp
 LOG_SECONDS = 10.0
 READERS = 2
 
@@ -54,61 +55,17 @@ class ClipFault:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What one call of `encode_samples` did; clips are distinct clips, durations are of audio encoded here."""
+    """What one call of `encode_samples` did; clips are distinct clips, durations are of audio encoded here.
+
+    `shards_left`, after a shard: index -> number of clips that its process has not encoded yet.
+    """
 
     num_clips: int
     num_encoded: int
     num_reused: int
     audio_seconds_encoded: float
     seconds: float
-
-
-class ClipHasher:
-    """Content hash of clips, remembered on disk by path, size and times so that a start need not read all files.
-
-    Args:
-        root: cache folder; holds `hashes.jsonl`.
-        allow_urls: fetch clips given as URL.
-    """
-
-    def __init__(self, root: Path, *, allow_urls: bool = False) -> None:
-        self._path = Path(root) / "hashes.jsonl"
-        self._allow_urls = allow_urls
-        self._known: dict[tuple, str] = {}
-        if self._path.exists():
-            rows, _ = read_json_lines(self._path)
-            self._known = {tuple(row["file"]): row["hash"] for row in rows if "file" in row and "hash" in row}
-
-    def __call__(self, ref: AudioRef) -> str:
-        """Return the content hash of `ref` (64 hex digits).
-
-        Raises:
-            AudioError: the clip cannot be read.
-        """
-        now = time.time()
-        try:
-            stat = ref.path.stat() if ref.path is not None else None
-        except OSError:
-            stat = None  # content_hash reports it
-        if stat is None:
-            return content_hash(ref, allow_urls=self._allow_urls)
-        # The change time is kept as well: tools like rsync and cp -p set the modification time of a new file back.
-        times = (stat.st_mtime_ns, stat.st_ctime_ns)
-        file = (os.path.abspath(str(ref.path)), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
-        if file not in self._known:
-            digest = content_hash(ref, allow_urls=self._allow_urls)
-            if now - stat.st_mtime < SETTLE_SECONDS:
-                return digest
-            self._known[file] = digest
-            self._remember({"file": file, "hash": digest})
-        return self._known[file]
-
-    def _remember(self, row: dict) -> None:
-        # The line begins with a newline, so that one torn by a kill spoils no other. Failure costs only time.
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab", buffering=0) as file:
-                file.write(b"\n" + json.dumps(row).encode() + b"\n")
+    shards_left: Mapping[int, int] = field(default_factory=dict)
 
 
 class EncodedSet(Sequence[Encoded]):
@@ -182,22 +139,17 @@ class EncodedSet(Sequence[Encoded]):
 
     @cached_property
     def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        sizes = [(item.num_tokens, item.audio_seconds) for item in self]
-        return np.array([n for n, _ in sizes], np.int64), np.array([seconds for _, seconds in sizes], np.float64)
+        tokens, seconds = np.zeros(len(self), np.int64), np.zeros(len(self), np.float64)
+        for index, item in enumerate(self):
+            tokens[index], seconds[index] = item.num_tokens, item.audio_seconds
+        return tokens, seconds
 
 
-@dataclass(slots=True)
-class _Clip:
-    """One distinct clip; `ref` is the first place its audio was seen at."""
+class _Clip(NamedTuple):
+    """One distinct clip; `ref` is the first place its audio was seen at, `key` is empty where it cannot be read."""
 
     key: str
     ref: AudioRef
-    samples: list[Sample] = field(default_factory=list)
-    reason: str = ""
-
-    def fault(self, reason: str) -> ClipFault:
-        users = {sample.id: sample.source for sample in self.samples}
-        return ClipFault(str(self.ref), tuple(users), tuple(users.values()), reason)
 
 
 def encode_samples(
@@ -206,7 +158,7 @@ def encode_samples(
     root: Path,
     *,
     allow_urls: bool = False,
-    group_size: int = 8,
+    group_size: int = 32,
     shard: tuple[int, int] | None = None,
     verify: bool = False,
     quiet: bool = False,
@@ -231,9 +183,11 @@ def encode_samples(
     with FeatureStore(root, family.encode_key) as store:
         if verify:
             store.discard(store.verify())
-        clips, keys, faults = _distinct_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
-        missing = [clip for clip in clips if clip.key not in store]
-        share = [clip for clip in missing if shard is None or int(clip.key[:8], 16) % shard[1] == shard[0]]
+        clips, keys, reasons = _distinct_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
+        num_clips = len(clips)
+        missing = [_Clip(key, ref) for key, ref in clips.items() if key not in store]
+        del clips
+        share = [clip for clip in missing if shard is None or _shard_of(clip, shard[1]) == shard[0]]
         # Longest first: a group that does not fit in memory fails at once, not in the last minute.
         share.sort(key=lambda clip: _size_hint(clip.ref), reverse=True)
         groups = [share[i : i + group_size] for i in range(0, len(share), group_size)]
@@ -241,39 +195,61 @@ def encode_samples(
         with _Meter(len(share), quiet) as meter:
             for group, audios in _read_ahead(groups, family.sampling_rate, allow_urls):
                 found, encoded_seconds = _encode_group(family, store, group, audios)
-                faults += found
+                reasons |= found
                 seconds += encoded_seconds
                 meter.add(len(group), encoded_seconds)
-    if faults:
+        store.refresh()
+        left = Counter(_shard_of(clip, shard[1]) for clip in missing if clip.key not in store) if shard else {}
+    if reasons:
+        faults = _faults(family, samples, keys, reasons)
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise ManifestError(f"{len(faults)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(faults))
-    report = EncodeReport(len(clips), len(share), len(clips) - len(missing), seconds, time.monotonic() - started)
+    elapsed = time.monotonic() - started
+    report = EncodeReport(num_clips, len(share), num_clips - len(missing), seconds, elapsed, dict(left))
     return EncodedSet(family, samples, store, keys, report)
+
+
+def _shard_of(clip: _Clip, num_shards: int) -> int:
+    """By content, so that all machines agree whatever the files are called there."""
+    return int(clip.key[:8], 16) % num_shards
 
 
 def _distinct_clips(
     family: Family, samples: Sequence[Sample], hasher: ClipHasher
-) -> tuple[list[_Clip], list[tuple[str, ...]], list[ClipFault]]:
-    """The distinct clips of all samples, the keys of each sample's clips, and the clips that cannot be read."""
-    by_ref: dict[AudioRef, _Clip] = {}
-    by_key: dict[str, _Clip] = {}
-
-    def find(ref: AudioRef) -> _Clip:
-        try:
-            key = hasher(ref)
-        except AudioError as error:
-            return _Clip("", ref, reason=_reason(error, ref))
-        return by_key.setdefault(key, _Clip(key, ref))
-
+) -> tuple[dict[str, AudioRef], list[tuple[str, ...]], dict[_Clip, str]]:
+    """Key -> first place of each distinct clip, the keys of each sample's clips, and why some cannot be read."""
+    by_ref: dict[AudioRef, str] = {}
+    clips: dict[str, AudioRef] = {}
+    reasons: dict[_Clip, str] = {}
     keys: list[tuple[str, ...]] = []
     for sample in samples:
         refs = family.clips(sample)
         for ref in refs:
-            clip = by_ref[ref] if ref in by_ref else by_ref.setdefault(ref, find(ref))
-            clip.samples.append(sample)
-        keys.append(tuple(by_ref[ref].key for ref in refs))
-    faults = [clip.fault(clip.reason) for clip in by_ref.values() if clip.reason]
-    return list(by_key.values()), keys, faults
+            if ref in by_ref:
+                continue
+            try:
+                key = hasher(ref)
+            except AudioError as error:
+                reasons[_Clip("", ref)] = _reason(error, ref)
+                key = ""
+            else:
+                clips.setdefault(key, ref)
+            by_ref[ref] = key
+        keys.append(tuple(by_ref[ref] for ref in refs))
+    return clips, keys, reasons
+
+
+def _faults(
+    family: Family, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
+) -> list[ClipFault]:
+    """The clips that failed, each with the samples that need it."""
+    users: dict[str | AudioRef, dict[str, str]] = {clip.key or clip.ref: {} for clip in reasons}
+    for sample, sample_keys in zip(samples, keys, strict=True):
+        for key, ref in zip(sample_keys, family.clips(sample), strict=True):
+            if (key or ref) in users:
+                users[key or ref][sample.id] = sample.source
+    found = [(clip, reason, users[clip.key or clip.ref]) for clip, reason in reasons.items()]
+    return [ClipFault(str(clip.ref), tuple(who), tuple(who.values()), reason) for clip, reason, who in found]
 
 
 def _size_hint(ref: AudioRef) -> float:
@@ -282,7 +258,7 @@ def _size_hint(ref: AudioRef) -> float:
         return ref.duration_seconds
     size = len(ref.data) if ref.data is not None else 0
     with contextlib.suppress(OSError):
-        size = ref.path.stat().st_size if ref.path is not None else size
+        size = os.stat(ref.place).st_size if ref.place is not None else size
     return size / 32_000
 
 
@@ -310,19 +286,19 @@ def _read_ahead(
 
 def _encode_group(
     family: Family, store: FeatureStore, group: Sequence[_Clip], audios: Sequence[Audio | str]
-) -> tuple[list[ClipFault], float]:
-    """Encode and store one group; return its faults and the seconds of audio encoded."""
-    faults = [clip.fault(audio) for clip, audio in zip(group, audios, strict=True) if isinstance(audio, str)]
+) -> tuple[dict[_Clip, str], float]:
+    """Encode and store one group; return why some of its clips cannot be, and the seconds of audio encoded."""
+    reasons = {clip: audio for clip, audio in zip(group, audios, strict=True) if isinstance(audio, str)}
     readable = [(clip, audio) for clip, audio in zip(group, audios, strict=True) if isinstance(audio, Audio)]
     seconds = 0.0
     results = _features(family, [audio for _, audio in readable])
     for (clip, audio), result in zip(readable, results, strict=True):
         if isinstance(result, str):
-            faults.append(clip.fault(result))
+            reasons[clip] = result
         else:
             store.put(clip.key, result)
             seconds += audio.duration_seconds
-    return faults, seconds
+    return reasons, seconds
 
 
 def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]:

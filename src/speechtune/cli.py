@@ -71,26 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     _validate_verb(verbs)
-    for name, help_text, function in (
-        ("encode", "encode all clips of a recipe's data into the cache, resumably", _encode),
-        ("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost", _fit),
-        ("train", "train as a recipe says", _train),
-    ):
-        verb = verbs.add_parser(name, help=help_text)
-        verb.add_argument("recipe", type=Path, help="YAML recipe")
-        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
-        verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        if name == "encode":
-            verb.add_argument(
-                "--verify", action="store_true", help="read all cached clips and encode damaged ones anew"
-            )
-        elif name == "fit":
-            verb.add_argument("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
-        else:
-            verb.add_argument(
-                "--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights"
-            )
-        verb.set_defaults(run=function)
+    _encode_verb(verbs)
+    fit = _recipe_verb(verbs, "fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost")
+    fit.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    fit.add_argument("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
+    fit.set_defaults(run=_fit)
+    train = _recipe_verb(verbs, "train", "train as a recipe says")
+    train.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
+    train.set_defaults(run=_train)
 
     _generate_verb(verbs)
 
@@ -136,6 +125,24 @@ def _validate_verb(verbs: Any) -> None:
     )
     validate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     validate.set_defaults(run=_validate)
+
+
+def _recipe_verb(verbs: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=help_text)
+    verb.add_argument("recipe", type=Path, help="YAML recipe")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+    return verb
+
+
+def _encode_verb(verbs: Any) -> None:
+    encode = _recipe_verb(verbs, "encode", "encode all clips of a recipe's data into the cache, resumably")
+    encode.add_argument("--verify", action="store_true", help="read all cached clips and encode damaged ones anew")
+    encode.add_argument("--shard", metavar="I/N", help="encode only this share of the clips, I from 0 to N-1")
+    encode.add_argument("--engine", choices=("local", "ray"), default="local", help="(default: %(default)s)")
+    encode.add_argument(
+        "--shards", type=int, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)"
+    )
+    _call(encode, "speechtune.encoding", "run_encode")
 
 
 def _generate_verb(verbs: Any) -> None:
@@ -270,30 +277,6 @@ def _validate(options: argparse.Namespace) -> int:
     else:
         print_report(report, Console())
     return 2 if report.faults else 0
-
-
-def _encode(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from speechtune.cache import encode_samples
-    from speechtune.config import load_config
-    from speechtune.families import create_family
-    from speechtune.run import load_sets
-
-    config = load_config(options.recipe, options.overrides)
-    family = create_family(config)
-    samples = [sample for part in load_sets(config, family) for sample in part]
-    encoded = encode_samples(
-        family,
-        samples,
-        config.cache_dir,
-        allow_urls=config.data.allow_urls,
-        verify=options.verify,
-        quiet=options.json,
-    )
-    report = asdict(encoded.report) | {"cache_dir": str(config.cache_dir)}
-    _show(options.json, report)
-    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

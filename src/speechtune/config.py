@@ -120,8 +120,8 @@ class TrainConfig(Section):
     """AdamW epsilon."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Clip the global gradient norm to this value."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass; saves memory, costs time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass; saves memory, costs time. auto: only if need be."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto decides by device; see `speechtune doctor`."""
     head_weights: dict[str, float] = Field(default_factory=dict)

@@ -16,9 +16,10 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,13 +57,11 @@ class FeatureStore:
         self.root = Path(root)
         self.encode_key = encode_key
         self.folder = self.root / hashlib.sha256(encode_key.encode()).hexdigest()[:16]
-        self._entries: dict[str, _Entry] = {}
         self._positions: dict[str, tuple[int, int]] = {}  # part -> inode and bytes read of its index
         self._maps: dict[str, np.memmap] = {}
         self._checked: set[str] = set()
         self._writer: _Writer | None = None
         self._claim_folder()
-        self.refresh()
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, str]]:
         return FeatureStore, (self.root, self.encode_key)
@@ -79,21 +78,29 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @cached_property
+    def _entries(self) -> dict[str, _Entry]:
+        """The index, read when first asked for: before, the clips are hashed, which takes as much memory."""
+        self.__dict__["_entries"] = {}  # what `refresh` fills
+        self.refresh()
+        return self.__dict__["_entries"]
+
     def refresh(self) -> None:
         """Read what other processes have added since the last look."""
+        entries_now = self._entries
         for index in sorted(self.folder.glob("part-*.jsonl")):
             part = index.stem
             stat = index.stat()
             inode, position = self._positions.get(part, (stat.st_ino, 0))
             if inode != stat.st_ino or stat.st_size < position:  # rewritten by a writer that dropped entries
-                self._entries.clear()
+                entries_now.clear()
                 self._positions.clear()
                 return self.refresh()
             if stat.st_size > position:
                 entries, position = _read_index(index, position)
                 # Measured after the index was read: a line is never older than its data.
                 size = _size(index.with_suffix(".bin"))
-                self._entries.update((key, entry) for key, entry in entries if entry.end <= size)
+                entries_now.update((key, entry) for key, entry in entries if entry.end <= size)
             self._positions[part] = (stat.st_ino, position)
 
     def get(self, key: str) -> np.ndarray:
@@ -283,30 +290,36 @@ def _index_line(key: str, entry: _Entry) -> bytes:
 
 def _read_index(path: Path, start: int) -> tuple[list[tuple[str, _Entry]], int]:
     """Entries from byte `start`, and the position after the last complete line; what does not parse is no entry."""
-    rows, position = read_json_lines(path, start)
     entries: list[tuple[str, _Entry]] = []
-    for row in rows:
+    part, position = path.stem, start
+    same: dict[Any, Any] = {}  # parts hold millions of arrays of few shapes: each shape and dtype is kept once
+    for row, end in read_json_lines(path, start):
+        position = end
         with contextlib.suppress(KeyError, TypeError, ValueError):
             np.dtype(row["dtype"])
-            entry = _Entry(path.stem, int(row["offset"]), tuple(row["shape"]), row["dtype"], int(row["crc32"]))
+            shape, dtype = tuple(row["shape"]), row["dtype"]
+            shape, dtype = same.setdefault(shape, shape), same.setdefault(dtype, dtype)
+            entry = _Entry(part, int(row["offset"]), shape, dtype, int(row["crc32"]))
             entries.append((str(row["key"]), entry))
     return entries, position
 
 
-def read_json_lines(path: Path, start: int = 0) -> tuple[list[dict], int]:
-    """Parse the complete lines of `path` from byte `start`; return them and the position after the last one.
+def read_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The complete lines of `path` from byte `start`, parsed, each with the position after it.
 
-    Lines that are no JSON object are left out: they are what a power cut leaves.
+    A line that is no JSON object, which is what a power cut leaves, gives an empty one.
     """
+    position = start
     with path.open("rb") as file:
         file.seek(start)
-        data = file.read()
-    end = data.rfind(b"\n") + 1
-    rows = []
-    for line in data[:end].split(b"\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)], start + end
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            row = None
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+            yield row if isinstance(row, dict) else {}, position
 
 
 def _write_at(descriptor: int, data: bytes, start: int) -> None:

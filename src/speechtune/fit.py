@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speechtune.batching import BatchPlan
-from speechtune.budget import Fit, Memory, choose_budget, measure_budgets
+from speechtune.budget import Fit, Memory, choose_budget, measure_budgets, settle_checkpointing
 from speechtune.config import RunConfig, world_size
 from speechtune.errors import ConfigError
 from speechtune.run import prepare, start_accelerator
@@ -46,10 +46,12 @@ def fit_recipe(config: RunConfig, *, price_per_hour: float | None = None, as_jso
         }
         trial = config.model_copy(update=quiet)
         job = prepare(trial, start_accelerator(trial))
+        job = settle_checkpointing(job, 1, agree=lambda fits: fits)
         progress = Console(stderr=True)
         results = measure_budgets(job, on_result=lambda fit: progress.print(f"  {_describe(fit)}"))
     plan = BatchPlan.of(config, job.train_set.lengths, 1)
     answer = _estimate(config, plan, results, price_per_hour) | {"device": str(job.precision.device)}
+    answer["gradient_checkpointing"] = job.config.train.gradient_checkpointing
     if as_json:
         print(json.dumps(answer))
     else:

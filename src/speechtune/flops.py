@@ -74,11 +74,11 @@ class FlopCount:
     """Operations of one micro-batch: part -> (forward, backward), and the terms of the 4N basis.
 
     `computed_flops` is what the layers' mathematics takes on this layout: padding that is computed is in it, scores of
-    causal attention count once per pair that may see each other, and what a kernel or gradient checkpointing computes
-    again in the backward pass is not in it (as in PaLM, arXiv 2204.02311, appendix B).
-    `model_flops_4n` is the usual basis for LoRA: 4 * active parameters * real tokens, since a frozen base takes 2N forward
-    and 2N for the gradients of its inputs, where full training takes 6N (Kaplan et al., arXiv 2001.08361). N holds the
-    linear layers one token passes in the decoder: neither embeddings and heads nor attention scores, adapters, encoders.
+    causal attention count once per pair that may see each other, and what a kernel computes for pairs that see nothing,
+    or again in the backward pass, as gradient checkpointing does, is not (as in PaLM, arXiv 2204.02311, appendix B).
+    `model_flops_4n` is the usual basis for LoRA: 4 * active parameters * real tokens, since a frozen base takes 2N
+    forward and 2N for the gradients of its inputs, where full training takes 6N (Kaplan et al., arXiv 2001.08361). N
+    holds the linear layers one token passes in the decoder: neither embeddings and heads nor adapters and encoders.
     """
 
     parts: Mapping[str, tuple[int, int]]

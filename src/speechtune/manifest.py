@@ -10,12 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from speechtune.audio import (
     DURATION_TOLERANCE_SECONDS,
     AudioFault,
+    AudioInfo,
     audio_info,
     find_defects,
     read_audio,
@@ -25,7 +27,7 @@ from speechtune.config import DataConfig
 from speechtune.errors import ManifestError
 from speechtune.families.base import AudioRef, Clip, Sample
 from speechtune.readers import Context, read_row
-from speechtune.rows import UNREADABLE_REST, Fault, Row, iterate_rows, printable
+from speechtune.rows import UNREADABLE_REST, Fault, Row, Shared, iterate_rows, printable
 
 __all__ = ["AudioCheck", "Fault", "ReadResult", "check_audio", "load_samples", "read_samples", "split_samples"]
 
@@ -35,6 +37,7 @@ Progress = Callable[[int, int], None]
 _FAULTS_SHOWN = 20
 _CLIPS_PER_TASK = 64  # one future per clip would cost more than reading a header
 _THREADS = 4
+_HEADERS_KEPT = 4096  # of files that rows cut many segments out of
 
 logger = logging.getLogger("speechtune")
 
@@ -61,7 +64,7 @@ class AudioCheck:
 class _Finding:
     duration_seconds: float | None = None
     file_seconds: float | None = None
-    digest: str = ""
+    digest: bytes = b""
     faults: tuple[tuple[str, str], ...] = ()
 
 
@@ -81,10 +84,10 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     faults: list[Fault] = []
     notes: Counter[str] = Counter()
     first_row: dict[str, int] = {}
-    num_rows = 0
+    num_rows, shared = 0, Shared()
     for row in iterate_rows(path):
         num_rows += 1
-        context = Context(row, row_id(row, stem), folder, config)
+        context = Context(row, row_id(row, stem), folder, config, shared)
         sample = read_row(context)
         first = first_row.setdefault(context.sample_id, row.number)
         if first != row.number:
@@ -110,6 +113,8 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
 
     A speaker's only utterance stays without reference; samples that name a reference are returned as they are.
     """
+    if not any(map(_may_borrow, samples)):
+        return list(samples)
     by_speaker: defaultdict[str | None, list[Sample]] = defaultdict(list)
     position: dict[str, int] = {}
     for sample in samples:
@@ -143,31 +148,42 @@ def check_audio(
     Clips given as URL are fetched only by a deep check.
     """
     refs = list(dict.fromkeys(ref for sample in samples for ref in _own_clips(sample)))
-    findings: dict[AudioRef, _Finding] = {}
+    # Of a million sound clips nothing is kept but their durations.
+    durations: dict[AudioRef, float] = {}
+    special: dict[AudioRef, _Finding] = {}
+    num_done = 0
+    header = lru_cache(_HEADERS_KEPT)(lambda place: audio_info(AudioRef(place)))
     tasks = [refs[start : start + _CLIPS_PER_TASK] for start in range(0, len(refs), _CLIPS_PER_TASK)]
 
     def inspect(task: list[AudioRef]) -> list[_Finding]:
-        return [_inspect(ref, config, deep) for ref in task]
+        return [_inspect(ref, config, deep, header) for ref in task]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for task, found in zip(tasks, pool.map(inspect, tasks), strict=True):
-            findings.update(zip(task, found, strict=True))
+            for ref, finding in zip(task, found, strict=True):
+                if finding.duration_seconds is not None:
+                    durations[ref] = finding.duration_seconds
+                if finding.faults or finding.digest:
+                    special[ref] = finding
+            num_done += len(task)
             if progress is not None:
-                progress(len(findings), len(refs))
+                progress(num_done, len(refs))
     faults: list[Fault] = []
     for sample in samples:
         declared = sample.extra.get("declared_seconds") or ()
         own = _own_clips(sample)
         for index, ref in enumerate(own):
-            role = "target" if index == 0 else f"reference {index}"
             seconds = declared[index] if index < len(declared) else None
-            for code, reason in _clip_faults(findings[ref], seconds):
+            finding = special.get(ref)
+            if finding is None and seconds is not None:
+                finding = _Finding(durations.get(ref), durations.get(ref))
+            for code, reason in _clip_faults(finding, seconds) if finding else ():
+                role = "target" if index == 0 else f"reference {index}"
                 faults.append(_fault(sample, code, f"{role} {ref}: {reason}"))
-        digests = [findings[ref].digest for ref in own]
-        if digests and digests[0] and digests[0] in digests[1:]:
+        digests = [special[ref].digest for ref in own if ref in special]
+        if len(digests) == len(own) > 1 and digests[0] and digests[0] in digests[1:]:
             reason = "the target's audio is identical to its reference's: the model would copy it"
             faults.append(_fault(sample, "target_is_reference", reason))
-    durations = {ref: f.duration_seconds for ref, f in findings.items() if f.duration_seconds is not None}
     return AudioCheck(faults, durations)
 
 
@@ -270,18 +286,18 @@ def _own_clips(sample: Sample) -> list[AudioRef]:
     return target + [clip.audio for clip in references]
 
 
-def _inspect(ref: AudioRef, config: DataConfig, deep: bool) -> _Finding:
+def _inspect(ref: AudioRef, config: DataConfig, deep: bool, header: Callable[[str], AudioInfo]) -> _Finding:
     finding = _Finding()
     if ref.url is not None and not deep:
         return finding
     try:
-        info = audio_info(ref, allow_urls=config.allow_urls)
+        info = audio_info(ref, allow_urls=config.allow_urls) if ref.place is None else header(ref.place)
         finding.file_seconds = info.duration_seconds
         finding.duration_seconds = segment_frames(ref, info)[1] / info.sampling_rate
         _check_length(finding, finding.duration_seconds, config)
         if deep and not finding.faults:
             audio = read_audio(ref, allow_urls=config.allow_urls)
-            finding.digest = hashlib.sha256(audio.samples.tobytes()).hexdigest()
+            finding.digest = hashlib.sha256(audio.samples.tobytes()).digest()
             finding.faults += tuple(find_defects(audio))
     except AudioFault as error:
         finding.faults += ((error.code, error.reason),)

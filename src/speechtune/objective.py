@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,3 +25,8 @@ class Objective(nn.Module):
             sums = self.family.losses(self.model, batch).sums
         terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
         return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the layers of a transformers model compute their activations anew in the backward pass."""
+    cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

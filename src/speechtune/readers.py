@@ -17,7 +17,7 @@ from typing import Any
 from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
 from speechtune.families.base import AudioRef, Clip, Sample
-from speechtune.rows import Fault, Row, printable
+from speechtune.rows import Fault, Row, RowFacts, Shared, printable
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
 """What the original pipeline writes before the target text in the user's message."""
@@ -45,6 +45,7 @@ class Context:
     sample_id: str
     folder: Path
     config: DataConfig
+    shared: Shared = field(default_factory=Shared)
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -87,7 +88,7 @@ class Context:
         self.fault("bad_field", f"{name!r} is not a number but {value!r:.60}")
         return None
 
-    def path(self, text: str, *also_within: Path) -> Path | None:
+    def path(self, text: str, *also_within: Path) -> str | None:
         """Resolve a path of the manifest, confined to `audio_root` where that is set."""
         try:
             encoded = os.fsencode(text)
@@ -98,13 +99,13 @@ class Context:
             return None
         joined = os.path.join(self.folder, text)
         place, name = os.path.split(joined)
-        path = Path(_real_folder(place), name)
-        if name in ("", ".", "..") or path.is_symlink():
-            path = Path(os.path.realpath(joined))
+        path = os.path.join(_real_folder(place), name)
+        if name in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(joined)
         if self.config.audio_root is None:
             return path
         roots = [_real_folder(str(root)) for root in (self.config.audio_root, *also_within)]
-        if not any(path.is_relative_to(root) for root in roots):
+        if not any(path == root or path.startswith(os.path.join(root, "")) for root in roots):
             self.fault("outside_root", f"{text!r} leads to {path}, outside data.audio_root ({roots[0]})")
             return None
         return path
@@ -135,7 +136,7 @@ class Context:
                 return AudioRef(url=place, **segment), declared
             return None
         path = self.path(place)
-        return None if path is None else (AudioRef(path=path, **segment), declared)
+        return None if path is None else (self.shared(AudioRef(path=path, **segment)), declared)
 
     def _inline(self, part: Mapping[str, Any], url_key: str) -> bytes | None:
         text = self.optional_text(part, "raw_audio")
@@ -350,13 +351,15 @@ def _sample(
             context.fault("bad_unicode", f"{name!r} holds lone surrogates or NUL")
     if context.faults:
         return None
-    extra = {key: item for key, item in extra.items() if key not in _RESERVED}
-    extra |= {"row": context.row.number, "layout": layout}
+    one = context.shared
+    alike: dict[str, Any] = {key: item for key, item in extra.items() if key not in _RESERVED} | {"layout": layout}
     if any(declared is not None for _, declared, _ in clips):
-        extra["declared_seconds"] = tuple(declared for _, declared, _ in clips)
-    references = tuple(Clip(ref, spoken) for ref, _, spoken in clips[1:])
+        alike["declared_seconds"] = tuple(declared for _, declared, _ in clips)
+    facts = RowFacts(context.row.number, one.mapping(alike))
+    references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
+    system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
     return Sample(
-        context.sample_id, text, audio, references, system, scene, speaker, language, context.row.source, extra
+        context.sample_id, text or "", audio, references, system, scene, speaker, language, context.row.source, facts
     )
 
 
@@ -380,7 +383,7 @@ def _transcript(
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_TRANSCRIPT_BYTES:
             context.fault("bad_transcript", f"{path}: not a text file of at most {MAX_TRANSCRIPT_BYTES} bytes")
             return ""
-        text = path.read_bytes().decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         context.fault("missing_text", f"{path}: cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
@@ -392,5 +395,5 @@ def _transcript(
 
 
 @lru_cache(maxsize=4096)
-def _real_folder(path: str) -> Path:
-    return Path(os.path.realpath(path))
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)

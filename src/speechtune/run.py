@@ -32,7 +32,7 @@ from speechtune.adapter import (
     trainable,
 )
 from speechtune.base_recipe import describe_base
-from speechtune.budget import resolve_auto
+from speechtune.budget import settle_budget, settle_checkpointing
 from speechtune.cache import EncodedSet, encode_samples
 from speechtune.checkpoint import STATE_NAME, check_writable, clear_leftovers, find_checkpoints
 from speechtune.config import RunConfig, world_size
@@ -44,6 +44,7 @@ from speechtune.fingerprint import checksums, tensors_fingerprint
 from speechtune.listening import make_listener, num_prompts, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
 from speechtune.model_card import model_card
+from speechtune.objective import checkpoint_activations
 from speechtune.precision import plan_precision
 from speechtune.ranks import least_over_ranks
 from speechtune.run_info import INFO_NAME, run_info
@@ -122,10 +123,14 @@ def _check_sharding(config: RunConfig) -> None:
             "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
             "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
         )
-    if config.batch.tokens == "auto":
-        raise ConfigError(
-            "speed.parallel=fsdp: batch.tokens=auto measures a model that is whole on its device: name a number"
-        )
+    for option, value in (
+        ("batch.tokens", config.batch.tokens),
+        ("train.gradient_checkpointing", config.train.gradient_checkpointing),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"speed.parallel=fsdp: {option}=auto measures a model that is whole on its device: name a value"
+            )
 
 
 def _check_restarts() -> None:
@@ -224,8 +229,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         model = apply_lora(model, family, lora, config.train.seed)
     elif config.train.freeze:
         freeze(model, config.train.freeze)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+    if config.train.gradient_checkpointing is True:
+        checkpoint_activations(model)
     identity = {
         "family": config.family,
         "dataset": train_set.fingerprint,
@@ -261,7 +266,8 @@ def run_training(config: RunConfig) -> Outcome:
 
 def _train(config: RunConfig, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
     job = prepare(config, accelerator)
-    job = resolve_auto(job, accelerator.num_processes, lambda tokens: least_over_ranks(accelerator, tokens))
+    for settle in (settle_checkpointing, settle_budget):
+        job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     run = Run(job, accelerator)
     watchdog.step = lambda: run.state.step

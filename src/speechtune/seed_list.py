@@ -74,7 +74,7 @@ def _clip(context: Context, place: str) -> AudioRef | None:
     path = context.path(place)
     if path is None:
         return None
-    ref = AudioRef(path)
+    ref = AudioRef(Path(path))
     try:
         audio_info(ref)
     except AudioFault as fault:

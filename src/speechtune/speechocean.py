@@ -291,4 +291,4 @@ def _audio(context: Context, place: str) -> AudioRef | None:
         return None if named is None else named[0]
     here = Context(context.row, context.sample_id, Path.cwd(), context.config)
     other = here.path(place)
-    return AudioRef(path=other) if other is not None and os.path.isfile(other) else named[0]
+    return AudioRef(path=Path(other)) if other is not None and os.path.isfile(other) else named[0]

@@ -177,7 +177,7 @@ RESTARTS = {"WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_U
 REFUSED = {
     "one process": ({}, {"WORLD_SIZE": "1"}, "nothing can be sharded"),
     "answers": ({"evaluate": {"prompts": 2}}, {"WORLD_SIZE": "2"}, "evaluate.prompts=0"),
-    "a budget": ({"batch": {"tokens": "auto"}}, {"WORLD_SIZE": "2"}, "name a number"),
+    "a budget": ({"batch": {"tokens": "auto"}}, {"WORLD_SIZE": "2"}, "batch.tokens=auto .* name a value"),
     "stale addresses": ({}, {**RESTARTS, "MASTER_ADDR": "localhost"}, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
 }
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from speechtune.adapter import apply_lora
 from speechtune.config import LoraSettings
+from speechtune.families import fast
 from speechtune.families.base import Batch, Family, Sample
 from speechtune.families.flop_rules import flop_rules
 from speechtune.flops import FlopCount, causal_pairs, count_flops, mfu, peak_flops
@@ -36,9 +37,9 @@ WAYS = {  # packed, fast
 
 
 @pytest.fixture(autouse=True)
-def _torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlopCounterMode knows what torch's kernel computes; the blocks of the CPU's own would be counted one by one."""
-    monkeypatch.setattr("speechtune.families.fast.MOST_POSITIONS", 0)
+def _plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the CPU's attention in blocks, which takes a part of the pairs that see nothing."""
+    monkeypatch.setattr(fast, "MOST_POSITIONS", 0)
 
 
 def measured(family: Family, model: nn.Module, batch: Batch) -> Counted:
@@ -54,9 +55,8 @@ def measured(family: Family, model: nn.Module, batch: Batch) -> Counted:
 
 def counted(family: Any, model: nn.Module, batch: Batch) -> Counted:
     """What the toolkit counts, with all pairs; behind frozen heads the gradient is found in the forward pass."""
-    fast = family.config.speed.fast_forward
     samples, width = batch.inputs["input_ids"].shape
-    pairs = sum(length**2 for length in batch.lengths) if fast else samples * width**2
+    pairs = sum(length**2 for length in batch.lengths) if family.config.speed.fast_forward else samples * width**2
     rules = [replace(r, pairs=pairs) if r.part == "attention scores" else r for r in flop_rules(family, model, batch)]
     found = count_flops(model, rules, batch.num_tokens)
     frozen = not any(p.requires_grad for n, p in model.named_parameters() if "lm_head" in n or "trainable_tokens" in n)
@@ -64,15 +64,15 @@ def counted(family: Any, model: nn.Module, batch: Batch) -> Counted:
 
 
 def higgs_on(folder: Path, way: str) -> Any:
-    packed, fast = WAYS[way]
-    sections = {"batch": {"packing": packed}, "speed": {"fast_forward": fast}}
+    packed, quick = WAYS[way]
+    sections = {"batch": {"packing": packed}, "speed": {"fast_forward": quick}}
     return family_on(folder / "model", folder / "codec", attention="eager", **sections)
 
 
 def phi4_on(folder: Path, way: str, **sections: Any) -> Any:
-    packed, fast = WAYS[way]
+    packed, quick = WAYS[way]
     model = {"attention": "eager"} | sections.pop("model", {})
-    sections |= {"model": model, "batch": {"packing": packed}, "speed": {"fast_forward": fast}}
+    sections |= {"model": model, "batch": {"packing": packed}, "speed": {"fast_forward": quick}}
     return phi4_cases.family_on(folder, **sections)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from speechtune.audio import read_audio
 from speechtune.errors import AudioError, ConfigError
 from speechtune.families.base import Audio, AudioRef
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
-from speechtune.families.higgs_codec import sinc_resample
+from speechtune.families.higgs_codec import HiggsCodec, sinc_resample
+from speechtune.families.tiny import codec_from_config, draw_codebooks
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,45 @@ def test_batch_mates_do_not_change_codes(tiny_family: HiggsAudioV2Family, speech
     for clip, codes in zip(clips, together, strict=True):
         np.testing.assert_array_equal(codes, tiny_family.encode_audio([clip])[0])
     assert len({codes.tobytes() for codes in together}) == 3
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts back the number of threads that torch had."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads_of_ours", [1, 3])
+def test_codes_are_those_of_the_native_class(tmp_path: Path, demo_clips: list[DemoClip], threads_of_ours: int) -> None:
+    """Fault: torch rounds 1x1 convolutions and weight norms otherwise with one thread, and codes at a tie flipped.
+
+    Wide enough for that to be seen: each of the convolutions' outputs is compared, not only the codes.
+    """
+    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:12:2]]
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    native = codec_from_config(width=8)
+    draw_codebooks(native, clips[:2])
+    native.save_pretrained(tmp_path)
+    ours = HiggsCodec(str(tmp_path))
+    seen: dict[str, list[torch.Tensor]] = {"native": [], "ours": []}
+    for name, model in (("native", native), ("ours", ours.model)):
+        model.fc.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0].clone()))
+    with torch.inference_mode():
+        waves = [torch.from_numpy(clip.samples)[None, None] for clip in clips]
+        expected = [native.encode(wave).audio_codes[0].T.numpy() for wave in waves]
+    torch.set_num_threads(threads_of_ours)
+    found = ours.encode(clips)
+    assert torch.get_num_threads() == threads_of_ours
+    for codes, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(codes, wanted)
+    embeddings = {given.shape: given for given in seen["ours"]}
+    assert len(embeddings) == len({clip.samples.shape for clip in clips}) > 3
+    for given in seen["native"]:
+        assert torch.equal(embeddings[given.shape], given)
 
 
 def test_codes_decode_to_audio_of_their_length(tiny_family: HiggsAudioV2Family, speech: list[Audio]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_operations_at_released_dimensions(
     name: str, layers: int, attention: int, setup: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device torch counts a step of the real size without computing it."""
-    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)  # there is no autocast there to ask for
+    monkeypatch.setattr(fast, "MOST_POSITIONS", 0)  # nor a CPU's attention in blocks
     family = setup.make_family(name, tiny=False, packing=True, fast=True)
     model = apply_lora(make_fast(family.skeleton()), family, family.config.lora, seed=0).train()
     batch = family.collate(setup.make_samples(family, [200, 300, 700]))
@@ -105,7 +106,6 @@ def test_operations_at_released_dimensions(
 @pytest.mark.parametrize("name", ["higgs_audio_v2", "phi4_multimodal"])
 def test_a_fast_step_reads_nothing_back(name: str, setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would have to be waited for is an error on the meta device: the native layers' masks, for one."""
-    monkeypatch.setattr(fast, "_compute_dtype", lambda x: x.dtype)
 
     def step(way: bool) -> None:
         family = setup.make_family(name, tiny=True, packing=True, fast=way)
@@ -163,3 +163,36 @@ def test_a_breakdown_adds_up_with_overlap_and_idle_time(profile: Any) -> None:
     shares = profile.breakdown(kernels, 100)
     assert shares["matmul"] == pytest.approx(0.5) and shares["copy/index"] == pytest.approx(0.1)
     assert shares["idle"] == pytest.approx(0.4) and sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_kernels_of_a_gpu_profile_are_kept_and_nothing_else(profile: Any) -> None:
+    """Operators on the CPU, and annotations that span many kernels, would count their time twice."""
+
+    def event(name: str, device: Any, annotation: bool = False) -> SimpleNamespace:
+        times = SimpleNamespace(start=1.0, end=2.0)
+        return SimpleNamespace(name=name, device_type=device, time_range=times, is_user_annotation=annotation)
+
+    gpu, cpu = profile.DeviceType.CUDA, profile.DeviceType.CPU
+    events = [
+        event("nvjet", gpu),
+        event("aten::mm", cpu),
+        event("Optimizer.step#AdamW.step", gpu),
+        event("x", gpu, True),
+    ]
+    profiler = SimpleNamespace(events=lambda: events)
+    assert profile.intervals(profiler, torch.device("cuda")) == [("nvjet", 1.0, 2.0)]
+
+
+def test_what_does_not_fit_is_a_row_too(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("gpu")
+    family = setup.make_family("higgs_audio_v2", tiny=True, packing=True, fast=True)
+    model = setup.make_model(family, FP32, "default")
+    work = bench.make_work(family, model, FP32, "packed", ("equal", 600))
+
+    def measure(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "measure", measure)
+    row = bench.measure_row(("higgs_audio_v2", "all", "equal", 600, "packed"), work, model, FP32.device, 1)
+    assert row.error == "out of memory" and row.tokens_per_second is row.mfu_4n is None
+    assert "| out of memory | – | – | – |" in bench.table([row]) and "| – |" in bench.breakdown_table([row])

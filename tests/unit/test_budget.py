@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from helpers import DemoClip
 from speechtune import budget
-from speechtune.budget import Fit, choose_budget, measure_budgets
+from speechtune.budget import Fit, choose_budget, measure_budgets, settle_checkpointing
 from speechtune.cli import main
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
@@ -70,7 +71,8 @@ def test_the_largest_budget_lies_near_the_limit(raises: bool, job: Job, monkeypa
     """Between the last doubling that fits and the first that does not; an overfull device is survived."""
     longest, most = int(job.train_set.lengths.max()), sum(sorted(job.train_set.lengths.tolist())[-3:])
     room = (longest + most) // 2
-    moments = 2 * sum(p.numel() * 4 for p in job.model.parameters() if p.requires_grad)
+    moments = budget._moments(job)
+    assert moments == 2 * sum(p.numel() * 4 for p in job.model.parameters() if p.requires_grad)
     device_of(monkeypatch, FIXED + moments + room * BYTES_PER_POSITION, room if raises else None)
     results = measure_budgets(job)
     fitting = [fit for fit in results if fit.peak_bytes is not None]
@@ -123,6 +125,19 @@ def test_auto_trains_as_the_number_it_finds(config: RunConfig, tmp_path: Path) -
     assert isinstance(found.batch.tokens, int)
     _, by_number = run("number", found.batch.tokens)
     assert all(torch.equal(automatic[name], by_number[name]) for name in by_number)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_activations_are_kept_where_they_fit(enough: bool, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` for a micro-batch of three samples of the longest's length."""
+    train = job.config.train.model_copy(update={"gradient_checkpointing": "auto"})
+    asked = replace(job, config=job.config.model_copy(update={"train": train}))
+    room = sum(sorted(job.train_set.lengths.tolist())[-3:])
+    seen = device_of(monkeypatch, FIXED + budget._moments(job) + (room - (0 if enough else 500)) * BYTES_PER_POSITION)
+    settled = settle_checkpointing(asked, 1, lambda fits: fits)
+    assert settled.config.train.gradient_checkpointing is (not enough)
+    assert bool(getattr(job.model, "is_gradient_checkpointing", False)) is (not enough)
+    assert max(seen) <= room
 
 
 def test_fit_says_what_the_run_will_take(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechtune import cache
+from speechtune import cache, clip_hashes
 from speechtune.cache import ClipHasher, EncodedSet, FeatureStore, encode_samples
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Clip, Encoded, Family, Sample
@@ -403,13 +403,13 @@ def test_concurrent_processes_lose_nothing(tmp_path: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[AudioRef]:
     """Every clip whose bytes were really hashed."""
     calls: list[AudioRef] = []
-    real = cache.content_hash
+    real = clip_hashes.content_hash
 
     def counted(ref: AudioRef, *, allow_urls: bool = False) -> str:
         calls.append(ref)
         return real(ref, allow_urls=allow_urls)
 
-    monkeypatch.setattr(cache, "content_hash", counted)
+    monkeypatch.setattr(clip_hashes, "content_hash", counted)
     return calls
 
 

@@ -20,21 +20,61 @@ if TYPE_CHECKING:
     from speechtune.scorers import Scorers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, init=False, eq=False)
 class AudioRef:
     """Where the audio of one clip lies, and which part of it is meant.
 
     Exactly one of `path`, `data` and `url` is set. `duration_seconds` None means "to the end".
     """
 
-    path: Path | None = None
-    data: bytes | None = None
-    url: str | None = None
-    offset_seconds: float = 0.0
-    duration_seconds: float | None = None
+    # A million rows hold two million of these: the path is kept as text, a quarter of the size of a Path.
+    __slots__ = ("_place", "data", "duration_seconds", "offset_seconds", "url")
+
+    path: Path | None  # pyright: ignore[reportRedeclaration]
+    data: bytes | None
+    url: str | None
+    offset_seconds: float
+    duration_seconds: float | None
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        data: bytes | None = None,
+        url: str | None = None,
+        offset_seconds: float = 0.0,
+        duration_seconds: float | None = None,
+    ) -> None:
+        keep = object.__setattr__
+        keep(self, "_place", path if path is None or isinstance(path, str) else str(path))
+        keep(self, "data", data)
+        keep(self, "url", url)
+        keep(self, "offset_seconds", offset_seconds)
+        keep(self, "duration_seconds", duration_seconds)
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for inline bytes and URLs."""
+        return None if self._place is None else Path(self._place)
+
+    @property
+    def place(self) -> str | None:
+        """`path` as text."""
+        return self._place
+
+    def _values(self) -> tuple[str | None, bytes | None, str | None, float, float | None]:
+        return self._place, self.data, self.url, self.offset_seconds, self.duration_seconds
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, AudioRef) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __reduce__(self) -> tuple[type[AudioRef], tuple[Any, ...]]:
+        return AudioRef, self._values()
 
     def __str__(self) -> str:
-        place = str(self.path or self.url or f"<{len(self.data or b'')} inline bytes>")
+        place = str(self._place or self.url or f"<{len(self.data or b'')} inline bytes>")
         if self.offset_seconds or self.duration_seconds is not None:
             end = "" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g}"
             place += f"[{self.offset_seconds:g}:{end}]"

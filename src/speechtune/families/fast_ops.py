@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -55,7 +56,9 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Ke
     if kernels == "liger":
         # Not in place: the gradient it would write into may be another node's too.
         return _liger()[0].apply(hidden, weight, eps, 0.0, "llama", False)
-    return nn.functional.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
+    # CUDA's autocast would copy the input to float32, and hand on float32; the norm computes in it anyway.
+    with torch.autocast("cuda", enabled=False) if hidden.is_cuda else nullcontext():
+        return nn.functional.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -> torch.Tensor:
