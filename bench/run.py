@@ -2,8 +2,8 @@
 
     python bench/run.py [--only training,save] [--quick] [--json FILE]
 
-Timings are ratios to a named peer in the same run wherever there is one. `bench/evaluate.py` and `bench/scorers.py`
-have command lines of their own: they take minutes, and scorers that are not installed with the toolkit.
+Timings are ratios to a named peer in the same run wherever there is one. `bench/evaluate.py`, `bench/scorers.py` and
+`bench/gpu.py` have command lines of their own: they take minutes, and what is not installed with the toolkit.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from table import Row, Threshold, make_rows, print_rows, write_results
 
 RESULTS = Path(__file__).with_name("results")
@@ -28,12 +29,23 @@ class Bench:
 
     title: str
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `measure`."""
+    quick: Mapping[str, Any] = field(default_factory=lambda: {"pairs": QUICK_PAIRS})
+    """Arguments with --quick."""
 
 
 BENCHES: dict[str, Bench] = {
     "startup": Bench("start-up", {"speechtune --help, CPU seconds": Threshold(most=0.4)}),
     "data_path": Bench("data path, second epoch on", {"codec in the loop / cached codes, time": Threshold(least=10)}),
-    "encode": Bench("encoding", {}),
+    "encode": Bench(
+        "encoding",
+        {
+            "released shape: native / ours": Threshold(least=2.0),
+            "released shape: codes that differ": Threshold(most=0),
+            "small: codes that differ": Threshold(most=0),
+        },
+    ),
     "save": Bench(
         "saving",
         {
@@ -49,16 +61,20 @@ BENCHES: dict[str, Bench] = {
         {"mixed lengths: ours / peer": Threshold(least=2.0), "equal lengths: ours / peer": Threshold(least=1.1)},
     ),
     "curves": Bench("cost of training", {}),
-    "scale": Bench("cost of many samples", {}),
+    "scale": Bench(
+        "cost of many samples",
+        usual={"sizes": (1_000, 10_000, 100_000)},  # the million of `python bench/scale.py` takes much longer
+        quick={"sizes": (1_000,)},
+    ),
 }
 
 
 def run(name: str, *, quick: bool) -> list[Row]:
     """Measure one bench."""
-    measure = importlib.import_module(name).measure
-    few = quick and "pairs" in inspect.signature(measure).parameters
-    bench = BENCHES[name]
-    return make_rows(bench.title, measure(pairs=QUICK_PAIRS) if few else measure(), bench.thresholds)
+    bench, threads = BENCHES[name], torch.get_num_threads()
+    measured = importlib.import_module(name).measure(**(bench.quick if quick else bench.usual))
+    torch.set_num_threads(threads)  # a bench may set them
+    return make_rows(bench.title, measured, bench.thresholds)
 
 
 def main() -> int:
