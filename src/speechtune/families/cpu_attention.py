@@ -4,12 +4,14 @@ torch's flash kernel for CPUs keeps no probabilities and multiplies small tiles;
 plain products of the same size run about three times as fast forward and backward (`bench/attention.py`). The
 probabilities are kept, so that long samples stay with torch's kernel.
 
-Shapes: S positions of one sample, H query heads in G groups of R, E head width, C queries of a block.
+Shapes: S positions of one sample, H query heads in G groups, Q = S * H / G rows of queries, E head width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,40 +25,49 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:
         size, heads, width = q_SHE.shape
         groups = k_SGE.shape[1]
-        q_GSRE = q_SHE.view(size, groups, heads // groups, width).transpose(0, 1).contiguous()
+        ctx.scale, ctx.shared, kept = width**-0.5, heads // groups, []
+        # A group's queries as the rows of one matrix, the heads of a position next to each other.
+        q_GQE = (q_SHE * ctx.scale).view(size, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
         k_GES, v_GSE = k_SGE.permute(1, 2, 0).contiguous(), v_SGE.transpose(0, 1).contiguous()
-        ctx.scale, kept, outputs = 1 / math.sqrt(width), [], []
-        for start in range(0, size, BLOCK):
-            end = min(start + BLOCK, size)
-            queries = q_GSRE[:, start:end].flatten(1, 2)
-            scores = (queries @ k_GES[:, :, :end]).mul_(ctx.scale)
-            later = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)[:, None]
-            scores.view(groups, end - start, -1, end)[..., start:].masked_fill_(later, -math.inf)
-            kept.append(scores.softmax(-1))
-            outputs.append((kept[-1] @ v_GSE[:, :end]).view(groups, end - start, -1, width))
-        out_GSRE = torch.cat(outputs, 1)
-        ctx.save_for_backward(q_GSRE, k_GES, v_GSE, out_GSRE, *kept)
-        return out_GSRE.transpose(0, 1).reshape(size, heads, width)
+        out_GQE, later = torch.empty_like(q_GQE), _later(ctx.shared)
+        for start, end, rows in _blocks(size, ctx.shared):
+            weights = q_GQE[:, rows] @ k_GES[:, :, :end]
+            weights[..., start:].masked_fill_(later[: weights.shape[1], : end - start], -math.inf)
+            kept.append(weights.softmax(-1))
+            torch.bmm(kept[-1], v_GSE[:, :end], out=out_GQE[:, rows])
+        ctx.save_for_backward(q_GQE, k_GES, v_GSE, out_GQE, *kept)
+        return out_GQE.view(groups, size, -1, width).transpose(0, 1).reshape(size, heads, width)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q_GSRE, k_GES, v_GSE, out_GSRE, *kept = ctx.saved_tensors
-        size, width = v_GSE.shape[1:]
-        grad_GSRE = grads[0].reshape(size, len(q_GSRE), -1, width).transpose(0, 1).contiguous()
+        q_GQE, k_GES, v_GSE, out_GQE, *kept = ctx.saved_tensors
+        groups, size, width = v_GSE.shape
+        grad_GQE = grads[0].reshape(size, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
         # The softmax's gradient needs the sum over keys of P dP, which is the product of output and its gradient.
-        weight_GSR1 = (grad_GSRE * out_GSRE).sum(-1, keepdim=True)
+        weight_GQ1 = (grad_GQE * out_GQE).sum(-1, keepdim=True)
         k_GSE, v_GES = k_GES.transpose(1, 2), v_GSE.transpose(1, 2)
-        grad_k, grad_v, grad_q = torch.zeros_like(v_GSE), torch.zeros_like(v_GSE), []
-        for start, weights in zip(range(0, size, BLOCK), kept, strict=True):
-            end = min(start + BLOCK, size)
-            block = slice(start, end)
-            grad = grad_GSRE[:, block].flatten(1, 2)
+        grad_q, grad_k, grad_v = torch.empty_like(q_GQE), torch.zeros_like(v_GSE), torch.zeros_like(v_GSE)
+        for (_, end, rows), weights in zip(_blocks(size, ctx.shared), kept, strict=True):
+            grad = grad_GQE[:, rows]
             grad_v[:, :end].baddbmm_(weights.transpose(1, 2), grad)
-            scores = (grad @ v_GES[:, :, :end]).sub_(weight_GSR1[:, block].flatten(1, 2)).mul_(weights).mul_(ctx.scale)
-            grad_q.append((scores @ k_GSE[:, :end]).view(len(scores), end - start, -1, width))
-            grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q_GSRE[:, block].flatten(1, 2))
-        grad_q_SHE = torch.cat(grad_q, 1).transpose(0, 1).reshape(size, -1, width)
+            scores = (grad @ v_GES[:, :, :end]).sub_(weight_GQ1[:, rows]).mul_(weights)
+            torch.bmm(scores, k_GSE[:, :end], out=grad_q[:, rows])
+            grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q_GQE[:, rows])
+        grad_q_SHE = grad_q.mul_(ctx.scale).view(groups, size, -1, width).transpose(0, 1).reshape(size, -1, width)
         return grad_q_SHE, grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+
+
+def _blocks(size: int, shared: int) -> Iterator[tuple[int, int, slice]]:
+    """First position and end of each block, and its rows where `shared` heads share a key."""
+    for start in range(0, size, BLOCK):
+        end = min(start + BLOCK, size)
+        yield start, end, slice(start * shared, end * shared)
+
+
+@cache
+def _later(shared: int) -> torch.Tensor:
+    """Within a block: which keys (columns) come after a query (rows)."""
+    return torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1).repeat_interleave(shared, 0)
 
 
 def causal_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:

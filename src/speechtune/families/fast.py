@@ -119,23 +119,34 @@ def reorder(x: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor) -> 
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + s (x A^T) B^T for a frozen W; nothing but x and x A^T is kept, and sums are taken inside the products."""
+    """x W^T + s (x A^T) B^T for a frozen W, with the sums taken inside the products.
+
+    In float32 as x (W + s B A)^T: adding the adapter to W costs r additions a weight, adding it to the output r a
+    position and channel, in the forward pass and again in the backward pass. In half precision W would lose the
+    adapter's digits, and x A^T is kept instead.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
+        ctx.scaling = scaling
+        if x.dtype == torch.float32:
+            ctx.save_for_backward(x, w, a, b)
+            return x @ torch.addmm(w, b, a, alpha=scaling).T
         down = x @ a.T
         ctx.save_for_backward(x, w, a, b, down)
-        ctx.scaling = scaling
         return (x @ w.T).addmm_(down, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, w, a, b, down = ctx.saved_tensors
-        grad = grads[0]
+        (x, w, a, b, *kept), grad = ctx.saved_tensors, grads[0]
         grad_down = (grad @ b).mul_(ctx.scaling)
-        grad_x = (grad @ w).addmm_(grad_down, a) if ctx.needs_input_grad[0] else None
+        down, grad_x = kept[0] if kept else x @ a.T, None
+        if ctx.needs_input_grad[0] and kept:
+            grad_x = (grad @ w).addmm_(grad_down, a)
+        elif ctx.needs_input_grad[0]:
+            grad_x = grad @ torch.addmm(w, b, a, alpha=ctx.scaling)
         grad_b = (grad.T @ down).mul_(ctx.scaling)
         return grad_x, None, grad_down.T @ x, grad_b, None
 

@@ -56,9 +56,29 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Ke
     if kernels == "liger":
         # Not in place: the gradient it would write into may be another node's too.
         return _liger()[0].apply(hidden, weight, eps, 0.0, "llama", False)
+    if not hidden.is_cuda and hidden.dtype == weight.dtype == torch.float32 and not weight.requires_grad:
+        return cast(torch.Tensor, _FrozenNorm.apply(hidden, weight, eps))
     # CUDA's autocast would copy the input to float32, and hand on float32; the norm computes in it anyway.
     with torch.autocast("cuda", enabled=False) if hidden.is_cuda else nullcontext():
         return nn.functional.rms_norm(hidden, weight.shape, weight, eps).to(hidden.dtype)
+
+
+class _FrozenNorm(torch.autograd.Function):
+    """The norm in float32 with a weight that is not trained; torch fuses it on GPUs only."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        scale = length.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        return (hidden * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, scale = ctx.saved_tensors
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, hidden)[..., None].mul_(scale**3).div_(hidden.shape[-1])
+        return grad.mul_(scale).addcmul_(hidden, along, value=-1), None, None
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -> torch.Tensor:
