@@ -22,15 +22,15 @@ MOST_POSITIONS = 1536  # above, the probabilities of a layer outgrow the activat
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor, first: int) -> torch.Tensor:
         size, heads, width = q_SHE.shape
         groups = k_SGE.shape[1]
-        ctx.scale, ctx.shared, kept = width**-0.5, heads // groups, []
+        ctx.scale, ctx.shared, ctx.first, kept = width**-0.5, heads // groups, first, []
         # A group's queries as the rows of one matrix, the heads of a position next to each other.
         q_GQE = (q_SHE * ctx.scale).view(size, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
         k_GES, v_GSE = k_SGE.permute(1, 2, 0).contiguous(), v_SGE.transpose(0, 1).contiguous()
-        out_GQE, later = torch.empty_like(q_GQE), _later(ctx.shared)
-        for start, end, rows in _blocks(size, ctx.shared):
+        out_GQE, later = torch.zeros_like(q_GQE), _later(ctx.shared)
+        for start, end, rows in _blocks(first, size, ctx.shared):
             weights = q_GQE[:, rows] @ k_GES[:, :, :end]
             weights[..., start:].masked_fill_(later[: weights.shape[1], : end - start], -math.inf)
             kept.append(weights.softmax(-1))
@@ -46,20 +46,20 @@ class _CausalAttention(torch.autograd.Function):
         # The softmax's gradient needs the sum over keys of P dP, which is the product of output and its gradient.
         weight_GQ1 = (grad_GQE * out_GQE).sum(-1, keepdim=True)
         k_GSE, v_GES = k_GES.transpose(1, 2), v_GSE.transpose(1, 2)
-        grad_q, grad_k, grad_v = torch.empty_like(q_GQE), torch.zeros_like(v_GSE), torch.zeros_like(v_GSE)
-        for (_, end, rows), weights in zip(_blocks(size, ctx.shared), kept, strict=True):
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q_GQE, v_GSE, v_GSE))
+        for (_, end, rows), weights in zip(_blocks(ctx.first, size, ctx.shared), kept, strict=True):
             grad = grad_GQE[:, rows]
             grad_v[:, :end].baddbmm_(weights.transpose(1, 2), grad)
             scores = (grad @ v_GES[:, :, :end]).sub_(weight_GQ1[:, rows]).mul_(weights)
             torch.bmm(scores, k_GSE[:, :end], out=grad_q[:, rows])
             grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q_GQE[:, rows])
         grad_q_SHE = grad_q.mul_(ctx.scale).view(groups, size, -1, width).transpose(0, 1).reshape(size, -1, width)
-        return grad_q_SHE, grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+        return grad_q_SHE, grad_k.transpose(0, 1), grad_v.transpose(0, 1), None
 
 
-def _blocks(size: int, shared: int) -> Iterator[tuple[int, int, slice]]:
-    """First position and end of each block, and its rows where `shared` heads share a key."""
-    for start in range(0, size, BLOCK):
+def _blocks(first: int, size: int, shared: int) -> Iterator[tuple[int, int, slice]]:
+    """First position and end of each block from `first` on, and its rows where `shared` heads share a key."""
+    for start in range(first, size, BLOCK):
         end = min(start + BLOCK, size)
         yield start, end, slice(start * shared, end * shared)
 
@@ -70,6 +70,10 @@ def _later(shared: int) -> torch.Tensor:
     return torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1).repeat_interleave(shared, 0)
 
 
-def causal_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017) over the positions up to each query's own; returns (S, H, E)."""
-    return cast(torch.Tensor, _CausalAttention.apply(q_SHE, k_SGE, v_SGE))
+def causal_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017) over the positions up to each query's own.
+
+    Returns:
+        (S, H, E), with zeros before position `first`, where nobody needs it.
+    """
+    return cast(torch.Tensor, _CausalAttention.apply(q_SHE, k_SGE, v_SGE, first))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -35,15 +35,26 @@ class Segments:
     Attributes:
         lengths: positions of each sample, known on the CPU so that nothing waits for a device.
         offsets: int32 tensor (number of samples + 1,) on the device: where each starts, and the end.
+        first: the first position of each sample whose result is needed; not used on a GPU.
     """
 
     lengths: tuple[int, ...]
     offsets: torch.Tensor
+    first: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batch: Batch) -> Segments:
         """The segments of a batch that a family collated."""
         return cls(batch.lengths, batch.inputs["offsets"])
+
+    def needed(self, kept: torch.Tensor) -> Segments:
+        """The same where only the positions `kept` are needed; on a GPU as they are, since asking would wait for it."""
+        if not kept.is_cpu:
+            return self
+        starts, ends = self.offsets[:-1].long(), self.offsets[1:].long()
+        owners = torch.bucketize(kept, ends, right=True)
+        first = ends.clone().scatter_reduce(0, owners, kept, "amin") - starts
+        return replace(self, first=tuple(first.tolist()))
 
 
 def attend(q_NHE: torch.Tensor, k_NGE: torch.Tensor, v_NGE: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -57,7 +68,8 @@ def attend(q_NHE: torch.Tensor, k_NGE: torch.Tensor, v_NGE: torch.Tensor, segmen
         return kernel(q_NHE, k_NGE, v_NGE, segments.offsets, longest)
     if not q_NHE.is_cuda and q_NHE.dtype == torch.float32 and max(segments.lengths) <= MOST_POSITIONS:
         parts = (x.split(list(segments.lengths)) for x in (q_NHE, k_NGE, v_NGE))
-        outputs = [causal_attention(*heads) for heads in zip(*parts, strict=True)]
+        first = segments.first or (0,) * len(segments.lengths)
+        outputs = [causal_attention(*heads) for heads in zip(*parts, first, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     outputs, sizes = [], _runs(segments.lengths)
     for q, k, v, (count, length) in zip(

@@ -148,6 +148,8 @@ def run_layers(decoder: nn.Module, hidden: Any, routes: Routes) -> Any:
     inner = replace(routes, kept=None)
     for layer in layers[:-1]:
         hidden = layer(hidden, routes=inner)
+    if routes.kept is not None:
+        routes = replace(routes, segments=routes.segments.needed(routes.kept))
     return layers[-1](hidden, routes=routes)
 
 
