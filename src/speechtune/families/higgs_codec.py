@@ -105,7 +105,7 @@ class HiggsCodec:
         missing = sorted(key for key in info["missing_keys"] if not key.endswith(TRAINING_BUFFERS))
         if missing:  # transformers puts random weights there, and codes of random weights are noise
             raise ValueError(f"weights are missing: {missing[:5]}")
-        self.model = model.eval().to(device)
+        self.model = model.eval().requires_grad_(False).to(device)
         if self.model.device.type == "cpu":
             _prepare_for_one_thread(self.model)
         self.sampling_rate: int = self.model.config.sample_rate
