@@ -91,7 +91,7 @@ def compare(setting: Setting, lengths: str, pairs: int) -> dict[str, list[float]
     """Find the peer's best settings, then take all sides in turn, in another order each time."""
     tried = try_settings(setting, min(pairs, TRIES))
     padded, single = (
-        max((one for one in tried if (one.batch_size > 1) == several), key=lambda settings: median(tried[settings]))
+        max((one for one in tried if (one.batch_size > 1) == several), key=lambda settings: max(tried[settings]))
         for several in (True, False)
     )
     sides: dict[str, peer.Settings | None] = {"ours": None, "padded": padded, "single": single}
