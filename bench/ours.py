@@ -26,7 +26,7 @@ from voices import (
 
 from speechtune.loop import Run
 
-OURS_TOKENS = 2048
+OURS_TOKENS = 4096
 DISTRIBUTIONS: dict[str, Callable[[int], list[tuple[float, float]]]] = {"mixed": mixed_seconds, "equal": equal_seconds}
 
 

@@ -23,7 +23,7 @@ def file_sha256(path: Path) -> str:
 
 def file_blake3(path: Path) -> str:
     """BLAKE3 of a file's bytes, as hex: what manifests hold, for it keeps up with a fast disk."""
-    return blake3(map_file(path)).hexdigest()
+    return blake3(map_file(path), max_threads=blake3.AUTO).hexdigest()
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
