@@ -23,7 +23,8 @@ def file_sha256(path: Path) -> str:
 
 def file_blake3(path: Path) -> str:
     """BLAKE3 of a file's bytes, as hex: what manifests hold, for it keeps up with a fast disk."""
-    return blake3(map_file(path), max_threads=blake3.AUTO).hexdigest()
+    # One thread: a pool of threads would be missing in a process forked from this one, and its first hash would hang.
+    return blake3(map_file(path)).hexdigest()
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
