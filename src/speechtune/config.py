@@ -264,7 +264,7 @@ def build_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_describe(item)}" for item in error.errors(include_url=False)]
+        lines = [f"  {_describe(item)}" for item in _one_an_option(error.errors(include_url=False))]
         raise ConfigError(f"{where}: {len(lines)} fault(s) in the configuration\n" + "\n".join(lines)) from None
 
 
@@ -319,6 +319,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
     node[key] = value
 
 
+def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
+    """One fault where pydantic lists one for every type that an option may have."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for item in items:
+        place = tuple(item["loc"])
+        place = place[:-1] if place[:-1] in OPTIONS_OF_TWO_TYPES else place
+        if place in found:
+            found[place]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
+        else:
+            found[place] = {**item, "loc": place}
+    return list(found.values())
+
+
 def _describe(item: Any) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
@@ -337,6 +350,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
         tail = name.rpartition(".")[2]
         matches = [full for full in known if full.rpartition(".")[2] == tail]
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+OPTIONS_OF_TWO_TYPES = {("batch", "tokens"), ("train", "gradient_checkpointing")}
+"""A number or yes-or-no, or `auto`; a test compares this with the annotations."""
 
 
 def world_size() -> int:

@@ -40,6 +40,7 @@ from speechtune.datasets import load_samples, split_validation
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import create_family
 from speechtune.families.base import Family, Sample
+from speechtune.families.fast_ops import choose_kernels
 from speechtune.fingerprint import checksums, tensors_fingerprint
 from speechtune.listening import make_listener, num_prompts, prepare_scorers
 from speechtune.loop import Job, Run, TrainResult
@@ -184,6 +185,19 @@ def encode_sets(
     return encoded
 
 
+def _open_output(config: RunConfig) -> None:
+    """Make the run directory ready, unless another run's checkpoints lie in it."""
+    check_writable(config.output_dir, 0)
+    if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
+        raise ConfigError(
+            f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
+            "checkpoint.resume=auto (--resume auto with the original's flags), or choose another folder"
+        )
+    clear_leftovers(config.output_dir)
+    (config.output_dir / WARNINGS_NAME).touch()
+    (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+
+
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Load data, base and adapter, and show what will be trained.
 
@@ -191,15 +205,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         SpeechtuneError: anything that would make the run fail or unreal later.
     """
     if accelerator.is_main_process:
-        check_writable(config.output_dir, 0)
-        if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
-            raise ConfigError(
-                f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
-                "checkpoint.resume=auto (--resume auto with the original's flags), or choose another folder"
-            )
-        clear_leftovers(config.output_dir)
-        (config.output_dir / WARNINGS_NAME).touch()
-        (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        _open_output(config)
     accelerator.wait_for_everyone()
     family = create_family(config)
     unknown = sorted(set(config.train.head_weights) - set(family.heads))
@@ -215,6 +221,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             "speed.parallel=fsdp: the gradient scaler of float16 looks for infinities rank by rank: set "
             "train.precision=bf16 or fp32, or speed.parallel=ddp"
         )
+    choose_kernels(config.speed, accelerator.device)  # refused here rather than after hours of encoding
     training, evaluation = load_sets(config, family)
     ranks = accelerator.num_processes
     shard = (accelerator.process_index, ranks) if ranks > 1 else None

@@ -76,14 +76,9 @@ def save_lora_adapters(
         _prepare_place(directory, state, replace)
         texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
-        write_verified(
-            directory,
-            lambda aside: _write(
-                peft_model, name, aside, embeddings, tensors.keys() != state.keys(), texts, state_dict
-            ),
-            tensors,
-            replace=replace,
-        )
+        renamed = tensors.keys() != state.keys()
+        parts = (embeddings, renamed, texts, state_dict)
+        write_verified(directory, lambda aside: _write(peft_model, name, aside, *parts), tensors, replace=replace)
     except SpeechtuneError as error:
         log.error("Saving LoRA adapters to %s failed: %s: %s", directory, type(error).__name__, error)
         log.debug("where it failed:", exc_info=True)

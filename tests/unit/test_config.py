@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from speechtune.config import RunConfig, build_config, load_config, option_names
+from speechtune.config import OPTIONS_OF_TWO_TYPES, RunConfig, build_config, load_config, option_names
 from speechtune.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -257,3 +259,23 @@ def test_the_cache_lies_beside_the_run_unless_told(recipe: Path) -> None:
     config = load_config(recipe, ["output_dir=/runs/one"])
     assert config.cache_dir == Path("/runs/speechtune-cache")
     assert load_config(recipe, ["output_dir=/runs/one", "data.cache_dir=/fast"]).cache_dir == Path("/fast")
+
+
+def test_an_option_of_two_types_has_one_fault() -> None:
+    """Guards against a fault per type, named after pydantic's inner workings ("batch.tokens.constrained-int")."""
+    two_types = {
+        (section, name)
+        for section, info in RunConfig.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name, field in info.annotation.model_fields.items()
+        if get_origin(field.annotation) in (Union, UnionType)
+        and len(set(get_args(field.annotation)) - {type(None)}) > 1
+    }
+    assert two_types == OPTIONS_OF_TWO_TYPES
+    with pytest.raises(ConfigError) as caught:
+        build_config({**SMALLEST, "batch": {"tokens": 0}, "train": {"gradient_checkpointing": "maybe"}}, "test")
+    boolean = "Input should be a valid boolean, unable to interpret input, or 'auto' (got 'maybe')"
+    assert str(caught.value).splitlines()[1:] == [
+        f"  train.gradient_checkpointing: {boolean}",
+        "  batch.tokens: Input should be greater than or equal to 1, or 'auto' (got 0)",
+    ]
