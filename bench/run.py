@@ -51,11 +51,12 @@ BENCHES: dict[str, Bench] = {
         {
             "verified / plain": Threshold(most=1.1),
             "training waits / plain": Threshold(most=1.1),
+            "checkpoint: verified / plain": Threshold(most=1.1),
             "checkpoint: training waits / plain": Threshold(most=1.1),
-            "checkpoint: published / plain": Threshold(most=1.1),
         },
     ),
     "memory": Bench("peak memory", {}),
+    "products": Bench("products on a CPU", {}),
     "training": Bench(
         "training",
         {"mixed lengths: ours / peer": Threshold(least=2.0), "equal lengths: ours / peer": Threshold(least=1.1)},

@@ -73,7 +73,7 @@ def write_verified(
         write(aside)
         for path in aside.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
-        with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
+        with ThreadPoolExecutor(2) as pool:  # reading back goes on while the disk writes
             compared = pool.submit(_compare, aside, tensors)
             hashes = pool.submit(_file_hashes, aside)
             _sync_files(aside)

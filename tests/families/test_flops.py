@@ -7,9 +7,10 @@ all pairs are put in here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import phi4_cases
 import pytest
@@ -37,9 +38,11 @@ WAYS = {  # packed, fast
 
 
 @pytest.fixture(autouse=True)
-def _plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the CPU's attention in blocks, which takes a part of the pairs that see nothing."""
+def _plain_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not the CPU's attention in blocks, which takes a part of the pairs that see nothing; products torch counts."""
     monkeypatch.setattr(fast, "MOST_POSITIONS", 0)
+    with cast(Any, torch.backends.mkldnn).flags(enabled=False):
+        yield
 
 
 def measured(family: Family, model: nn.Module, batch: Batch) -> Counted:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from speechtune.families.base import Batch
 from speechtune.families.cpu_attention import MOST_POSITIONS, causal_attention
+from speechtune.families.cpu_products import product
 
 IGNORE = -100
 LOGITS_PER_CHUNK = 2**20  # of the cross-entropy: 4 MB on a CPU, near its caches
@@ -145,7 +146,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scaling = scaling
         if x.dtype == torch.float32:
             ctx.save_for_backward(x, w, a, b)
-            return x @ torch.addmm(w, b, a, alpha=scaling).T
+            return product(x, torch.addmm(w, b, a, alpha=scaling))
         down = x @ a.T
         ctx.save_for_backward(x, w, a, b, down)
         return (x @ w.T).addmm_(down, b.T, alpha=scaling)
@@ -153,18 +154,34 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x, w, a, b, *kept), grad = ctx.saved_tensors, grads[0]
-        grad_down = (grad @ b).mul_(ctx.scaling)
-        down, grad_x = kept[0] if kept else x @ a.T, None
+        grad_down = product(grad, b.T).mul_(ctx.scaling)
+        down, grad_x = kept[0] if kept else product(x, a), None
         if ctx.needs_input_grad[0] and kept:
             grad_x = (grad @ w).addmm_(grad_down, a)
         elif ctx.needs_input_grad[0]:
-            grad_x = grad @ torch.addmm(w, b, a, alpha=ctx.scaling)
-        grad_b = (grad.T @ down).mul_(ctx.scaling)
-        return grad_x, None, grad_down.T @ x, grad_b, None
+            grad_x = product(grad, torch.addmm(w, b, a, alpha=ctx.scaling).T)
+        grad_b = product(down.T, grad.T).mul_(ctx.scaling).T
+        return grad_x, None, product(grad_down.T, x.T), grad_b, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T for a frozen W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(w)
+        return product(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return product(grads[0], ctx.saved_tensors[0].T), None
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Call a linear layer on (N, D), by a short way where it carries one plain LoRA adapter over frozen weights."""
+    """Call a linear layer on (N, D), by a short way where its weights are frozen, with or without a plain LoRA."""
+    if type(module) is nn.Linear and module.bias is None and not module.weight.requires_grad:
+        dtype = _compute_dtype(x)
+        return cast(torch.Tensor, _FrozenLinear.apply(x.to(dtype), module.weight.to(dtype)))
     if type(module) is not LoraLinear or module.disable_adapters or module.merged or module.lora_variant:
         return module(x)
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -205,14 +222,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets = targets_PK[part].reshape(-1)
             kept = targets != IGNORE
             places = targets.clamp_min(0)[:, None]
-            logits = (hidden_PD[part] @ weight_OD.T).float().view(len(targets), -1)
+            logits = product(hidden_PD[part], weight_OD).float().view(len(targets), -1)
             log_norm = logits.logsumexp(-1)
             total += ((log_norm - logits.gather(1, places)[:, 0]) * kept).sum()
             if grad_PD is not None:
                 logits.sub_(log_norm[:, None]).exp_()
                 logits.scatter_add_(1, places, logits.new_full((len(targets), 1), -1.0))
                 logits.mul_(kept[:, None])
-                grad_PD[part] = logits.view(-1, len(weight_OD)).to(hidden_PD.dtype) @ weight_OD
+                grad_PD[part] = product(logits.view(-1, len(weight_OD)).to(hidden_PD.dtype), weight_OD.T)
         if grad_PD is not None:
             ctx.save_for_backward(grad_PD)
         return total

@@ -1,0 +1,61 @@
+"""What the fast forward pass has of its own on a CPU, beside torch: products of matrices, and attention.
+
+Lengths and widths are those of `training.py`; forward and backward pass of attention, both on as many threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from speechtune.families.cpu_attention import causal_attention
+from speechtune.families.cpu_products import product
+
+POSITIONS, WIDTHS = 3_000, ((256, 512), (512, 256))
+LENGTHS, HEADS, GROUPS, HEAD_WIDTH = (200, 430, 900), 4, 2, 64
+CALLS = 20
+
+
+def measure(pairs: int = 9) -> dict[str, list[float]]:
+    """Time of torch over ours (above 1: ours is faster), and operations a second."""
+    result: dict[str, list[float]] = {}
+    for wide, out in WIDTHS:
+        x, w = torch.randn(POSITIONS, wide), torch.randn(out, wide)
+        name = f"product {wide} to {out}"
+        for theirs, ours in in_pairs(pairs, lambda: functional.linear(x, w), lambda: product(x, w)):  # noqa: B023
+            result.setdefault(f"{name}: torch / ours", []).append(theirs / ours)
+            result.setdefault(f"{name}: GFLOP/s", []).append(2 * POSITIONS * wide * out / ours / 1e9)
+    for length in LENGTHS:
+        heads = [torch.randn(length, count, HEAD_WIDTH, requires_grad=True) for count in (HEADS, GROUPS, GROUPS)]
+        sides = [lambda step=step: differentiated(step, heads) for step in (torchs_attention, causal_attention)]  # noqa: B023
+        for theirs, ours in in_pairs(pairs, *sides):
+            result.setdefault(f"attention, {length} positions: torch / ours", []).append(theirs / ours)
+    return result
+
+
+def torchs_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:
+    """What the native classes call."""
+    heads = (x.transpose(0, 1)[None] for x in (q_SHE, k_SGE, v_SGE))
+    return functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def differentiated(attention: Callable[..., torch.Tensor], heads: list[torch.Tensor]) -> None:
+    """Forward and backward pass."""
+    out_SHE = attention(*heads)
+    torch.autograd.grad(out_SHE, heads, torch.ones_like(out_SHE))
+
+
+def in_pairs(pairs: int, theirs: Callable[[], object], ours: Callable[[], object]) -> list[tuple[float, float]]:
+    """Seconds a call of both, one pair before them unmeasured."""
+    return [(seconds(theirs), seconds(ours)) for _ in range(pairs + 1)][1:]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Seconds a call."""
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        work()
+    return (time.perf_counter() - started) / CALLS
