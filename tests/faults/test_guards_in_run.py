@@ -287,6 +287,14 @@ def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig], mo
     stopped(configure(), "the frozen base changed during training", checkpoints=[1, 2, 3])
 
 
+def test_kernels_that_cannot_run_here_are_refused_before_encoding(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speechtune.run, "encode_sets", lambda *_: pytest.fail("hours of encoding began"))
+    with pytest.raises(ConfigError, match=r"speed\.liger: Liger's kernels need a GPU"):
+        run_training(configure(speed={"liger": True}))
+
+
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
