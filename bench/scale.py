@@ -91,7 +91,7 @@ def run_first_batch(manifest: Path) -> None:
     samples = load_samples(manifest, DataConfig())
     encoded = encode_samples(cast(Family, FrameCounter()), samples, manifest.parent / "cache", quiet=True)
     plan = BatchPlan(encoded.lengths, batch_size=8)
-    batch = [encoded[index] for index in plan.micro_batch(0, 0, 0)]
+    batch = [encoded[index] for index in plan.micro_batches(0, 0)[0]]
     assert len(batch) == 8 and all(item.num_tokens > 0 for item in batch)
 
 
