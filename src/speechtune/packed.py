@@ -10,7 +10,7 @@ import numpy as np
 
 KEY_BYTES = 16
 CLIP_KEY_BYTES = 32  # SHA-256
-RECENT = 2**14  # entries that may wait to be sorted in, and one more for 64 that are
+RECENT = 2**14  # entries that may wait as objects
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -21,7 +21,10 @@ def short_key(text: str) -> bytes:
 
 
 class PackedMap:
-    """Records of one numpy dtype by keys of 16 bytes, sorted by key; what came last waits in a dict.
+    """Records of one numpy dtype by keys of 16 bytes, sorted by key.
+
+    What is set waits, first in a dict and then in arrays, and is sorted in when it is looked for: a million entries
+    set one after the other are sorted once.
 
     Attributes:
         values: the records that are sorted in; a place in it holds until the next call.
@@ -31,6 +34,7 @@ class PackedMap:
         self._keys = np.empty(0, f"S{KEY_BYTES}")
         self.values: Any = np.empty(0, dtype)
         self._recent: dict[bytes, Any] = {}
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # keys and records, older than the recent ones
 
     def __len__(self) -> int:
         self._settle()
@@ -41,36 +45,47 @@ class PackedMap:
 
     def __setitem__(self, key: bytes, record: Any) -> None:
         self._recent[key] = record
-        if len(self._recent) >= RECENT + len(self._keys) // 64:
-            self._settle()
+        if len(self._recent) >= RECENT:
+            self._pack()
 
     def place(self, key: bytes) -> int | None:
         """Where in `values` the record of `key` stands; None where there is none."""
         if key in self._recent:
-            self._settle()
+            self._pack()
         return self._search(key)
 
     def clear(self) -> None:
         """Forget everything."""
         self._keys, self.values = self._keys[:0], self.values[:0]
         self._recent.clear()
+        self._waiting.clear()
 
     def _search(self, key: bytes) -> int | None:
+        if self._waiting:
+            self._settle()
         place = int(self._keys.searchsorted(np.bytes_(key)))
         # Compared as bytes: numpy leaves out zeros at the end.
         return place if self._keys[place : place + 1].tobytes() == key else None
 
-    def _settle(self) -> None:
-        if not self._recent:
-            return
-        recent = sorted(self._recent.items())
+    def _pack(self) -> None:
+        keys = np.array(list(self._recent), self._keys.dtype)
+        self._waiting.append((keys, np.array(list(self._recent.values()), self.values.dtype)))
         self._recent = {}
-        keys = np.concatenate([self._keys, np.array([key for key, _ in recent], self._keys.dtype)])
-        values = np.concatenate([self.values, np.array([record for _, record in recent], self.values.dtype)])
+
+    def _settle(self) -> None:
+        if self._recent:
+            self._pack()
+        if not self._waiting:
+            return
+        keys = np.concatenate([self._keys, *(keys for keys, _ in self._waiting)])
+        self.values = np.concatenate([self.values, *(values for _, values in self._waiting)])
+        self._waiting = []
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        last = np.append(keys[1:] != keys[:-1], True)  # of equal keys the newest
-        self._keys, self.values = keys[last], values[order[last]]
+        self._keys = keys = keys[order]
+        newest = np.append(keys[1:] != keys[:-1], True)  # of those with one key
+        if not newest.all():
+            self._keys, order = keys[newest], order[newest]
+        self.values = self.values[order]
 
 
 class Numbered(Generic[Value]):
