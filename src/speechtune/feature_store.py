@@ -342,10 +342,11 @@ def _read_index(path: Path, start: int) -> Iterator[tuple[str, _Entry | None, in
     for row, end in read_json_lines(path, start):
         key, entry = "", None
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            np.dtype(row["dtype"])
-            shape, offset, crc32 = tuple(map(int, row["shape"])), int(row["offset"]), int(row["crc32"])
+            shape, dtype = tuple(map(int, row["shape"])), str(row["dtype"])
+            np.dtype(dtype)
+            offset, crc32 = int(row["offset"]), int(row["crc32"])
             if 0 <= offset < 2**63 and 0 <= crc32 < 2**32:
-                key, entry = str(row["key"]), _Entry(path.stem, offset, shape, row["dtype"], crc32)
+                key, entry = str(row["key"]), _Entry(path.stem, offset, shape, dtype, crc32)
         yield key, entry, end
 
 

@@ -103,7 +103,7 @@ def test_what_is_no_entry_is_passed_over(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "key")
     sound = {"key": "sound", "offset": 0, "shape": [2], "dtype": "|u1", "crc32": 3069713155}
     bad: list[Any] = [{"offset": -1}, {"offset": 2**70}, {"crc32": 2**40}, {"shape": [[1]]}, {"shape": ["a"]}]
-    bad += [{"dtype": "none"}, {"shape": 3}, {"offset": None}]
+    bad += [{"dtype": "none"}, {"dtype": {"names": ["a"], "formats": ["i2"]}}, {"shape": 3}, {"offset": None}]
     lines = [json.dumps(sound | {"key": f"bad-{number}"} | change) for number, change in enumerate(bad)]
     (store.folder / "part-0000.jsonl").write_text("\n".join([*lines, "[]", "{}", json.dumps(sound)]) + "\n")
     (store.folder / "part-0000.bin").write_bytes(b"\1\2")
