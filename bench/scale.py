@@ -91,7 +91,7 @@ def run_first_batch(manifest: Path) -> None:
     samples = load_samples(manifest, DataConfig())
     encoded = encode_samples(cast(Family, FrameCounter()), samples, manifest.parent / "cache", quiet=True)
     plan = BatchPlan(encoded.lengths, batch_size=8)
-    batch = [encoded[index] for index in plan.micro_batch(0, 0, 0)]
+    batch = [encoded[index] for index in plan.micro_batches(0, 0)[0]]
     assert len(batch) == 8 and all(item.num_tokens > 0 for item in batch)
 
 
@@ -143,7 +143,8 @@ def measure(sizes: Sequence[int] = SIZES) -> dict[str, list[float]]:
     for size in sizes:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             manifest = make_corpus(Path(folder).resolve(), size)
-            result[f"{size} rows: encode everything, seconds"] = [afresh("first batch", manifest)[0]]
+            for unit, value in zip(("seconds", "MiB"), afresh("first batch", manifest), strict=True):
+                result[f"{size} rows: encode everything, {unit}"] = [value]
             for _ in range(REPEATS if size < LARGE_ROWS else 1):
                 for work in WORK:
                     seconds, mebibytes = afresh(work, manifest)
@@ -156,6 +157,7 @@ def main() -> None:
     """Print the cost curve, or do one piece of work and print its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="up to 100,000 rows")
+    parser.add_argument("--rows", type=int, nargs="+", help="these sizes only")
     parser.add_argument("--work", choices=WORK)
     parser.add_argument("manifest", type=Path, nargs="?")
     options = parser.parse_args()
@@ -163,7 +165,7 @@ def main() -> None:
         WORK[options.work](options.manifest)
         print(peak_mebibytes())
         return
-    for what, values in measure(SIZES[:-1] if options.quick else SIZES).items():
+    for what, values in measure(options.rows or (SIZES[:-1] if options.quick else SIZES)).items():
         print(f"{what:48} {' '.join(f'{value:.1f}' for value in values)}", flush=True)
 
 

@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import time
+from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from speechtune.clip_hashes import ClipHasher
 from speechtune.errors import AudioError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Encoded, Family, Sample
 from speechtune.feature_store import FeatureStore
+from speechtune.packed import CLIP_KEY_BYTES, ClipKeys
 
 __all__ = ["ClipFault", "ClipHasher", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
 
@@ -86,7 +88,7 @@ class EncodedSet(Sequence[Encoded]):
         self.family = family
         self.samples = tuple(samples)
         self.store = store
-        self.keys = tuple(keys)
+        self.keys = keys
         self.report = report
 
     def __len__(self) -> int:
@@ -152,6 +154,18 @@ class _Clip(NamedTuple):
     ref: AudioRef
 
 
+@dataclass(frozen=True, slots=True)
+class _Clips:
+    """The clips of all samples by number: where they lie, their keys, and why some cannot be read."""
+
+    refs: list[AudioRef]
+    keys: ClipKeys
+    reasons: dict[_Clip, str]
+
+    def __getitem__(self, number: int) -> _Clip:
+        return _Clip(self.keys.key(number), self.refs[number])
+
+
 def encode_samples(
     family: Family,
     samples: Sequence[Sample],
@@ -183,14 +197,14 @@ def encode_samples(
     with FeatureStore(root, family.encode_key) as store:
         if verify:
             store.discard(store.verify())
-        clips, keys, reasons = _distinct_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
-        num_clips = len(clips)
-        missing = [_Clip(key, ref) for key, ref in clips.items() if key not in store]
-        del clips
-        share = [clip for clip in missing if shard is None or _shard_of(clip, shard[1]) == shard[0]]
+        clips = _find_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
+        keys, reasons = clips.keys, clips.reasons
+        distinct = keys.distinct()
+        missing = [number for number in distinct if keys.key(number) not in store]
+        share = [number for number in missing if shard is None or _shard_of(keys.key(number), shard[1]) == shard[0]]
         # Longest first: a group that does not fit in memory fails at once, not in the last minute.
-        share.sort(key=lambda clip: _size_hint(clip.ref), reverse=True)
-        groups = [share[i : i + group_size] for i in range(0, len(share), group_size)]
+        share.sort(key=lambda number: _size_hint(clips.refs[number]), reverse=True)
+        groups = ([clips[number] for number in share[i : i + group_size]] for i in range(0, len(share), group_size))
         seconds = 0.0
         with _Meter(len(share), quiet) as meter:
             for group, audios in _read_ahead(groups, family.sampling_rate, allow_urls):
@@ -199,44 +213,43 @@ def encode_samples(
                 seconds += encoded_seconds
                 meter.add(len(group), encoded_seconds)
         store.refresh()
-        left = Counter(_shard_of(clip, shard[1]) for clip in missing if clip.key not in store) if shard else {}
+        left = Counter(_shard_of(key, shard[1]) for key in map(keys.key, missing) if key not in store) if shard else {}
     if reasons:
         faults = _faults(family, samples, keys, reasons)
         lines = "\n".join(f"  {fault}" for fault in faults)
         raise ManifestError(f"{len(faults)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(faults))
     elapsed = time.monotonic() - started
-    report = EncodeReport(num_clips, len(share), num_clips - len(missing), seconds, elapsed, dict(left))
+    report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
     return EncodedSet(family, samples, store, keys, report)
 
 
-def _shard_of(clip: _Clip, num_shards: int) -> int:
+def _shard_of(key: str, num_shards: int) -> int:
     """By content, so that all machines agree whatever the files are called there."""
-    return int(clip.key[:8], 16) % num_shards
+    return int(key[:8], 16) % num_shards
 
 
-def _distinct_clips(
-    family: Family, samples: Sequence[Sample], hasher: ClipHasher
-) -> tuple[dict[str, AudioRef], list[tuple[str, ...]], dict[_Clip, str]]:
-    """Key -> first place of each distinct clip, the keys of each sample's clips, and why some cannot be read."""
-    by_ref: dict[AudioRef, str] = {}
-    clips: dict[str, AudioRef] = {}
+def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -> _Clips:
+    """The clips of all samples, each hashed once."""
+    refs, uses, ends = _number_clips(family, samples)
+    digests = bytearray()
     reasons: dict[_Clip, str] = {}
-    keys: list[tuple[str, ...]] = []
+    for ref in refs:
+        try:
+            digests += bytes.fromhex(hasher(ref))
+        except AudioError as error:
+            reasons[_Clip("", ref)] = _reason(error, ref)
+            digests += bytes(CLIP_KEY_BYTES)
+    return _Clips(refs, ClipKeys(digests, uses, ends), reasons)
+
+
+def _number_clips(family: Family, samples: Sequence[Sample]) -> tuple[list[AudioRef], array[int], array[int]]:
+    """The distinct clips, the number of each sample's clips among them, and where each sample's numbers end."""
+    numbers: dict[AudioRef, int] = {}
+    uses, ends = array("i"), array("i")
     for sample in samples:
-        refs = family.clips(sample)
-        for ref in refs:
-            if ref in by_ref:
-                continue
-            try:
-                key = hasher(ref)
-            except AudioError as error:
-                reasons[_Clip("", ref)] = _reason(error, ref)
-                key = ""
-            else:
-                clips.setdefault(key, ref)
-            by_ref[ref] = key
-        keys.append(tuple(by_ref[ref] for ref in refs))
-    return clips, keys, reasons
+        uses.extend(numbers.setdefault(ref, len(numbers)) for ref in family.clips(sample))
+        ends.append(len(uses))
+    return list(numbers), uses, ends
 
 
 def _faults(
@@ -263,7 +276,7 @@ def _size_hint(ref: AudioRef) -> float:
 
 
 def _read_ahead(
-    groups: Sequence[list[_Clip]], sampling_rate: int, allow_urls: bool
+    groups: Iterable[list[_Clip]], sampling_rate: int, allow_urls: bool
 ) -> Iterator[tuple[list[_Clip], list[Audio | str]]]:
     """Groups with their audio, or the reason why there is none; the next two groups are read meanwhile."""
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from speechtune.audio import content_hash
 from speechtune.families.base import AudioRef
 from speechtune.feature_store import read_json_lines
+from speechtune.packed import CLIP_KEY_BYTES, PackedMap, short_key
 
 SETTLE_SECONDS = 2.0  # coarsest modification time in use (FAT): a younger file may change and keep its stamp
 
@@ -29,11 +30,6 @@ class ClipHasher:
     def __init__(self, root: Path, *, allow_urls: bool = False) -> None:
         self._path = Path(root) / "hashes.jsonl"
         self._allow_urls = allow_urls
-        self._known: dict[bytes, str] = {}
-        if self._path.exists():
-            for row, _ in read_json_lines(self._path):
-                if "file" in row and "hash" in row:
-                    self._known[_short(row["file"])] = row["hash"]
 
     def __call__(self, ref: AudioRef) -> str:
         """Return the content hash of `ref` (64 hex digits).
@@ -52,13 +48,25 @@ class ClipHasher:
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
         file = (os.path.abspath(ref.place or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
         short = _short(file)
-        if short not in self._known:
-            digest = content_hash(ref, allow_urls=self._allow_urls)
-            if now - stat.st_mtime < SETTLE_SECONDS:
-                return digest
-            self._known[short] = digest
+        place = self._known.place(short)
+        if place is not None:
+            return self._known.values[place].tobytes().hex()
+        digest = content_hash(ref, allow_urls=self._allow_urls)
+        if now - stat.st_mtime >= SETTLE_SECONDS:
+            self._known[short] = bytes.fromhex(digest)
             self._remember({"file": file, "hash": digest})
-        return self._known[short]
+        return digest
+
+    @cached_property
+    def _known(self) -> PackedMap:
+        """What is remembered, read when first asked for: what else encoding must know is collected before."""
+        known = PackedMap(f"V{CLIP_KEY_BYTES}")
+        if self._path.exists():
+            for row, _ in read_json_lines(self._path):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    if len(digest := bytes.fromhex(row["hash"])) == CLIP_KEY_BYTES:
+                        known[_short(row["file"])] = digest
+        return known
 
     def _remember(self, row: dict) -> None:
         # The line begins with a newline, so that one torn by a kill spoils no other. Failure costs only time.
@@ -70,4 +78,4 @@ class ClipHasher:
 
 def _short(file: Sequence[Any]) -> bytes:
     """A file's path, size, times and segment, in 16 bytes."""
-    return hashlib.blake2b(json.dumps(file).encode(), digest_size=16).digest()
+    return short_key(json.dumps(file))

@@ -16,7 +16,8 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from speechtune.errors import AudioError, ConfigError
+from speechtune.packed import Numbered, PackedMap, short_key
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for any dtype
 SYNC_ARRAYS = 256
 SYNC_SECONDS = 10.0
+
+_LINES_AT_ONCE = 2**12
+_PLACE = np.dtype([("part", "u4"), ("offset", "i8"), ("kind", "u4"), ("crc32", "u4"), ("checked", "?")])
 
 
 class _Entry(NamedTuple):
@@ -59,7 +64,8 @@ class FeatureStore:
         self.folder = self.root / hashlib.sha256(encode_key.encode()).hexdigest()[:16]
         self._positions: dict[str, tuple[int, int]] = {}  # part -> inode and bytes read of its index
         self._maps: dict[str, np.memmap] = {}
-        self._checked: set[str] = set()
+        self._parts: Numbered[str] = Numbered()
+        self._kinds: Numbered[tuple[tuple[int, ...], str]] = Numbered()  # shape and dtype
         self._writer: _Writer | None = None
         self._claim_folder()
 
@@ -73,34 +79,31 @@ class FeatureStore:
         self.close()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._entries
+        return short_key(key) in self._index
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._index)
 
     @cached_property
-    def _entries(self) -> dict[str, _Entry]:
-        """The index, read when first asked for: before, the clips are hashed, which takes as much memory."""
-        self.__dict__["_entries"] = {}  # what `refresh` fills
+    def _index(self) -> PackedMap:
+        """Where each array lies; read when first asked for: before, clips are hashed, which takes memory, too."""
+        self.__dict__["_index"] = PackedMap(_PLACE)  # what `refresh` fills
         self.refresh()
-        return self.__dict__["_entries"]
+        return self.__dict__["_index"]
 
     def refresh(self) -> None:
         """Read what other processes have added since the last look."""
-        entries_now = self._entries
+        index_now = self._index
         for index in sorted(self.folder.glob("part-*.jsonl")):
             part = index.stem
             stat = index.stat()
             inode, position = self._positions.get(part, (stat.st_ino, 0))
             if inode != stat.st_ino or stat.st_size < position:  # rewritten by a writer that dropped entries
-                entries_now.clear()
+                index_now.clear()
                 self._positions.clear()
                 return self.refresh()
             if stat.st_size > position:
-                entries, position = _read_index(index, position)
-                # Measured after the index was read: a line is never older than its data.
-                size = _size(index.with_suffix(".bin"))
-                entries_now.update((key, entry) for key, entry in entries if entry.end <= size)
+                position = self._read(index, position)
             self._positions[part] = (stat.st_ino, position)
 
     def get(self, key: str) -> np.ndarray:
@@ -110,17 +113,22 @@ class FeatureStore:
             KeyError: no such key.
             AudioError: the bytes on disk are not those written (checked once per process).
         """
-        if key not in self._entries:
+        found = self._find(key)
+        if found is None:
             self.refresh()
-        entry = self._entries[key]
+            found = self._find(key)
+        if found is None:
+            raise KeyError(key)
+        place, entry = found
         data = self._bytes(entry)
-        if key not in self._checked:
+        checked = self._index.values["checked"]
+        if not checked[place]:
             if zlib.crc32(data.data) != entry.crc32:
                 raise AudioError(
                     f"{self.folder / entry.part}.bin: the encoded clip {key} is damaged at byte {entry.offset}; "
                     "encode again with verification, or delete this folder"
                 )
-            self._checked.add(key)
+            checked[place] = True
         return data.view(entry.dtype).reshape(entry.shape)
 
     def put(self, key: str, array: np.ndarray) -> None:
@@ -134,12 +142,12 @@ class FeatureStore:
         """
         if array.size == 0 or array.dtype.kind not in "biufc":
             raise ValueError(f"{key}: cannot store an array of shape {array.shape} and dtype {array.dtype}")
-        if key in self._entries:
+        if key in self:
             return
         try:
             if self._writer is None:
                 self._writer = _open_writer(self.folder)
-            self._entries[key] = self._writer.append(key, array)
+            self._add(key, self._writer.append(key, array))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot write encoded audio: {error.strerror}; make room, or set data.cache_dir to a "
@@ -149,8 +157,15 @@ class FeatureStore:
     def verify(self) -> list[str]:
         """Return the keys whose bytes on disk are not those written; reads everything."""
         self.refresh()
-        in_file_order = sorted(self._entries.items(), key=lambda item: item[1][:2])
-        return [key for key, entry in in_file_order if zlib.crc32(self._bytes(entry).data) != entry.crc32]
+        damaged: list[str] = []
+        for index in sorted(self.folder.glob("part-*.jsonl")):
+            for key, entry, _ in _read_index(index, 0):  # the index in memory holds no key in full
+                found = self._find(key)
+                if entry is None or found is None or found[1] != entry:
+                    continue
+                if zlib.crc32(self._bytes(entry).data) != entry.crc32:
+                    damaged.append(key)
+        return damaged
 
     def discard(self, keys: Collection[str]) -> None:
         """Forget `keys`, so that they are encoded anew.
@@ -159,7 +174,7 @@ class FeatureStore:
             ConfigError: another process is writing the part one of them lies in.
         """
         self.close()
-        for part in sorted({self._entries[key].part for key in keys if key in self}):
+        for part in sorted({found[1].part for found in map(self._find, keys) if found is not None}):
             try:
                 _Writer(self.folder, part, drop=frozenset(keys)).close()
             except OSError as error:
@@ -167,7 +182,6 @@ class FeatureStore:
                     f"{self.folder / part}.bin: cannot drop damaged clips: {error.strerror}; another process may be "
                     "encoding into it: wait for its end"
                 ) from error
-        self._checked.difference_update(keys)
         self.refresh()
 
     def close(self) -> None:
@@ -176,13 +190,36 @@ class FeatureStore:
             self._writer.close()
             self._writer = None
 
+    def _add(self, key: str, entry: _Entry) -> None:
+        part, kind = self._parts.number(entry.part), self._kinds.number((entry.shape, entry.dtype))
+        self._index[short_key(key)] = (part, entry.offset, kind, entry.crc32, False)
+
+    def _find(self, key: str) -> tuple[int, _Entry] | None:
+        place = self._index.place(short_key(key))
+        if place is None:
+            return None
+        part, offset, kind, crc32, _ = self._index.values[place].item()
+        return place, _Entry(self._parts[part], offset, *self._kinds[kind], crc32)
+
+    def _read(self, index: Path, start: int) -> int:
+        """Take in the entries from byte `start` of a part's index; return where the next ones begin."""
+        position, lines = start, _read_index(index, start)
+        while some := list(itertools.islice(lines, _LINES_AT_ONCE)):
+            # Measured after the lines were read: a line is never older than its data.
+            size = _size(index.with_suffix(".bin"))
+            for key, entry, _ in some:
+                if entry is not None and entry.end <= size:
+                    self._add(key, entry)
+            position = some[-1][2]
+        return position
+
     def _claim_folder(self) -> None:
         path = self.folder / "encode_key.txt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 draft = path.with_name(f"encode_key.{uuid.uuid4().hex}.tmp")
-                _write_synced(draft, self.encode_key.encode())
+                _write_synced(draft, [self.encode_key.encode()])
                 draft.replace(path)
             found = path.read_bytes().decode(errors="replace")
         except OSError as error:
@@ -229,19 +266,31 @@ class _Writer:
         if not self._index_path.exists():
             os.ftruncate(self._data, 0)
             return 0
-        entries, position = _read_index(self._index_path, 0)
         size = os.fstat(self._data).st_size
-        kept = [(key, entry) for key, entry in entries if entry.end <= size and key not in drop]
+        end, after, some_lost = 0, 0, False
+        recent: deque[_Entry] = deque()
+        for key, entry, position in _read_index(self._index_path, 0):
+            after = position
+            if entry is None:
+                continue
+            if entry.end > size or key in drop:
+                some_lost = True
+                continue
+            recent.append(entry)
+            if len(recent) > SYNC_ARRAYS:
+                end = max(end, recent.popleft().end)
         # Only arrays since the last sync can have lost their bytes to a power cut while the file kept its length.
-        kept = kept[:-SYNC_ARRAYS] + [item for item in kept[-SYNC_ARRAYS:] if self._is_whole(item[1])]
-        if len(kept) < len(entries):
+        broken = {entry for entry in recent if not self._is_whole(entry)}
+        end = max([end, *(entry.end for entry in recent if entry not in broken)])
+        if some_lost or broken:
             # Left in place, the line of a lost array would name whatever is written there next.
             draft = self._index_path.with_suffix(".tmp")
-            _write_synced(draft, b"".join(_index_line(key, entry) for key, entry in kept))
+            entries = ((key, entry) for key, entry, _ in _read_index(self._index_path, 0) if entry is not None)
+            kept = ((k, e) for k, e in entries if e.end <= size and k not in drop and e not in broken)
+            _write_synced(draft, (_index_line(key, entry) for key, entry in kept))
             draft.replace(self._index_path)
         else:
-            os.truncate(self._index_path, position)
-        end = max((entry.end for _, entry in kept), default=0)
+            os.truncate(self._index_path, after)
         os.ftruncate(self._data, end)
         return end
 
@@ -288,20 +337,17 @@ def _index_line(key: str, entry: _Entry) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def _read_index(path: Path, start: int) -> tuple[list[tuple[str, _Entry]], int]:
-    """Entries from byte `start`, and the position after the last complete line; what does not parse is no entry."""
-    entries: list[tuple[str, _Entry]] = []
-    part, position = path.stem, start
-    same: dict[Any, Any] = {}  # parts hold millions of arrays of few shapes: each shape and dtype is kept once
+def _read_index(path: Path, start: int) -> Iterator[tuple[str, _Entry | None, int]]:
+    """Key, entry and the position after it of each complete line from byte `start`; what does not parse is no entry."""
     for row, end in read_json_lines(path, start):
-        position = end
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            np.dtype(row["dtype"])
-            shape, dtype = tuple(row["shape"]), row["dtype"]
-            shape, dtype = same.setdefault(shape, shape), same.setdefault(dtype, dtype)
-            entry = _Entry(part, int(row["offset"]), shape, dtype, int(row["crc32"]))
-            entries.append((str(row["key"]), entry))
-    return entries, position
+        key, entry = "", None
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            shape, dtype = tuple(map(int, row["shape"])), str(row["dtype"])
+            np.dtype(dtype)
+            offset, crc32 = int(row["offset"]), int(row["crc32"])
+            if 0 <= offset < 2**63 and 0 <= crc32 < 2**32:
+                key, entry = str(row["key"]), _Entry(path.stem, offset, shape, dtype, crc32)
+        yield key, entry, end
 
 
 def read_json_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -334,9 +380,9 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
         raise
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, parts: Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

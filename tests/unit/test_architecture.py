@@ -44,6 +44,7 @@ LAYERS = [
         "speechtune.stored_adapter",
         "speechtune.base_recipe",
         "speechtune.guards",
+        "speechtune.packed",
         "speechtune.feature_store",
         "speechtune.clip_hashes",
         "speechtune.cache",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechtune import cache, clip_hashes
+from speechtune import cache, clip_hashes, feature_store
 from speechtune.cache import ClipHasher, EncodedSet, FeatureStore, encode_samples
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.base import Audio, AudioRef, Clip, Encoded, Family, Sample
@@ -286,6 +286,24 @@ def test_zeros_left_by_a_power_cut_are_dropped_by_the_next_writer(tmp_path: Path
         store.put("next", np.ones(3))
     again = FeatureStore(tmp_path, "key")
     assert "k3" not in again and "next" in again and again.verify() == []
+
+
+def test_a_writer_keeps_all_that_is_whole_however_long_ago_it_was_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "SYNC_ARRAYS", 3)
+    data = part(filled(tmp_path, 10), ".bin")
+    content = data.read_bytes()
+    data.write_bytes(content[:-160] + bytes(160))  # all of k9, and the end of k8
+    with FeatureStore(tmp_path, "key") as store:
+        assert store.verify() == ["k8", "k9"]
+        store.put("next", np.ones(3))
+        store.discard(["k1"])
+        assert len(store) == 8 and "k1" not in store and "next" in store
+    again = FeatureStore(tmp_path, "key")
+    assert [f"k{i}" in again for i in range(10)] == [True, False, *[True] * 6, False, False]
+    assert len(again) == 8 and again.verify() == []
+    assert all(np.array_equal(again.get(f"k{i}"), np.full((i + 3, 2), i, np.float32)) for i in (0, *range(2, 8)))
 
 
 def test_corrupted_bytes_are_found_named_and_encoded_anew(samples: list[Sample], tmp_path: Path) -> None:

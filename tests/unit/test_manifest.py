@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import pickle
 import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def only(path: Path, code: str, message: str, **options: Any) -> Fault:
 
 
 # ---- formats
+
+
+@pytest.mark.parametrize("path", ["clip.wav", "/clip.wav", "/folder/clip.wav", "folder/", "", None])
+def test_a_clip_keeps_its_path(path: str | None) -> None:
+    ref = AudioRef(path, data=None if path is not None else b"", offset_seconds=0.5)
+    assert ref.place == path and ref.path == (None if path is None else Path(path))
+    copy = pickle.loads(pickle.dumps(ref))
+    assert copy == ref and hash(copy) == hash(ref)
+    assert ref != AudioRef("other.wav", offset_seconds=0.5) and ref != replace(ref, offset_seconds=0.6)
 
 
 def test_original_layout_is_rebuilt_into_reference_and_target(folder: Path) -> None:
@@ -757,6 +768,7 @@ def test_split_needs_two(count: int) -> None:
 
 MEASURE = """
 import json, sys, time
+from dataclasses import replace
 from pathlib import Path
 from speechtune.config import DataConfig
 from speechtune.validate import validate

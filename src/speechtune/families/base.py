@@ -5,6 +5,7 @@ Everything outside `families/` knows only what stands here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ class AudioRef:
     Exactly one of `path`, `data` and `url` is set. `duration_seconds` None means "to the end".
     """
 
-    # A million rows hold two million of these: the path is kept as text, a quarter of the size of a Path.
-    __slots__ = ("_place", "data", "duration_seconds", "offset_seconds", "url")
+    # A million rows hold a million of these: the path is kept as text, a quarter of the size of a Path, and its folder
+    # once for all clips in it.
+    __slots__ = ("_folder", "_name", "data", "duration_seconds", "offset_seconds", "url")
 
     path: Path | None  # pyright: ignore[reportRedeclaration]
     data: bytes | None
@@ -45,7 +47,9 @@ class AudioRef:
         duration_seconds: float | None = None,
     ) -> None:
         keep = object.__setattr__
-        keep(self, "_place", path if path is None or isinstance(path, str) else str(path))
+        folder, slash, name = (None, "", None) if path is None else str(path).rpartition("/")
+        keep(self, "_folder", None if folder is None else sys.intern(folder + slash))
+        keep(self, "_name", name)
         keep(self, "data", data)
         keep(self, "url", url)
         keep(self, "offset_seconds", offset_seconds)
@@ -54,15 +58,15 @@ class AudioRef:
     @property
     def path(self) -> Path | None:
         """The file; None for inline bytes and URLs."""
-        return None if self._place is None else Path(self._place)
+        return None if (place := self.place) is None else Path(place)
 
     @property
     def place(self) -> str | None:
         """`path` as text."""
-        return self._place
+        return None if self._name is None else self._folder + self._name
 
-    def _values(self) -> tuple[str | None, bytes | None, str | None, float, float | None]:
-        return self._place, self.data, self.url, self.offset_seconds, self.duration_seconds
+    def _values(self) -> tuple[str | None, str | None, bytes | None, str | None, float, float | None]:
+        return self._name, self._folder, self.data, self.url, self.offset_seconds, self.duration_seconds
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if isinstance(other, AudioRef) else NotImplemented
@@ -71,10 +75,10 @@ class AudioRef:
         return hash(self._values())
 
     def __reduce__(self) -> tuple[type[AudioRef], tuple[Any, ...]]:
-        return AudioRef, self._values()
+        return AudioRef, (self.place, self.data, self.url, self.offset_seconds, self.duration_seconds)
 
     def __str__(self) -> str:
-        place = str(self._place or self.url or f"<{len(self.data or b'')} inline bytes>")
+        place = str(self.place or self.url or f"<{len(self.data or b'')} inline bytes>")
         if self.offset_seconds or self.duration_seconds is not None:
             end = "" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g}"
             place += f"[{self.offset_seconds:g}:{end}]"
