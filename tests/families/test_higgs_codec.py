@@ -9,18 +9,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from higgs_cases import drop_tensors, family_on
 from safetensors.torch import load_file
+from transformers.models.dac.modeling_dac import DacResidualUnit
 
 from helpers import DemoClip
 from speechtune.audio import read_audio
 from speechtune.errors import AudioError, ConfigError
+from speechtune.families import higgs_codec, higgs_codec_cpu
 from speechtune.families.base import Audio, AudioRef
 from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
 from speechtune.families.higgs_codec import HiggsCodec, sinc_resample
@@ -137,35 +140,128 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("threads_of_ours", [1, 3])
-def test_codes_are_those_of_the_native_class(tmp_path: Path, demo_clips: list[DemoClip], threads_of_ours: int) -> None:
-    """Fault: torch rounds 1x1 convolutions and weight norms otherwise with one thread, and codes at a tie flipped.
-
-    Wide enough for that to be seen: each of the convolutions' outputs is compared, not only the codes.
-    """
-    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:12:2]]
-    torch.set_num_threads(2)
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoClip]) -> tuple[Any, HiggsCodec]:
+    """Native and ours, with the same weights: wide enough to take every kernel."""
+    folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     native = codec_from_config(width=8)
-    draw_codebooks(native, clips[:2])
-    native.save_pretrained(tmp_path)
-    ours = HiggsCodec(str(tmp_path))
-    seen: dict[str, list[torch.Tensor]] = {"native": [], "ours": []}
-    for name, model in (("native", native), ("ours", ours.model)):
-        model.fc.register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0].clone()))
+    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:3:2]]
+    draw_codebooks(native, clips)
+    native.save_pretrained(folder)
+    return native, HiggsCodec(str(folder))
+
+
+def embeddings(model: Any, encode: Callable[[], object]) -> dict[int, torch.Tensor]:
+    """What is quantized while `encode` runs, (F, D), by the number of frames."""
+    seen: dict[int, torch.Tensor] = {}
+    hook = model.fc.register_forward_hook(lambda _, given, result: seen.update({result.shape[1]: result[0].clone()}))
+    try:
+        encode()
+    finally:
+        hook.remove()
+    return seen
+
+
+def needless_distance(native: Any, embedding_FD: torch.Tensor, codes_FK: np.ndarray) -> float:
+    """By how much a chosen entry is farther than the nearest, at most, as a share of the squared lengths; in float64.
+
+    Each codebook gets what the chosen entries before it have left: one choice at a tie changes all that follow.
+    """
+    left_FD, worst = embedding_FD.double(), 0.0
+    for quantizer, code_F in zip(native.quantizer.quantizers, torch.from_numpy(codes_FK.T).long(), strict=True):
+        project, entries_ND = quantizer.project_in, quantizer.codebook.embed.double()
+        target_FD = left_FD @ project.weight.double().T + project.bias.double()
+        distance_FN = torch.cdist(target_FD, entries_ND, compute_mode="donot_use_mm_for_euclid_dist").square()
+        excess_F = distance_FN.gather(1, code_F[:, None])[:, 0] - distance_FN.amin(1)
+        scale_F = target_FD.square().sum(1) + entries_ND[code_F].square().sum(1)
+        worst = max(worst, float((excess_F / scale_F).max()))
+        left_FD = left_FD - quantizer.decode(code_F[None])[0].T.double()
+    return worst
+
+
+def test_codes_are_the_nearest_of_what_the_native_class_quantizes(
+    wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip]
+) -> None:
+    """The same embedding up to rounding, and codes that differ from the native ones at a tie only."""
+    native, ours = wide
+    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:12:2]]
+    waves = [torch.from_numpy(clip.samples)[None, None] for clip in clips]
+    expected: list[np.ndarray] = []
     with torch.inference_mode():
-        waves = [torch.from_numpy(clip.samples)[None, None] for clip in clips]
-        expected = [native.encode(wave).audio_codes[0].T.numpy() for wave in waves]
-    torch.set_num_threads(threads_of_ours)
-    found = ours.encode(clips)
-    assert torch.get_num_threads() == threads_of_ours
-    for codes, wanted in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(codes, wanted)
-    embeddings = {given.shape: given for given in seen["ours"]}
-    assert len(embeddings) == len({clip.samples.shape for clip in clips}) > 3
-    for given in seen["native"]:
-        assert torch.equal(embeddings[given.shape], given)
+        wanted = embeddings(
+            native, lambda: expected.extend(native.encode(wave).audio_codes[0].T.numpy() for wave in waves)
+        )
+        found: list[np.ndarray] = []
+        given = embeddings(ours.model, lambda: found.extend(ours.encode(clips)))
+        assert wanted.keys() == given.keys() and len(wanted) > 3
+        for frames, embedding_FD in wanted.items():
+            assert (given[frames] - embedding_FD).norm() < 1e-5 * embedding_FD.norm()
+        for codes in found:
+            if len(codes) in wanted and sum(len(codes) == len(others) for others in found) == 1:
+                assert needless_distance(native, wanted[len(codes)], codes) < 1e-5
+                assert needless_distance(native, wanted[len(codes)], codes[::-1].copy()) > 1e-2
+    differing = sum(int((codes != others).sum()) for codes, others in zip(found, expected, strict=True))
+    assert differing <= 1e-3 * sum(codes.size for codes in expected)
+
+
+@pytest.mark.usefixtures("threads")
+def test_codes_depend_on_the_clip_alone(wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip]) -> None:
+    """Fault: sums in another order with another number of threads, and other codes at ties."""
+    ours = wide[1]
+    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:6]]
+    torch.set_num_threads(2)
+    expected = ours.encode(clips)
+    orders = [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [4], [2, 0]]
+    for threads_of_ours, order in zip([1, 3, 3, 1], orders, strict=True):
+        torch.set_num_threads(threads_of_ours)
+        found = ours.encode([clips[i] for i in order])
+        assert torch.get_num_threads() == threads_of_ours
+        for i, codes in zip(order, found, strict=True):
+            np.testing.assert_array_equal(codes, expected[i])
+
+
+def test_without_onednn_the_layers_are_the_native_ones(
+    wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has not the operators: nothing but the weight norms is changed."""
+    monkeypatch.setattr(higgs_codec, "is_available", lambda: False)
+    plain = HiggsCodec(wide[1].model.config._name_or_path)
+    assert not [module for module in plain.model.modules() if "forward" in vars(module)]
+    clip = read_audio(AudioRef(demo_clips[0].path), 24_000)
+    different = plain.encode([clip])[0] != wide[1].encode([clip])[0]
+    assert different.mean() <= 5e-3
+
+
+def test_batches_and_decoding_are_the_native_ones(wide: tuple[Any, HiggsCodec], speech: list[Audio]) -> None:
+    """A batch of several takes the native layers; audio from codes differs by rounding."""
+    native, ours = wide
+    waves_21T = torch.from_numpy(np.stack([audio.samples[:40_000] for audio in speech[:2]]))[:, None]
+    with torch.inference_mode():
+        codes_2KF = native.encode(waves_21T).audio_codes
+        assert (ours.model.encode(waves_21T).audio_codes != codes_2KF).float().mean() <= 5e-3
+        wanted = native.decode(codes_2KF).audio_values
+        torch.testing.assert_close(ours.model.decode(codes_2KF).audio_values, wanted, rtol=1e-5, atol=1e-6)
+    for codes_KF, wave in zip(codes_2KF, wanted, strict=True):
+        (decoded,) = ours.decode([codes_KF.T.numpy()])
+        np.testing.assert_allclose(decoded.samples, wave[0].numpy(), atol=1e-5 * float(wave.abs().max()))
+
+
+@pytest.mark.parametrize("dilation", [1, 9])
+@pytest.mark.parametrize("length", [1, 5, 27, 64, 65, 150, 640])
+def test_a_residual_unit_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch, dilation: int, length: int) -> None:
+    """No seam, and no end shorter than what the convolution sees, shows."""
+    if not higgs_codec_cpu.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(higgs_codec_cpu, "TILE_VALUES", 1)
+    monkeypatch.setattr(higgs_codec_cpu, "TILE_STEPS", 64)
+    torch.manual_seed(0)
+    unit = DacResidualUnit(16, dilation).eval().requires_grad_(False)
+    values_1CT = torch.randn(1, 16, length)
+    with torch.inference_mode():
+        expected = unit(values_1CT)
+        higgs_codec_cpu.use_faster_layers(unit.modules())
+        torch.testing.assert_close(unit(values_1CT.clone()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_codes_decode_to_audio_of_their_length(tiny_family: HiggsAudioV2Family, speech: list[Audio]) -> None:

@@ -8,20 +8,17 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from transformers import AutoConfig  # before the stand-in below: transformers looks for torchaudio when imported
 
 from speechtune.families.base import Audio
+from speechtune.families.higgs_codec_cpu import fold_weight_norms, is_available, use_faster_layers
 
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
-MKLDNN_VALUES = 20_480  # from more input values on torch gives a 1x1 convolution to oneDNN, if it has threads
-CHUNK_VALUES = 2**15  # 128 KiB of float32: stays in a core's cache over five passes
 CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
 
 In = TypeVar("In")
@@ -107,7 +104,7 @@ class HiggsCodec:
             raise ValueError(f"weights are missing: {missing[:5]}")
         self.model = model.eval().requires_grad_(False).to(device)
         if self.model.device.type == "cpu":
-            _prepare_for_one_thread(self.model)
+            self._prepare()
         self.sampling_rate: int = self.model.config.sample_rate
         self.codebook_size: int = self.model.config.codebook_size
         self.num_codebooks: int = self.model.config.num_quantizers
@@ -116,8 +113,9 @@ class HiggsCodec:
         """Encode each clip by itself, as inference does: padding clips to a common length would change their codes.
 
         Returns:
-            per clip an int16 array of shape (num_frames, num_codebooks): the codes of the native class on the clip
-            alone, on a CPU those that it gives with two or more threads.
+            per clip an int16 array of shape (num_frames, num_codebooks), whatever the number of threads: the codes of
+            the native class on the clip alone. On a CPU what is quantized differs from the native by rounding
+            (`higgs_codec_cpu`), so of two entries of a codebook that are equally near the other one may be chosen.
         """
         longest_first = sorted(range(len(audios)), key=lambda i: len(audios[i].samples), reverse=True)
         codes = dict(zip(longest_first, self._map(self._encode, [audios[i] for i in longest_first]), strict=True))
@@ -126,6 +124,13 @@ class HiggsCodec:
     def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
         """Decode codes, each of shape (num_frames, num_codebooks), to audio at the codec's rate."""
         return self._map(self._decode, codes)
+
+    def _prepare(self) -> None:
+        """Faster layers, but not for the semantic branch's decoder: neither encoding nor decoding calls it."""
+        modules = [module for name, module in self.model.named_modules() if not name.startswith("decoder_semantic")]
+        fold_weight_norms(modules)
+        if is_available():
+            self._map(use_faster_layers, [modules])
 
     def _map(self, work: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
         """`work` on each item; on a CPU one thread per item, as many as torch may use.
@@ -154,39 +159,3 @@ class HiggsCodec:
         codes_1KF = torch.from_numpy(codes_FK.astype(np.int64).T)[None].to(self.model.device)
         wave = self.model.decode(codes_1KF).audio_values[0, 0]
         return Audio(wave.float().cpu().numpy(), self.sampling_rate)
-
-
-def _prepare_for_one_thread(model: nn.Module) -> None:
-    """Let one thread compute what several compute, to the last bit: a code is a nearest neighbour, and ties are near.
-
-    Weight norms are folded as they stand, because their sums depend on the number of threads; 1x1 convolutions keep
-    the kernel that torch takes with several threads. The activations of the acoustic encoder work on pieces that fit in
-    the cache, for threads side by side share the way to memory.
-    """
-    for module in model.modules():
-        if is_parametrized(module, "weight"):
-            remove_parametrizations(module, "weight", leave_parametrized=True)
-        if isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and torch.backends.mkldnn.is_available():
-            module.forward = partial(_pointwise_conv, module)  # pyright: ignore[reportAttributeAccessIssue]
-        elif type(module).__name__ == "Snake1d":
-            module.forward = partial(_snake, module)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _pointwise_conv(conv: nn.Conv1d, values_BCT: torch.Tensor) -> torch.Tensor:
-    if values_BCT.numel() <= MKLDNN_VALUES:
-        return nn.Conv1d.forward(conv, values_BCT)
-    weight, values = conv.weight.unsqueeze(2), values_BCT.unsqueeze(2)
-    return torch.mkldnn_convolution(values, weight, conv.bias, (0, 0), (1, 1), (1, 1), 1).squeeze(2)
-
-
-def _snake(module: Any, values_BCT: torch.Tensor) -> torch.Tensor:
-    """x + sin^2(alpha * x) / alpha, with the operations of the native class in their order."""
-    alpha_1C1, inverse_1C1 = module.alpha, (module.alpha + 1e-9).reciprocal()
-    result = torch.empty_like(values_BCT)
-    step = max(1, CHUNK_VALUES // (values_BCT.shape[0] * values_BCT.shape[2]))
-    for start in range(0, values_BCT.shape[1], step):
-        part = slice(start, start + step)
-        values, piece = values_BCT[:, part], result[:, part]
-        torch.mul(alpha_1C1[:, part], values, out=piece)
-        piece.sin_().pow_(2).mul_(inverse_1C1[:, part]).add_(values)
-    return result
