@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import numpy as np
@@ -137,7 +139,8 @@ def peak_mebibytes() -> float:
 def measure(sizes: Sequence[int] = SIZES) -> dict[str, list[float]]:
     """Seconds and MiB per size: five runs up to 10,000 rows, one beyond.
 
-    The first batch is measured over a cache that holds every clip, and over one without a clip before it.
+    The first batch is measured over a cache that holds every clip, and over one without a clip before it. The memory of
+    a further row shows whether the cost is linear.
     """
     result: dict[str, list[float]] = {}
     for size in sizes:
@@ -150,6 +153,15 @@ def measure(sizes: Sequence[int] = SIZES) -> dict[str, list[float]]:
                     seconds, mebibytes = afresh(work, manifest)
                     result.setdefault(f"{size} rows: {work}, seconds", []).append(seconds)
                     result.setdefault(f"{size} rows: {work}, MiB", []).append(mebibytes)
+    for work in WORK:
+        slopes = [
+            (median(result[f"{more} rows: {work}, MiB"]) - median(result[f"{less} rows: {work}, MiB"])) / (more - less)
+            for less, more in pairwise(sizes)
+        ]
+        for (less, more), slope in zip(pairwise(sizes), slopes, strict=True):
+            result[f"{less} to {more} rows: {work}, bytes a further row"] = [slope * 2**20]
+        if len(slopes) > 1:
+            result[f"{work}, bytes a further row: last / before"] = [slopes[-1] / slopes[-2]]
     return result
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,6 +32,7 @@ STATE_NAME = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 ASIDE = ".writing-"
 SPACE_MARGIN_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,10 @@ def write_verified(
         write(aside)
         for path in aside.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
-        with ThreadPoolExecutor(2) as pool:  # reading back goes on while the disk writes
-            compared = pool.submit(_compare, aside, tensors)
-            hashes = pool.submit(_file_hashes, aside)
+        with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
+            entries = pool.submit(_read_back, aside, tensors)
             _sync_files(aside)
-            compared.result()
-            _write_manifest(aside, hashes.result())
+            _write_manifest(aside, entries.result())
         _sync_directory(aside)
         _publish(aside, directory)
     except OSError as error:
@@ -100,13 +101,13 @@ def verify_folder(directory: Path) -> list[Problem]:
     except (ValueError, KeyError, TypeError):
         return [Problem(MANIFEST_NAME, "not readable as a manifest")]
     problems = []
-    for name, num_bytes, blake3 in entries:
+    for name, num_bytes, digest in entries:
         file = directory / name
         if not file.is_file():
             problems.append(Problem(name, "missing"))
         elif (size := file.stat().st_size) != num_bytes:
             problems.append(Problem(name, f"{size} bytes, {num_bytes} were written"))
-        elif file_blake3(file) != blake3:
+        elif file_blake3(file) != digest:
             problems.append(Problem(name, "changed since it was written (blake3 differs)"))
     return problems
 
@@ -221,10 +222,22 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _read_back(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Name, size and hash of every file; on the way the weights are compared with those in memory."""
+    _check_kinds(directory, tensors)
+    entries = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            compared = tensors if path.parent == directory and path.suffix == ".safetensors" else {}
+            name, digest = str(path.relative_to(directory)), _read_file(path, compared)
+            entries.append({"name": name, "bytes": path.stat().st_size, "blake3": digest})
+    return entries
+
+
+def _check_kinds(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights with other names, dtypes or shapes than those in memory."""
     stored: dict[str, torch.Tensor] = {}
-    files = sorted(directory.glob("*.safetensors"))
-    for path in files:
+    for path in sorted(directory.glob("*.safetensors")):
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path.name}: empty after writing")
         stored.update(load_file(path))  # maps the file; no byte of a tensor is read yet
@@ -234,12 +247,29 @@ def _compare(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             f"{directory.name}: read back {len(stored)} tensors of {len(tensors)}: missing {missing[:3]}, "
             f"left over {extra[:3]}; the object saved is not the model trained"
         )
-    for path in files:
-        for name, saved in _tensor_bytes(path):
-            live = tensors[name].detach().to("cpu").contiguous()
-            same_kind = stored[name].dtype == live.dtype and stored[name].shape == live.shape
-            if not same_kind or not _same_bytes(saved, live.flatten().view(torch.uint8).numpy()):
-                raise CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
+    for name, tensor in tensors.items():
+        if stored[name].dtype != tensor.dtype or stored[name].shape != tensor.shape:
+            raise _different(directory, name)
+
+
+def _read_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE3 of a file; each piece of a tensor in it is compared while a core's cache still holds it."""
+    content, digest, done = map_file(path), blake3(), 0
+    for name, start, end in _tensor_places(content) if tensors else ():
+        digest.update(memoryview(content)[done:start])
+        live = tensors[name].detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+        for place in range(start, end, PIECE_BYTES):
+            piece = np.frombuffer(content, np.uint8, min(PIECE_BYTES, end - place), place)
+            digest.update(piece.data)
+            if not _same_bytes(piece, live[place - start :][: len(piece)]):
+                raise _different(path.parent, name)
+        done = end
+    digest.update(memoryview(content)[done:])
+    return digest.hexdigest()
+
+
+def _different(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
 
 
 def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
@@ -248,22 +278,12 @@ def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one, other)
 
 
-def _tensor_bytes(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and bytes of each tensor of a safetensors file, as they lie in it."""
-    content = map_file(path)
+def _tensor_places(content: mmap.mmap | bytes) -> list[tuple[str, int, int]]:
+    """Name, first byte and end of each tensor of a safetensors file, in the order in which they lie in it."""
     data_start = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a JSON header, the data
-    for name, entry in json.loads(content[8:data_start]).items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, np.frombuffer(content, np.uint8, end - start, data_start + start)
-
-
-def _file_hashes(directory: Path) -> list[dict[str, Any]]:
-    return [
-        {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size, "blake3": file_blake3(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    ]
+    header = json.loads(content[8:data_start])
+    offsets = sorted((*entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    return [(name, data_start + start, data_start + end) for start, end, name in offsets]
 
 
 def _write_manifest(directory: Path, entries: list[dict[str, Any]]) -> None:

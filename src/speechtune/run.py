@@ -50,7 +50,7 @@ from speechtune.precision import plan_precision
 from speechtune.ranks import least_over_ranks
 from speechtune.run_info import INFO_NAME, run_info
 from speechtune.save_adapters import CARD_NAME, RECIPE_NAME
-from speechtune.saving import ADAM_MOMENTS, copy_of_weights, restore_weights, write_state
+from speechtune.saving import ADAM_MOMENTS, cpu_copy, restore_weights, weights_of, write_state
 from speechtune.sharding import is_sharded
 from speechtune.tracking import WARNINGS_NAME, add_warnings, configure_logging, flatten
 from speechtune.watchdog import Watchdog
@@ -321,7 +321,7 @@ def _final_weights(job: Job, result: TrainResult, *, keep: bool) -> dict[str, to
         restore_weights(job.model, result.best_checkpoint)
         best = result.best_checkpoint.name
         log.info("lora_adapters holds the weights of %s, the best by %s", best, job.config.evaluate.best_metric)
-    return copy_of_weights(job.model, keep=keep) if is_sharded(job.model) else None
+    return cpu_copy(weights_of(job.model), keep=keep) if is_sharded(job.model) else None
 
 
 def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, torch.Tensor] | None) -> None:

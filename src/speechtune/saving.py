@@ -105,7 +105,9 @@ def checkpoint_writer(
     every rank must call this, and only that with `keep` may call the function returned.
     """
     copy = copy or is_sharded(model)
-    weights = copy_of_weights(model, keep=keep) if copy else None
+    weights = weights_of(model) if copy or isinstance(model, PeftModel) else None
+    if copy:
+        weights = cpu_copy(weights, keep=keep)
     optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
     scaler_state = scaler.state_dict()
     tensors = model_tensors(model, weights)
@@ -128,22 +130,20 @@ def checkpoint_writer(
     return publish
 
 
-def copy_of_weights(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """What is trained, under the model's own names, whole and on the CPU; of a full model everything it saves.
-
-    Every rank of a sharded model must call it; those without `keep` get something of no use, and need no memory.
-    """
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained, under the model's own names; of a full model everything it saves."""
     if not isinstance(model, PeftModel):
-        return cpu_copy(model.state_dict(), keep=keep)
+        return model.state_dict()
     # PEFT stores the buffers of modules_to_save with them
     buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
-    return cpu_copy(trainable(model) | buffers, keep=keep)
+    return {name: parameter.detach() for name, parameter in trainable(model).items()} | buffers
 
 
 def cpu_copy(value: Any, *, keep: bool = True) -> Any:
     """Copy of nested mappings, lists and tensors; tensors come to the CPU, whole.
 
-    Without `keep` this rank only helps the others to gather theirs: tensors stay what they are.
+    Every rank of a sharded model must call it. Without `keep` this rank only helps the others to gather theirs: tensors
+    stay what they are.
     """
     if isinstance(value, torch.Tensor):
         gathered = whole(value.detach())
