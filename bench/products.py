@@ -1,16 +1,25 @@
 """What the fast forward pass has of its own on a CPU, beside torch: products of matrices, and attention.
 
-Lengths and widths are those of `training.py`; forward and backward pass of attention, both on as many threads.
+Lengths and widths are those of `training.py`; attention forward and backward. Then what each brings a training run:
+the same run with torch's products, and with torch's attention.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from meter import quiet
+from ours import prepare, train_ours
 from torch.nn import functional
+from training import SAMPLES, TIMED_STEPS
 
+from speechtune.families import fast
 from speechtune.families.cpu_attention import causal_attention
 from speechtune.families.cpu_products import product
 
@@ -33,7 +42,35 @@ def measure(pairs: int = 9) -> dict[str, list[float]]:
         sides = [lambda step=step: differentiated(step, heads) for step in (torchs_attention, causal_attention)]  # noqa: B023
         for theirs, ours in in_pairs(pairs, *sides):
             result.setdefault(f"attention, {length} positions: torch / ours", []).append(theirs / ours)
+    return result | in_training(pairs)
+
+
+def in_training(pairs: int) -> dict[str, list[float]]:
+    """Tokens a second of training on mixed lengths over those of the same run with one of torch's own parts."""
+    parts = {"torch's products": lambda: cast(Any, torch.backends.mkldnn).flags(enabled=False)}
+    parts["torch's attention"] = torch_attends
+    result: dict[str, list[float]] = {}
+    with quiet(), tempfile.TemporaryDirectory(prefix="speechtune-bench-") as name:
+        folder = Path(name)
+        data = prepare(folder, "mixed", SAMPLES)
+        for _ in range(pairs):
+            rates = {}
+            for part, using in ({"": nullcontext} | parts).items():
+                with using():
+                    rates[part] = train_ours(folder / "base", data, folder / "runs", TIMED_STEPS + 1)[0].rate().wall
+            for part in parts:
+                result.setdefault(f"training, mixed lengths: ours / with {part}", []).append(rates[""] / rates[part])
     return result
+
+
+@contextmanager
+def torch_attends() -> Iterator[None]:
+    """As for samples too long for ours."""
+    before, fast.MOST_POSITIONS = fast.MOST_POSITIONS, 0
+    try:
+        yield
+    finally:
+        fast.MOST_POSITIONS = before
 
 
 def torchs_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,18 @@ def test_what_reads_back_different_is_not_published(case: str, tmp_path: Path) -
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("place", range(11))
+def test_every_piece_of_a_tensor_is_compared(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last, shorter one."""
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 16)
+    live = torch.arange(11.0)
+    stored = live.clone()
+    assert verify_folder(write_verified(tmp_path / "checkpoint-1", writer({"a": stored}), {"a": live})) == []
+    stored[place] += 1
+    with pytest.raises(CheckpointError, match="a reads back different"):
+        write_verified(tmp_path / "checkpoint-2", writer({"a": stored}), {"a": live})
+
+
 def test_files_written_wrong_are_not_published(tmp_path: Path) -> None:
     def empty(folder: Path) -> None:
         (folder / "model.safetensors").touch()

@@ -7,11 +7,12 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from speechtune.adapter import apply_lora, trainable
@@ -52,15 +53,15 @@ class Trained:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
 
-    def writer(self, directory: Path, step: int = 3) -> Callable[[], Path]:
-        """What the loop makes: with an adapter a copy of this moment, else a view of the live model."""
+    def writer(self, directory: Path, step: int = 3, copy: bool | None = None) -> Callable[[], Path]:
+        """What the loop makes: usually with an adapter a copy of this moment, else a view of the live model."""
         state = RunState(step=step, total_steps=9, epoch=0.5, identity=IDENTITY)
         parts = (self.model, self.optimizer, self.scaler, [rng_state()], state, "family: x\n")
-        copy = isinstance(self.model, PeftModel)
+        copy = isinstance(self.model, PeftModel) if copy is None else copy
         return checkpoint_writer(directory, *parts, lambda folder: None, {"README.md": "card"}, copy=copy)
 
-    def save(self, directory: Path) -> Path:
-        return self.writer(directory)()
+    def save(self, directory: Path, copy: bool | None = None) -> Path:
+        return self.writer(directory, copy=copy)()
 
     def restore(
         self, directory: Path, identity: dict[str, Any] = IDENTITY, rank: int = 0, force: bool = False
@@ -80,12 +81,15 @@ def trained(make_config: Callable[..., RunConfig]) -> Callable[..., Trained]:
     return lambda steps=0, **lora: Trained(make_config(lora=lora or {"rank": 4}), steps)
 
 
+@pytest.mark.parametrize("copy", [True, False])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_checkpoint_comes_back_bit_for_bit(kind: str, tmp_path: Path, trained: Callable[..., Trained]) -> None:
+def test_a_checkpoint_comes_back_bit_for_bit(
+    kind: str, copy: bool, tmp_path: Path, trained: Callable[..., Trained]
+) -> None:
     """Weights of every kind of adapter, Adam's moments and step, and the random state: the next step is the same."""
     torch.manual_seed(5)
     first = trained(3, **ADAPTERS[kind])
-    folder = first.save(tmp_path / "checkpoint-3")
+    folder = first.save(tmp_path / "checkpoint-3", copy)
     saved = first.everything()
     first.step()
     second = trained(0, **ADAPTERS[kind])
@@ -112,6 +116,21 @@ def test_a_checkpoint_verifies_and_holds_what_is_trained(
     assert stored == expected
     weights = "model.safetensors" if kind == "full fine-tuning" else "adapter_model.safetensors"
     assert {weights, "trainer_state.json", "optimizer.pt", "rng_state.pt", "config.yaml"} <= set(os.listdir(folder))
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_buffers_of_a_module_trained_in_full_are_saved(copy: bool, tmp_path: Path) -> None:
+    """Fault: they were missing from what a save was given, and the module came back with the statistics of the base."""
+    stack = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = get_peft_model(cast(Any, stack), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    model.train()(torch.randn(8, 4))
+    optimizer = torch.optim.AdamW(trainable(model).values())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parts = (model, optimizer, scaler, [rng_state()], RunState(1, 1, 1.0, {}), "")
+    folder = checkpoint_writer(tmp_path / "checkpoint-1", *parts, lambda folder: None, {}, copy=copy)()
+    (mean,) = (t for name, t in load_file(folder / "adapter_model.safetensors").items() if "running_mean" in name)
+    assert torch.equal(mean, cast(Any, model.base_model.model)[1].modules_to_save["default"].running_mean)
+    assert mean.abs().max() > 0
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
