@@ -1,7 +1,9 @@
-"""Products on a CPU against float64, and that they are those of oneDNN where they may be."""
+"""Products on a CPU against float64, that they are those of oneDNN where they may be, and what its kernels take."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, cast
 
 import pytest
@@ -55,3 +57,25 @@ def test_onednn_multiplies() -> None:
     called = {event.key: event.count for event in profiled.key_averages()}
     assert called["mkldnn::_linear_pointwise"] == 2
     assert "aten::mm" not in called
+
+
+MEMORY = """
+import torch
+from speechtune.families.cpu_products import product
+
+def resident() -> int:
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+w, before = torch.randn(512, 256), resident()
+for rows in range(500, 1500, 2):
+    product(product(torch.ones(rows, 256), w), w.T)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not X86 or not sys.platform.startswith("linux"), reason="no oneDNN, or no /proc")
+def test_kernels_of_earlier_batches_are_let_go() -> None:
+    """Fault: each number of rows has a kernel of its own; a thousand of them kept took 1.7 GB in the long run."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400, "MiB"
