@@ -1,7 +1,7 @@
 """Causal attention for training on a CPU: matrix products over blocks of queries, each with the keys before it.
 
 torch's flash kernel for CPUs multiplies small tiles and computes the probabilities twice; with plain products that keep
-them training on samples of some hundred positions is about a fifth faster (`bench/products.py`). Kept probabilities
+them training on samples of some hundred positions is some 15 % faster (`bench/products.py`). Kept probabilities
 take memory, so long samples stay with torch's kernel.
 
 Shapes: S positions of one sample, H query heads in G groups, Q = S * H / G rows of queries, E head width.
