@@ -130,7 +130,9 @@ def _validate_verb(verbs: Any) -> None:
 def _recipe_verb(verbs: Any, name: str, help_text: str) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=help_text)
     verb.add_argument("recipe", type=Path, help="YAML recipe")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+    verb.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="options that replace the recipe's"
+    )
     return verb
 
 

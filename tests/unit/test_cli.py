@@ -58,3 +58,9 @@ def test_bad_input_is_one_clear_error(
     captured = capsys.readouterr()
     assert message in captured.err + captured.out
     assert "Traceback" not in captured.err
+
+
+def test_what_may_be_left_out_is_not_called_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.rstrip().endswith("arguments are required: recipe")
