@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.cli import guarded
+from speechtune.commands.guarded import guarded
 
 
 def main() -> int:
-    """Read the flags and run `speechtune.lint`; 0 clean, 1 faults left, 2 bad input."""
+    """Read the flags and run `speechtune.lint.lint`; 0 clean, 1 faults left, 2 bad input."""
     parser = argparse.ArgumentParser(description="Find faults of LoRA training scripts without running them.")
     parser.add_argument("scripts", type=Path, nargs="+", metavar="SCRIPT", help="Python file, or folder of them")
     parser.add_argument("--fix", action="store_true", help="mend what is certain; the original is kept as SCRIPT.bak")
@@ -16,7 +16,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> int:
-        from speechtune.lint import run_lint
+        from speechtune.commands.lint import run_lint
 
         return run_lint(options.scripts, options.fix, options.json)
 

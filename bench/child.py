@@ -86,7 +86,7 @@ def peer(settings: str, folder: str, lengths: str, steps: str) -> list[float]:
 
 def imports() -> list[float]:
     """Import what training needs, and do nothing."""
-    import speechtune.run  # noqa: F401
+    import speechtune.training.run  # noqa: F401
 
     return []
 

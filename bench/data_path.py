@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from voices import SYSTEM
 
 from speechtune.audio import read_audio
-from speechtune.batching import BatchPlan, StepBatches, make_loader
-from speechtune.cache import EncodedSet, encode_samples
+from speechtune.cache.encode import encode_samples
+from speechtune.cache.encoded_set import EncodedSet
+from speechtune.commands.demo import make_base
 from speechtune.config import build_config
-from speechtune.demo import make_base
 from speechtune.families import create_family
-from speechtune.families.base import AudioRef, Batch, Clip, Encoded, Family, Sample
+from speechtune.family import Family
+from speechtune.training.batching import BatchPlan, StepBatches, make_loader
+from speechtune.types import AudioRef, Batch, Clip, Encoded, Sample
 
 BATCH_SIZE = 8
 

@@ -17,9 +17,9 @@ from transformers.models.higgs_audio_v2_tokenizer.configuration_higgs_audio_v2_t
 
 import speechtune
 from speechtune.audio import read_audio
-from speechtune.families.base import Audio, AudioRef
-from speechtune.families.higgs_codec import HiggsCodec, codec_class
-from speechtune.families.tiny import codec_from_config, draw_codebooks
+from speechtune.families.higgs_audio_v2.codec import HiggsCodec, codec_class
+from speechtune.families.higgs_audio_v2.tiny import codec_from_config, draw_codebooks
+from speechtune.types import Audio, AudioRef
 
 PAIRS = 5
 THREADS = 2

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from speechtune.cli import guarded
-from speechtune.demo import LONGEST_SECONDS, make_base
-from speechtune.evaluate_voice import System, evaluate_voice
-from speechtune.families.base import GenerationOptions
-from speechtune.scorers import Scorers
+from speechtune.commands.demo import LONGEST_SECONDS, make_base
+from speechtune.commands.guarded import guarded
+from speechtune.family import Scorers
+from speechtune.inference.evaluate_voices import System, evaluate_voice
+from speechtune.types import GenerationOptions
 
 ROWS = 60
 RESULTS = Path(__file__).parent / "results"

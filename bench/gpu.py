@@ -27,15 +27,15 @@ import gpu_setup
 import peft
 import torch
 import transformers
+from flop_rules import flop_rules
+from flops import count_flops, mfu, peak_flops
 from torch import nn
 
-from speechtune.adapter import trainable
 from speechtune.config import TrainConfig
-from speechtune.families.flop_rules import flop_rules
-from speechtune.flops import count_flops, mfu, peak_flops
-from speechtune.objective import Objective
+from speechtune.lora.apply import trainable
 from speechtune.precision import PrecisionPlan, plan_precision
-from speechtune.schedule import make_optimizer
+from speechtune.training.job import Objective
+from speechtune.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 SIDES: dict[str, dict[str, Any]] = {

@@ -13,16 +13,17 @@ import torch
 from torch import nn
 from transformers import HiggsAudioV2Config, Phi4MultimodalConfig
 
-from speechtune.adapter import apply_lora, plain_model
-from speechtune.batching import cut_by_tokens
 from speechtune.config import build_config
 from speechtune.families import create_family
-from speechtune.families.base import Encoded, Family
-from speechtune.families.fast import IGNORE
-from speechtune.families.fast_layers import make_fast
-from speechtune.families.fast_ops import choose_kernels
-from speechtune.families.higgs_layout import delay_rows, pad_inputs, target_arrays
+from speechtune.families.higgs_audio_v2.layout import delay_rows, pad_inputs, target_arrays
+from speechtune.families.layers.decoder import make_fast
+from speechtune.families.layers.kernels import choose_kernels
+from speechtune.families.layers.ops import IGNORE
+from speechtune.family import Family
+from speechtune.lora.apply import apply_lora, plain_model
 from speechtune.precision import PrecisionPlan
+from speechtune.training.batching import cut_by_tokens
+from speechtune.types import Encoded
 
 RELEASED = {
     "higgs_audio_v2": "bosonai/higgs-audio-v2-generation-3B-base",
@@ -94,7 +95,7 @@ def make_model(family: Family, plan: PrecisionPlan, targets: str, seed: int = 0)
     model.initialize_weights()
     config = cast(Any, family).config
     if config.speed.fast_forward:
-        model = make_fast(model, choose_kernels(config.speed, plan.device))
+        model = make_fast(model, cast(Any, family).fast_layers, choose_kernels(config.speed, plan.device))
     settings = config.lora.model_copy(update={"targets": targets, "rank": 16})
     return apply_lora(model, family, settings, seed).train()
 

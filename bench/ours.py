@@ -1,4 +1,4 @@
-"""Our side of the training benches: `speechtune.loop.Run` with its guards on, as a user gets it with a token budget."""
+"""Our side of the training benches: `training.loop.Run` with its guards on, as a user gets it with a token budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from voices import (
     write_examples,
 )
 
-from speechtune.loop import Run
+from speechtune.training.loop import Run
 
 OURS_TOKENS = 4096
 DISTRIBUTIONS: dict[str, Callable[[int], list[tuple[float, float]]]] = {"mixed": mixed_seconds, "equal": equal_seconds}

@@ -19,9 +19,9 @@ from ours import prepare, train_ours
 from torch.nn import functional
 from training import SAMPLES, TIMED_STEPS
 
-from speechtune.families import fast
-from speechtune.families.cpu_attention import causal_attention
-from speechtune.families.cpu_products import product
+from speechtune.families.layers import ops as fast
+from speechtune.families.layers.cpu_attention import causal_attention
+from speechtune.families.layers.cpu_matmul import product
 
 POSITIONS, WIDTHS = 3_000, ((256, 512), (512, 256))
 LENGTHS, HEADS, GROUPS, HEAD_WIDTH = (200, 430, 900), 4, 2, 64

@@ -21,9 +21,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from speechtune.adapter import adapter_state, trainable
-from speechtune.checkpoint import write_verified
-from speechtune.saving import RunState, Saver, checkpoint_writer, cpu_copy, rng_state
+from speechtune.lora.apply import adapter_state, trainable
+from speechtune.storage.verified_folder import write_verified
+from speechtune.tensors import rng_state
+from speechtune.training.checkpoint import RunState, Saver, checkpoint_writer, cpu_copy
 
 ADAPTER_BYTES = 500_000_000
 LAYERS, WIDTH = 16, 4096

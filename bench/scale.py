@@ -75,8 +75,8 @@ def chatml(folder: Path, target: int, reference: int) -> dict[str, Any]:
 
 def run_validate(manifest: Path) -> None:
     """What `speechtune validate --metadata-only` does."""
+    from speechtune.commands.validate import validate
     from speechtune.config import DataConfig
-    from speechtune.validate import validate
 
     report = validate(manifest, DataConfig())
     assert not report.faults, report.faults[:3]
@@ -84,11 +84,11 @@ def run_validate(manifest: Path) -> None:
 
 def run_first_batch(manifest: Path) -> None:
     """Load the samples, find their clips in a cache that has them all, plan the run, and collate its first batch."""
-    from speechtune.batching import BatchPlan
-    from speechtune.cache import encode_samples
+    from speechtune.cache.encode import encode_samples
     from speechtune.config import DataConfig
-    from speechtune.datasets import load_samples
-    from speechtune.families.base import Family
+    from speechtune.data.sources import load_samples
+    from speechtune.family import Family
+    from speechtune.training.batching import BatchPlan
 
     samples = load_samples(manifest, DataConfig())
     encoded = encode_samples(cast(Family, FrameCounter()), samples, manifest.parent / "cache", quiet=True)
@@ -112,7 +112,7 @@ class FrameCounter:
 
     def encode(self, sample: Any, features: Sequence[np.ndarray]) -> Any:
         """Positions as in a prompt of Higgs Audio v2."""
-        from speechtune.families.base import Encoded
+        from speechtune.types import Encoded
 
         rows = sum(len(codes) + 9 for codes in features)
         return Encoded(sample.id, {"codes": features[-1]}, rows + len(sample.text) // 4, 0.2)

@@ -25,12 +25,12 @@ from rich.table import Table
 
 from speechtune.audio import read_audio
 from speechtune.config import DataConfig
+from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.errors import ConfigError
-from speechtune.families.base import Audio, AudioRef
-from speechtune.scorer_support import RATE
-from speechtune.scorers import load_scorers
-from speechtune.speechocean import is_speechocean, read_speechocean
-from speechtune.spoken_text import word_errors
+from speechtune.tasks.voice_cloning.scorer_support import RATE
+from speechtune.tasks.voice_cloning.scorers import load_scorers
+from speechtune.tasks.voice_cloning.word_errors import word_errors
+from speechtune.types import Audio, AudioRef
 
 SHIPPED = Path(str(files("speechtune"))) / "assets" / "demo-voices" / "clips.jsonl"
 SNR_DB = (20, 5)

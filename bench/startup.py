@@ -22,7 +22,7 @@ from ours import prepare
 from peers.higgs_trainer import Settings
 from voices import Size
 
-from speechtune.demo import CLIPS_PER_SPEAKER, SPEAKERS, demo_config, make_base, write_manifest
+from speechtune.commands.demo import CLIPS_PER_SPEAKER, SPEAKERS, demo_config, make_base, write_manifest
 
 HELPS = 15
 DEMO = Size(hidden_size=96, num_layers=2, codebook_size=258)

@@ -2,7 +2,7 @@
 
 Both sides are timed by one hook that torch calls behind every optimizer step, so what a loop does between its steps
 counts in full; tokens are real positions, without padding. The first step is left out, and the steps timed see each
-sample once. Ours is `speechtune.loop.Run` with its guards on. The peer trains in padded batches at the best of its
+sample once. Ours is `training.loop.Run` with its guards on. The peer trains in padded batches at the best of its
 settings, found first with the same data; that table is part of the result. One sample at a time pads nothing, and on
 two cores is faster than any padded batch; on a GPU nobody would train so. The ratio to it stands beside the other, held
 to no threshold. Rates by CPU time stand beside those by the clock: other programs on the machine bend them less.

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from speechtune.adapter import apply_lora
-from speechtune.cache import EncodedSet, EncodeReport
+from speechtune.cache.encoded_set import EncodedSet, EncodeReport
+from speechtune.cache.store import FeatureStore
 from speechtune.config import RunConfig, build_config
-from speechtune.families import create_family, tiny
-from speechtune.families.base import AudioRef, Clip, Family, Sample
-from speechtune.feature_store import FeatureStore
-from speechtune.loop import Job
+from speechtune.families import create_family
+from speechtune.families.higgs_audio_v2 import tiny
+from speechtune.family import Family
+from speechtune.lora.apply import apply_lora
 from speechtune.precision import plan_precision
+from speechtune.training.job import Job
+from speechtune.types import AudioRef, Clip, Sample
 
 FRAMES_PER_SECOND, CODEBOOKS, LETTERS_PER_SECOND = 25, 8, 3.5
 SHORTEST_SECONDS, LONGEST_SECONDS = 3.0, 30.0
@@ -150,7 +152,7 @@ def encoded_set(family: Family, examples: Sequence[Example], root: Path) -> Enco
 
 
 def make_job(config: RunConfig, examples: Sequence[Example], cache: Path) -> Job:
-    """What `speechtune.run.prepare` makes of a manifest, from examples whose codes are known."""
+    """What `speechtune.training.prepare.prepare` makes of a manifest, from examples whose codes are known."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     family = create_family(config)
     plan = plan_precision(config.train.precision)

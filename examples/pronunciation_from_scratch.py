@@ -21,16 +21,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import Phi4MultimodalFeatureExtractor
 
-from speechtune.assessment import SCORE_FIELDS
 from speechtune.audio import read_audio
 from speechtune.config import DataConfig, RunConfig, build_config
-from speechtune.datasets import load_samples
-from speechtune.evaluate import evaluate
-from speechtune.evaluation import print_evaluation
-from speechtune.families.base import Sample
-from speechtune.families.phi4_audio import log_mel
-from speechtune.families.tiny_phi4 import make_model
-from speechtune.run import run_training
+from speechtune.data.sources import load_samples
+from speechtune.families.phi4_multimodal.audio import log_mel
+from speechtune.families.phi4_multimodal.tiny import make_model
+from speechtune.inference.evaluate_pronunciation import evaluate
+from speechtune.tasks.pronunciation.evaluation import print_evaluation
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
+from speechtune.training.run import run_training
+from speechtune.types import Sample
 
 SEED = 0
 WANTED_PCC = 0.35

@@ -2,7 +2,7 @@
 
 import sys
 
-from speechtune.phi4_original import main
+from speechtune.legacy.train_pronunciation import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from helpers import DemoClip, Utterance, native_batch
 from speechtune.config import build_config
-from speechtune.run import run_training
+from speechtune.training.run import run_training
 
 NATIVE, BOSON = "base_model.model.model.layers.", "base_model.model.layers."
 

@@ -14,8 +14,8 @@ import pyarrow
 import soundfile
 from pyarrow import parquet
 
-from speechtune.families.base import Sample
-from speechtune.speechocean_labels import SPLITS
+from speechtune.data.speechocean_labels import SPLITS
+from speechtune.types import Sample
 
 LISA = {
     "accuracy": 5,

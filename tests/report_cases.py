@@ -12,8 +12,8 @@ import yaml
 
 from helpers import DemoClip
 from speechtune.audio import read_audio, write_wav
-from speechtune.families.base import Audio, AudioRef
-from speechtune.fingerprint import file_blake3
+from speechtune.storage.hashing import file_blake3
+from speechtune.types import Audio, AudioRef
 
 HIGGS = {
     "heads": ("audio", "text"),

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from speechtune.families.base import Audio, Output, Sample
-from speechtune.scorers import Scorers
-from speechtune.scorers_speaker import cosine
-from speechtune.voice_measure import VoiceRow
+from speechtune.family import Scorers
+from speechtune.tasks.voice_cloning.measures import VoiceRow
+from speechtune.tasks.voice_cloning.scorers_speaker import cosine
+from speechtune.types import Audio, Output, Sample
 
 RATE = 16_000
 

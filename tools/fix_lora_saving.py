@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.cli import guarded
+from speechtune.commands.guarded import guarded
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     options = vars(parser.parse_args())
 
     def run() -> int:
-        from speechtune.extract import run_extract
+        from speechtune.commands.adapters import run_extract
 
         return run_extract(options.pop("checkpoint"), options.pop("output"), as_json=options.pop("json"), **options)
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from speechtune.checkpoint import verify_folder
 from speechtune.integrations.transformers import LoRACheckpointCallback
+from speechtune.storage.verified_folder import verify_folder
 
 SENTENCES = (
     "the adapter is small and the base is large",

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.cli import guarded
+from speechtune.commands.guarded import guarded
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> int:
-        from speechtune.adapter_files import run_verify
+        from speechtune.commands.adapters import run_verify
 
         flags = {"find_all": options.find_all, "verbose": options.verbose, "as_json": options.json}
         return run_verify(options.path, options.base, **flags)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.cli import guarded
+from speechtune.commands.guarded import guarded
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> int:
-        from speechtune.adapter_files import run_find
+        from speechtune.commands.adapters import run_find
 
         return run_find(options.path, verbose=options.verbose, as_json=options.json)
 

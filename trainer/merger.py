@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.cli import guarded
+from speechtune.commands.guarded import guarded
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
         parser.error("--test_input is the text of --compare_models; give both")
 
     def run() -> int:
-        from speechtune.merge import TEST_INPUT, run_merge
+        from speechtune.commands.adapters import TEST_INPUT, run_merge
 
         return run_merge(
             options.lora_adapter_path,

@@ -2,7 +2,7 @@
 
 import sys
 
-from speechtune.original import main
+from speechtune.legacy.train_v2 import main
 
 if __name__ == "__main__":
     sys.exit(main())

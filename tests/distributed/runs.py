@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.config import RunConfig
+from speechtune.storage.verified_folder import find_checkpoints, verify_folder
 
 RANKS_SECONDS = 120
 STEPS = 6  # of the runs on real speech and the tiny Higgs

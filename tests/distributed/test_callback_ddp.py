@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from speechtune.checkpoint import verify_folder
+from speechtune.storage.verified_folder import verify_folder
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -27,7 +27,7 @@ from lora_saving_example import SENTENCES, collate, make_base
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from speechtune.adapter import save_lora_adapters
+from speechtune.lora.save import save_lora_adapters
 from speechtune.integrations.transformers import LoRACheckpointCallback
 
 what, rank = sys.argv[1], int(os.environ["RANK"])

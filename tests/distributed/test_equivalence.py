@@ -34,10 +34,10 @@ from runs import (
     weights,
 )
 
-from speechtune.checkpoint import find_checkpoints, newest_valid
 from speechtune.config import RunConfig
 from speechtune.errors import CheckpointError, ConfigError
-from speechtune.families import tiny
+from speechtune.families.higgs_audio_v2 import tiny
+from speechtune.storage.verified_folder import find_checkpoints, newest_valid
 
 WITH_DROPOUT = {"lora": {"dropout": 0.1}, "train": {"batch_size": 4, "accumulation": 2}}
 

@@ -19,9 +19,9 @@ import pytest
 from interrupted import SLEEP_SECONDS, WAIT_SECONDS, train
 from runs import TOLERANCE, Configure, Row, curve, ended, greatest_difference, start_torchrun, write_jobs
 
-from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.errors import LostRankError
-from speechtune.watchdog import BEAT_SECONDS, EXIT_SECONDS, LOST_SECONDS
+from speechtune.storage.verified_folder import find_checkpoints, verify_folder
+from speechtune.training.watchdog import BEAT_SECONDS, EXIT_SECONDS, LOST_SECONDS
 
 FOUR = {"train": {"batch_size": 4}}
 FSDP = {"train": {"batch_size": 4}, "speed": {"parallel": "fsdp"}}

@@ -14,8 +14,8 @@ from runs import assert_same_to_the_bit, curve, greatest_difference, run_on_two_
 
 from helpers import DemoClip, merged
 from speechtune.config import RunConfig, build_config
-from speechtune.families import tiny_phi4
-from speechtune.phones import PHONES
+from speechtune.families.phi4_multimodal import tiny as tiny_phi4
+from speechtune.tasks.pronunciation.phones import PHONES
 
 STEPS = 4
 TOLERANCE = 2e-6

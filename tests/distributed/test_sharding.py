@@ -27,9 +27,9 @@ from runs import (
 )
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from speechtune.checkpoint import newest_valid, verify_folder
 from speechtune.errors import ConfigError
-from speechtune.sharding import blocks
+from speechtune.storage.verified_folder import newest_valid, verify_folder
+from speechtune.training.distributed import blocks
 
 FSDP = {"speed": {"parallel": "fsdp"}, "train": {"batch_size": 2, "accumulation": 2}, "evaluate": {"batch_size": 1}}
 HALF = {"train": {"max_steps": 3, "precision": "bf16", "batch_size": 4, "accumulation": 1}}

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import DemoClip, merged
 from speechtune.config import RunConfig, build_config
-from speechtune.families import tiny_phi4
+from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 
 SCORES = {"accuracy": 7, "fluency": 3, "prosodic": 5, "total": 6}
 PHONES = {"word_transcript": "one", "phoneme_transcript": "W AH N"}

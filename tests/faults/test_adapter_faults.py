@@ -24,10 +24,10 @@ from adapter_helpers import (
     write_weights,
 )
 from helpers import DemoClip
-from speechtune.adapter import load_adapter
-from speechtune.adapter_files import Verification, verify_adapter
 from speechtune.errors import AdapterError
-from speechtune.families import tiny
+from speechtune.export.verify import Verification, verify_adapter
+from speechtune.families.higgs_audio_v2 import tiny
+from speechtune.lora.apply import load_adapter
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B, V_A = Q_A.replace("lora_A", "lora_B"), Q_A.replace("q_proj", "v_proj")

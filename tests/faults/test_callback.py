@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from speechtune.checkpoint import verify_folder
 from speechtune.errors import AdapterError, CheckpointError, ConfigError, TrainingError
 from speechtune.integrations.transformers import LoRACheckpointCallback
+from speechtune.storage.verified_folder import verify_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from lora_saving_example import SENTENCES, collate, make_base  # pyright: ignore[reportMissingImports]

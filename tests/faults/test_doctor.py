@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from helpers import DemoClip
 from speechtune.cli import main
+from speechtune.commands.doctor import Finding, examine
 from speechtune.config import RunConfig
-from speechtune.doctor import Finding, examine
 from speechtune.errors import ConfigError
 from speechtune.families import create_family
-from speechtune.model_files import inspect_folder
 from speechtune.precision import plan_precision
+from speechtune.storage.model_folder import inspect_folder
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15524095\n"
 

@@ -15,8 +15,8 @@ import numpy as np
 import soundfile
 
 from speechtune.audio import content_hash
-from speechtune.cache import FeatureStore
-from speechtune.families.base import AudioRef
+from speechtune.cache.store import FeatureStore
+from speechtune.types import AudioRef
 
 NUM_CLIPS = 300
 SAMPLING_RATE = 16_000
@@ -27,8 +27,8 @@ CHILD = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from speechtune.cache import encode_samples
-from speechtune.families.base import AudioRef, Encoded, Sample
+from speechtune.cache.encode import encode_samples
+from speechtune.types import AudioRef, Encoded, Sample
 
 clips, root, log = map(Path, sys.argv[1:])
 descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

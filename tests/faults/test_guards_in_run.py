@@ -19,18 +19,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import speechtune.run
+import speechtune.training.prepare
+import speechtune.training.run
 from helpers import DemoClip
-from speechtune.adapter import apply_lora, plain_model, trainable
-from speechtune.checkpoint import find_checkpoints, verify_folder
 from speechtune.cli import main as command_line
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError
-from speechtune.families.base import Batch, Encoded, Losses, Sample
-from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
-from speechtune.loop import Run
+from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.lora.apply import apply_lora, plain_model, trainable
 from speechtune.precision import PrecisionPlan
-from speechtune.run import prepare, run_training, start_accelerator
+from speechtune.storage.verified_folder import find_checkpoints, verify_folder
+from speechtune.training.distributed import start_accelerator
+from speechtune.training.loop import Run
+from speechtune.training.prepare import prepare
+from speechtune.training.run import run_training
+from speechtune.types import Batch, Encoded, Losses, Sample
 
 RARE = "#"  # put into the text of one clip only
 
@@ -80,7 +83,7 @@ def stopped(config: RunConfig, *parts: str, checkpoints: Sequence[int] = ()) -> 
 
 
 def use_family(monkeypatch: pytest.MonkeyPatch, family: Callable[[RunConfig], Any]) -> None:
-    monkeypatch.setattr(speechtune.run, "create_family", family)
+    monkeypatch.setattr(speechtune.training.prepare, "create_family", family)
 
 
 def use_after_lora(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], object]) -> None:
@@ -89,7 +92,7 @@ def use_after_lora(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module]
         change(model)
         return model
 
-    monkeypatch.setattr(speechtune.run, "apply_lora", apply_and_change)
+    monkeypatch.setattr(speechtune.training.run, "apply_lora", apply_and_change)
 
 
 class FaultyLoss(HiggsAudioV2Family):
@@ -290,7 +293,7 @@ def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig], mo
 def test_kernels_that_cannot_run_here_are_refused_before_encoding(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speechtune.run, "encode_sets", lambda *_: pytest.fail("hours of encoding began"))
+    monkeypatch.setattr(speechtune.training.run, "encode_sets", lambda *_: pytest.fail("hours of encoding began"))
     with pytest.raises(ConfigError, match=r"speed\.liger: Liger's kernels need a GPU"):
         run_training(configure(speed={"liger": True}))
 

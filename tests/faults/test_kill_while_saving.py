@@ -14,11 +14,12 @@ import torch
 from forked import fork, wait
 from safetensors.torch import load_file
 
-import speechtune.run  # noqa: F401  # imported before the fork: a child lives for a second
+import speechtune.training.run  # noqa: F401  # imported before the fork: a child lives for a second
 from helpers import DemoClip
-from speechtune.checkpoint import find_checkpoints, newest_valid, verify_folder
-from speechtune.cli import guarded, train
+from speechtune.commands.guarded import guarded
+from speechtune.commands.train import train
 from speechtune.config import RunConfig
+from speechtune.storage.verified_folder import find_checkpoints, newest_valid, verify_folder
 
 KILLS = int(os.environ.get("SPEECHTUNE_KILLS", "200")) // 2
 STEPS = 12

@@ -23,17 +23,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Phi4MultimodalForCausalLM, Trainer, TrainingArguments
 
-import speechtune.run
-from speechtune import guards
-from speechtune.adapter import apply_lora, trainable
+import speechtune.training.prepare
+import speechtune.training.run
 from speechtune.audio import read_audio
-from speechtune.checkpoint import find_checkpoints
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
-from speechtune.families.base import AudioRef, Batch
-from speechtune.families.phi4_layout import LANGUAGE_MODEL
-from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
-from speechtune.run import run_training
+from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
+from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
+from speechtune.lora.apply import apply_lora, trainable
+from speechtune.storage.verified_folder import find_checkpoints
+from speechtune.training import guards
+from speechtune.training.run import run_training
+from speechtune.types import AudioRef, Batch
 
 Configure = Callable[..., RunConfig]
 
@@ -176,7 +177,7 @@ def halve_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
             parameter.data = parameter.data.half()
         return model
 
-    monkeypatch.setattr(speechtune.run, "apply_lora", apply_and_halve)
+    monkeypatch.setattr(speechtune.training.run, "apply_lora", apply_and_halve)
 
 
 def stopped(config: RunConfig) -> str:
@@ -236,7 +237,7 @@ def test_a_nan_gradient_is_named(phi4_config: Configure, monkeypatch: pytest.Mon
             zero = torch.sqrt((poison * 0.0).abs()).sum()  # the slope of the root at 0 is infinite: inf * 0
             return type(found)({head: value + zero for head, value in found.sums.items()})
 
-    monkeypatch.setattr(speechtune.run, "create_family", Poisoned)
+    monkeypatch.setattr(speechtune.training.prepare, "create_family", Poisoned)
     config = phi4_config()
     message = stopped(config)
     assert "step 1: the gradient norm is nan; non-finite gradients in 1 parameters" in message

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from forked import fork, wait
 
-import speechtune.run  # noqa: F401  # imported before the fork: quick there, and readable without rights
+import speechtune.training.run  # noqa: F401  # imported before the fork: quick there, and readable without rights
 from helpers import DemoClip
-from speechtune.checkpoint import find_checkpoints, verify_folder
-from speechtune.cli import guarded, train
+from speechtune.commands.guarded import guarded
+from speechtune.commands.train import train
 from speechtune.config import RunConfig
+from speechtune.storage.verified_folder import find_checkpoints, verify_folder
 
 NOBODY = 65534
 DISK_MEGABYTES = 40

@@ -22,18 +22,19 @@ import numpy as np
 import pytest
 import torch
 
-import speechtune.run
+import speechtune.training.prepare
+import speechtune.training.run
 from helpers import DemoClip
 from speechtune.config import RunConfig, build_config
 from speechtune.families import FAMILIES
-from speechtune.families.base import Audio
-from speechtune.families.higgs_audio_v2 import HiggsAudioV2Family
-from speechtune.families.phi4_multimodal import Phi4MultimodalFamily
-from speechtune.families.tiny_phi4 import make_model
-from speechtune.run import run_training
-from speechtune.tracking import read_records
+from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
+from speechtune.families.phi4_multimodal.tiny import make_model
+from speechtune.training.run import run_training
+from speechtune.training.tracking import read_records
+from speechtune.types import Audio
 
-FOLDER = Path(__file__).parent
+FAMILY_TESTS = Path(__file__).parents[1] / "families"
 UPDATE = "SPEECHTUNE_UPDATE_GOLDEN"
 STEPS = 10
 TOLERANCE = 1e-5
@@ -84,7 +85,7 @@ def higgs_audio_v2(
 ) -> dict[str, list[float]]:
     """Ten steps with LoRA on attention and audio FFN: eight clips in global batches of six, cut into threes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(speechtune.run, "create_family", MadeUpCodes)
+    monkeypatch.setattr(speechtune.training.prepare, "create_family", MadeUpCodes)
     short = sorted(demo_clips, key=lambda clip: (clip.duration_seconds, clip.path.name))[:8]
     config = make_config(
         data={"train": write_chatml(tmp_path / "train.json", short)},
@@ -101,7 +102,7 @@ def phi4_multimodal(
 ) -> dict[str, list[float]]:
     """Ten steps with LoRA on language model and speech encoder, both tasks, the speech LoRA merged."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(speechtune.run, "create_family", MadeUpFeatures)
+    monkeypatch.setattr(speechtune.training.prepare, "create_family", MadeUpFeatures)
     make_model(tmp_path / "base", [clip.text for clip in demo_clips], output_scale=10.0, speech_lora_rank=4)
     rows = []
     for number, clip in enumerate(sorted(demo_clips, key=lambda clip: clip.path.name)[:6]):
@@ -125,7 +126,7 @@ def phi4_multimodal(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_pinned(family: str, request: pytest.FixtureRequest) -> None:
     """Any difference is a change in what is trained: find it, or accept it as the docstring above says."""
-    losses, golden = request.getfixturevalue(family), FOLDER / f"{family}.json"
+    losses, golden = request.getfixturevalue(family), FAMILY_TESTS / family / "golden.json"
     if os.environ.get(UPDATE):
         golden.write_text(json.dumps({"steps": STEPS, "losses": losses}, indent=1) + "\n", encoding="utf-8")
         pytest.skip(f"{golden.name} written anew: say in CHANGELOG.md what changed and why")
@@ -139,5 +140,5 @@ def test_losses_are_those_pinned(family: str, request: pytest.FixtureRequest) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pinned_run_learns(family: str) -> None:
     """Numbers of a run in which nothing happens would not show a change either."""
-    for values in json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))["losses"].values():
+    for values in json.loads((FAMILY_TESTS / family / "golden.json").read_text(encoding="utf-8"))["losses"].values():
         assert values[0] - values[-1] > 100 * TOLERANCE * values[0]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from helpers import DemoClip
-from speechtune.assessment import SCORE_FIELDS
-from speechtune.checkpoint import verify_folder
 from speechtune.config import RunConfig, build_config
-from speechtune.families import tiny_phi4
-from speechtune.generate import load_model, model_config
+from speechtune.families.phi4_multimodal import tiny as tiny_phi4
+from speechtune.inference.load import load_model, model_config
 from speechtune.precision import plan_precision
-from speechtune.run import run_training
+from speechtune.storage.verified_folder import verify_folder
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
+from speechtune.training.run import run_training
 
 pytestmark = pytest.mark.gpu
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from speechtune.adapter import trainable
-from speechtune.families.base import Batch
-from speechtune.families.fast_ops import rms_norm, silu_mul
-from speechtune.objective import Objective
+from speechtune.families.layers.kernels import rms_norm, silu_mul
+from speechtune.lora.apply import trainable
 from speechtune.precision import plan_precision
+from speechtune.training.job import Objective
+from speechtune.types import Batch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
-from speechtune.families.base import Family
+from speechtune.family import Family
 
 FAMILIES = {"higgs_audio_v2": "HiggsAudioV2Family", "phi4_multimodal": "Phi4MultimodalFamily"}
 MODEL_TYPES = {
@@ -29,7 +29,7 @@ def create_family(config: RunConfig) -> Family:
         class_name = FAMILIES[config.family]
     except KeyError:
         raise ConfigError(f"family: no family {config.family!r}; there are: {', '.join(FAMILIES)}") from None
-    module = importlib.import_module(f"speechtune.families.{config.family}")
+    module = importlib.import_module(f"speechtune.families.{config.family}.family")
     return getattr(module, class_name)(config)
 
 

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from speechtune import guards
-from speechtune.adapter import trainable
 from speechtune.errors import ConfigError, TrainingError
-from speechtune.fingerprint import checksums, tensors_fingerprint
-from speechtune.save_adapters import BORN_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
+from speechtune.lora.apply import trainable
+from speechtune.lora.save import BORN_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
+from speechtune.tensors import checksums, tensors_fingerprint
+from speechtune.training import guards
 
 log = logging.getLogger("speechtune")
 

@@ -1,0 +1,283 @@
+"""From samples to an encoded set: every distinct clip is encoded once, and never again.
+
+A clip is known by the content of its audio, so text, file name and order of the samples may change freely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from speechtune.audio import read_audio
+from speechtune.cache.clip_hashes import ClipHasher
+from speechtune.cache.encoded_set import EncodedSet, EncodeReport
+from speechtune.cache.packed import CLIP_KEY_BYTES, ClipKeys
+from speechtune.cache.store import FeatureStore
+from speechtune.errors import AudioError, ManifestError
+from speechtune.family import Family
+from speechtune.types import Audio, AudioRef, Sample
+
+__all__ = ["ClipFault", "ClipHasher", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
+
+LOG_SECONDS = 10.0
+READERS = 2
+
+logger = logging.getLogger("speechtune")
+
+
+@dataclass(frozen=True, slots=True)
+class ClipFault:
+    """A clip that could not be read or encoded, and the samples that need it (`sources` are "file:line")."""
+
+    clip: str
+    sample_ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        users = ", ".join(
+            f"{name} ({where})" if where else name for name, where in zip(self.sample_ids, self.sources, strict=True)
+        )
+        return f"{self.clip}: {self.reason} [needed by {users}]"
+
+
+class _Clip(NamedTuple):
+    """One distinct clip; `ref` is the first place its audio was seen at, `key` is empty where it cannot be read."""
+
+    key: str
+    ref: AudioRef
+
+
+@dataclass(frozen=True, slots=True)
+class _Clips:
+    """The clips of all samples by number: where they lie, their keys, and why some cannot be read."""
+
+    refs: list[AudioRef]
+    keys: ClipKeys
+    reasons: dict[_Clip, str]
+
+    def __getitem__(self, number: int) -> _Clip:
+        return _Clip(self.keys.key(number), self.refs[number])
+
+
+def encode_samples(
+    family: Family,
+    samples: Sequence[Sample],
+    root: Path,
+    *,
+    allow_urls: bool = False,
+    group_size: int = 32,
+    shard: tuple[int, int] | None = None,
+    verify: bool = False,
+    quiet: bool = False,
+) -> EncodedSet:
+    """Encode every distinct clip of `samples` that the cache under `root` lacks, and return the set.
+
+    Args:
+        family: its `encode_audio` must not let one clip of a group change the features of another.
+        samples: validated samples; targets and references are taken alike.
+        root: cache folder.
+        allow_urls: fetch clips given as URL.
+        group_size: clips per call of `encode_audio`.
+        shard: (i, n): encode only this process's share of the clips; the set is complete when all n are done.
+        verify: read all that is cached first, and encode anew what is damaged.
+        quiet: a log line every 10 seconds instead of a progress bar.
+
+    Raises:
+        ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept.
+        ConfigError: the cache cannot be written.
+    """
+    started = time.monotonic()
+    with FeatureStore(root, family.encode_key) as store:
+        if verify:
+            store.discard(store.verify())
+        clips = _find_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
+        keys, reasons = clips.keys, clips.reasons
+        distinct = keys.distinct()
+        missing = [number for number in distinct if keys.key(number) not in store]
+        share = [number for number in missing if shard is None or _shard_of(keys.key(number), shard[1]) == shard[0]]
+        # Longest first: a group that does not fit in memory fails at once, not in the last minute.
+        share.sort(key=lambda number: _size_hint(clips.refs[number]), reverse=True)
+        groups = ([clips[number] for number in share[i : i + group_size]] for i in range(0, len(share), group_size))
+        seconds = 0.0
+        with _Meter(len(share), quiet) as meter:
+            for group, audios in _read_ahead(groups, family.sampling_rate, allow_urls):
+                found, encoded_seconds = _encode_group(family, store, group, audios)
+                reasons |= found
+                seconds += encoded_seconds
+                meter.add(len(group), encoded_seconds)
+        store.refresh()
+        left = Counter(_shard_of(key, shard[1]) for key in map(keys.key, missing) if key not in store) if shard else {}
+    if reasons:
+        faults = _faults(family, samples, keys, reasons)
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise ManifestError(f"{len(faults)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(faults))
+    elapsed = time.monotonic() - started
+    report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
+    return EncodedSet(family, samples, store, keys, report)
+
+
+def _shard_of(key: str, num_shards: int) -> int:
+    """By content, so that all machines agree whatever the files are called there."""
+    return int(key[:8], 16) % num_shards
+
+
+def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -> _Clips:
+    """The clips of all samples, each hashed once."""
+    refs, uses, ends = _number_clips(family, samples)
+    digests = bytearray()
+    reasons: dict[_Clip, str] = {}
+    for ref in refs:
+        try:
+            digests += bytes.fromhex(hasher(ref))
+        except AudioError as error:
+            reasons[_Clip("", ref)] = _reason(error, ref)
+            digests += bytes(CLIP_KEY_BYTES)
+    return _Clips(refs, ClipKeys(digests, uses, ends), reasons)
+
+
+def _number_clips(family: Family, samples: Sequence[Sample]) -> tuple[list[AudioRef], array[int], array[int]]:
+    """The distinct clips, the number of each sample's clips among them, and where each sample's numbers end."""
+    numbers: dict[AudioRef, int] = {}
+    uses, ends = array("i"), array("i")
+    for sample in samples:
+        uses.extend(numbers.setdefault(ref, len(numbers)) for ref in family.clips(sample))
+        ends.append(len(uses))
+    return list(numbers), uses, ends
+
+
+def _faults(
+    family: Family, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
+) -> list[ClipFault]:
+    """The clips that failed, each with the samples that need it."""
+    users: dict[str | AudioRef, dict[str, str]] = {clip.key or clip.ref: {} for clip in reasons}
+    for sample, sample_keys in zip(samples, keys, strict=True):
+        for key, ref in zip(sample_keys, family.clips(sample), strict=True):
+            if (key or ref) in users:
+                users[key or ref][sample.id] = sample.source
+    found = [(clip, reason, users[clip.key or clip.ref]) for clip, reason in reasons.items()]
+    return [ClipFault(str(clip.ref), tuple(who), tuple(who.values()), reason) for clip, reason, who in found]
+
+
+def _size_hint(ref: AudioRef) -> float:
+    """Roughly the duration in seconds, without opening the file: 16-bit samples at 16 kHz where it is not stated."""
+    if ref.duration_seconds is not None:
+        return ref.duration_seconds
+    size = len(ref.data) if ref.data is not None else 0
+    with contextlib.suppress(OSError):
+        size = os.stat(ref.place).st_size if ref.place is not None else size
+    return size / 32_000
+
+
+def _read_ahead(
+    groups: Iterable[list[_Clip]], sampling_rate: int, allow_urls: bool
+) -> Iterator[tuple[list[_Clip], list[Audio | str]]]:
+    """Groups with their audio, or the reason why there is none; the next two groups are read meanwhile."""
+
+    def read(clip: _Clip) -> Audio | str:
+        try:
+            return read_audio(clip.ref, sampling_rate, allow_urls=allow_urls)
+        except AudioError as error:
+            return _reason(error, clip.ref)
+
+    waiting: deque[tuple[list[_Clip], list[Future[Audio | str]]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for group in groups:
+            waiting.append((group, [pool.submit(read, clip) for clip in group]))
+            if len(waiting) > 2:
+                first, audios = waiting.popleft()
+                yield first, [audio.result() for audio in audios]
+        for first, audios in waiting:
+            yield first, [audio.result() for audio in audios]
+
+
+def _encode_group(
+    family: Family, store: FeatureStore, group: Sequence[_Clip], audios: Sequence[Audio | str]
+) -> tuple[dict[_Clip, str], float]:
+    """Encode and store one group; return why some of its clips cannot be, and the seconds of audio encoded."""
+    reasons = {clip: audio for clip, audio in zip(group, audios, strict=True) if isinstance(audio, str)}
+    readable = [(clip, audio) for clip, audio in zip(group, audios, strict=True) if isinstance(audio, Audio)]
+    seconds = 0.0
+    results = _features(family, [audio for _, audio in readable])
+    for (clip, audio), result in zip(readable, results, strict=True):
+        if isinstance(result, str):
+            reasons[clip] = result
+        else:
+            store.put(clip.key, result)
+            seconds += audio.duration_seconds
+    return reasons, seconds
+
+
+def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]:
+    """Features of each clip, or the reason why there are none; a group that fails is tried clip by clip."""
+    if not audios:
+        return []
+    try:
+        arrays = family.encode_audio(audios)
+    except (AudioError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for audio it cannot take
+        if len(audios) > 1:
+            return [result for audio in audios for result in _features(family, [audio])]
+        if "out of memory" in str(error).lower():
+            raise  # a fault of the machine, not of the clip
+        return [f"cannot be encoded: {error}"]
+    assert len(arrays) == len(audios), f"{family.name}: {len(arrays)} features for {len(audios)} clips"
+    return [_fault_of(array) or array for array in arrays]
+
+
+def _reason(error: AudioError, ref: AudioRef) -> str:
+    return str(error).removeprefix(f"{ref}: ")
+
+
+def _fault_of(array: np.ndarray) -> str:
+    if array.size == 0:
+        return f"encodes to nothing (shape {array.shape}): too short"
+    return "" if np.isfinite(array).all() else "encodes to NaN or infinity"
+
+
+class _Meter:
+    """Progress of encoding: a bar on a terminal, else a log line every 10 seconds."""
+
+    def __init__(self, num_clips: int, quiet: bool) -> None:
+        console = Console(stderr=True)
+        self._bar = not quiet and console.is_terminal and num_clips > 0
+        columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._bar)
+        self._task = self._progress.add_task("encode", total=num_clips, rate="")
+        self._num_clips, self._done, self._seconds = num_clips, 0, 0.0
+        self._started = self._logged = time.monotonic()
+
+    def __enter__(self) -> _Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def add(self, num_clips: int, audio_seconds: float) -> None:
+        """Count a finished group."""
+        now = time.monotonic()
+        self._done += num_clips
+        self._seconds += audio_seconds
+        rate = self._seconds / max(now - self._started, 1e-9)
+        self._progress.update(self._task, advance=num_clips, rate=f"{rate:.1f}x real time")
+        finished = self._done == self._num_clips
+        if not self._bar and (finished or now - self._logged >= LOG_SECONDS):
+            left = (self._num_clips - self._done) * (now - self._started) / self._done
+            logger.info(
+                "encoded %d of %d clips, %.1f seconds of audio per second, %.0f s left",
+                *(self._done, self._num_clips, rate, left),
+            )
+            self._logged = now

@@ -1,0 +1,228 @@
+"""`speechtune adapters`, `merge` and `push`: what can be done with a finished adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from speechtune.export.convert import convert
+from speechtune.export.extract import extract, settings_nearby
+from speechtune.export.merge import MAX_SHARD_SIZE, Dtype, merge
+from speechtune.export.push import Upload, plan_upload, upload
+from speechtune.export.verify import Verification, _weights_or_none, find_adapters, verify_adapter
+from speechtune.families.higgs_audio_v2.boson import Layout
+from speechtune.inference.load import model_config
+from speechtune.lora.files import adapter_folder, read_tensors
+
+COLORS = {"ok": "green", "fault": "red", "warning": "yellow", "unchecked": "dim"}
+
+
+def run_verify(
+    path: Path,
+    base: str | None = None,
+    *,
+    find_all: bool = False,
+    verbose: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
+    if find_all:
+        found, _ = find_adapters(path)
+        reports = [verify_adapter(Path(one.path), base) for one in found]
+    else:
+        reports = [verify_adapter(path, base)]
+    valid = bool(reports) and all(report.valid for report in reports)
+    if as_json:
+        rows = [asdict(report) for report in reports]
+        print(json.dumps({"valid": valid, "adapters": rows} if find_all else rows[0], ensure_ascii=False))
+        return 0 if valid else 1
+    console = Console()
+    for report in reports:
+        _print_verification(console, report, verbose)
+    if not reports:
+        console.print(f"no adapter under {path}", markup=False)
+    return 0 if valid else 1
+
+
+def _print_verification(console: Console, report: Verification, verbose: bool) -> None:
+    table = Table("check", "", "found", title=report.path)
+    for check in report.checks:
+        table.add_row(check.name, f"[{COLORS[check.status]}]{check.status}[/]", escape(check.detail))
+    console.print(table)
+    if verbose and (file := _weights_or_none(Path(report.path))) and report.valid:
+        tensors = Table("tensor", "shape", "dtype", "norm")
+        for name, tensor in sorted(read_tensors(file).items()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            tensors.add_row(name, str(tuple(tensor.shape)), kind, f"{float(tensor.float().norm()):.4g}")
+        console.print(tensors)
+    verdict = "[green]valid[/]" if report.valid else "[red]NOT valid[/]"
+    console.print(f"{verdict}: ", end="")
+    line = f"base {report.base}, step {report.step}, {report.format}, {report.bytes:,} bytes"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int:
+    """List every adapter under `root`; 0 when one was found, else 1."""
+    adapters, checkpoints = find_adapters(root)
+    if as_json:
+        rows = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": [str(path) for path in checkpoints]}
+        print(json.dumps(rows, ensure_ascii=False))
+        return 0 if adapters or checkpoints else 1
+    console = Console()
+    paths = [Column(name, overflow="fold") for name in ("adapter", "base")]
+    table = Table(*paths, "rank", "step", "valid", "bytes", "date", title=f"adapters under {root}")
+    for one in adapters:
+        valid = "[green]yes[/]" if one.valid else "[red]no[/]"
+        cells = (escape(one.path), escape(one.base or "?"), str(one.rank or "?"), str(one.step or "?"), valid)
+        table.add_row(*cells, f"{one.bytes:,}", (one.modified or "?").replace("T", " ").removesuffix("+00:00"))
+    if adapters:
+        console.print(table)
+    for one in adapters:
+        shown = one.checks if verbose else [check for check in one.checks if check.status == "fault"]
+        for check in shown:
+            console.print(f"{one.path}: {check.name}: {check.status}: {check.detail}", markup=False, soft_wrap=True)
+    for path in checkpoints:
+        console.print(
+            f"{path}: a full checkpoint with LoRA weights inside: `speechtune adapters extract`", markup=False
+        )
+    if not adapters and not checkpoints:
+        console.print(f"no adapter under {root}", markup=False)
+    return 0 if adapters or checkpoints else 1
+
+
+def run_convert(
+    adapter: Path,
+    output: Path,
+    to: Layout,
+    *,
+    base: str | None = None,
+    compare: bool = True,
+    as_json: bool = False,
+) -> int:
+    """Convert an adapter and print what was done; 0."""
+    report = convert(adapter, output, to, base=base, compare=compare)
+    if as_json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+        return 0
+    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
+    say(f"{adapter} ({report.source_layout}) -> {output} ({to})")
+    say(f"{report.tensors} tensors, {report.renamed} renamed, values unchanged")
+    if report.target_modules_listed:
+        say("target_modules named modules by their old place: it is now the list of the modules themselves")
+    if report.not_compared:
+        say(f"logits were not compared: {report.not_compared}")
+    else:
+        say(
+            f"logits of both layouts differ by {report.logit_difference:.1e}; the adapter moves them by "
+            f"{report.adapter_effect:.3g}"
+        )
+    return 0
+
+
+def run_extract(
+    checkpoint: Path,
+    output: Path,
+    *,
+    alpha: float | None = None,
+    base: str | None = None,
+    rslora: bool | None = None,
+    adapter_name: str | None = None,
+    as_json: bool = False,
+) -> int:
+    """Extract an adapter and print what was rescued and what could not be known; 0."""
+    report = extract(checkpoint, output, alpha=alpha, base=base, rslora=rslora, adapter_name=adapter_name)
+    if as_json:
+        print(json.dumps(asdict(report), ensure_ascii=False))
+        return 0
+    lines = [
+        f"{report.tensors} tensors of {report.modules} modules -> {output}",
+        f"rank {report.rank} (from the shapes{'; other ranks in rank_pattern' if report.rank_pattern else ''})",
+        f"alpha {report.alpha:g} (from {report.alpha_from})",
+        f"base {report.base} (from {report.base_from})",
+        *(f"{check.name}: {check.status}: {check.detail}" for check in report.verification.checks),
+        *(f"not known: {reason}" for reason in report.unknown),
+    ]
+    if report.layout == "boson":
+        lines.append(f"keys are in the boson layout: next, `speechtune adapters convert {output} OUTPUT --to native`")
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+TEST_INPUT = "The quick brown fox jumps over the lazy dog."
+
+
+def run_merge(
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    codec: str | None = None,
+    dtype: Dtype | None = None,
+    save_tokenizer: bool = True,
+    compare_models: bool = False,
+    test_input: str = TEST_INPUT,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    as_json: bool = False,
+) -> int:
+    """Merge an adapter into the base it names, or into `base`, and print what was measured; 0."""
+    folder = adapter_folder(adapter)
+    said = (found.codec for level in settings_nearby(folder) for found in level if found.codec)
+    config = model_config(base, codec or next(said, None), folder)
+    text = test_input if compare_models else None
+    report = merge(
+        config,
+        adapter,
+        output,
+        dtype=dtype,
+        save_tokenizer=save_tokenizer,
+        compare_on=text,
+        max_shard_size=max_shard_size,
+    )
+    if as_json:
+        print(json.dumps(asdict(report) | {"output": str(output)}, ensure_ascii=False))
+        return 0
+    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
+    say(f"{adapter} + {config.model.path} -> {output}")
+    say(f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}")
+    say(f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal")
+    if found := report.comparison:
+        say(f"on {found.test_input!r}: adapter on and off differ by up to {found.adapter_effect:.3g},")
+        say(f"  another first choice at {found.changed_positions} of {found.positions} positions;")
+        say(f"  merged and adapter on differ by up to {found.merged_difference:.1e}")
+    return 0
+
+
+def run_push(
+    path: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    no_samples: bool = False,
+    dry_run: bool = False,
+    as_json: bool,
+) -> int:
+    """Upload, or with `dry_run` only show what would be; 0."""
+    plan = plan_upload(path, repository, private=private, samples=not no_samples)
+    address = None if dry_run else upload(plan)
+    if as_json:
+        print(json.dumps(asdict(plan) | {"url": address, "dry_run": dry_run}))
+        return 0
+    for line in _lines(plan, address):
+        print(line)
+    return 0
+
+
+def _lines(plan: Upload, address: str | None) -> Sequence[str]:
+    kind = "private" if plan.private else "public"
+    head = f"{plan.repository} ({kind}, if new): {len(plan.files)} files, {plan.bytes / 1e6:.1f} MB"
+    files = [f"  {name}" for name in plan.files]
+    return [head, *files, f"uploaded: {address}" if address else "dry run: nothing was sent"]

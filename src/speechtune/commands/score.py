@@ -1,0 +1,126 @@
+"""`speechtune score`: pronunciation scores of recordings, with words and phones as said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from speechtune.config import DataConfig
+from speechtune.data.audio_checks import check_audio, find_long_clips
+from speechtune.data.prompts import read_recordings
+from speechtune.data.sources import find_source, load_samples
+from speechtune.errors import ConfigError, ManifestError, printable
+from speechtune.inference.score import Score, assessor, log, score_samples
+from speechtune.tasks.pronunciation.alignment import _dictionary
+from speechtune.types import AudioRef, Sample
+
+_BEARABLE = ("silent", "clipped")  # such clips can be heard, and the answers say the rest
+
+
+_SHOWN = 20  # scores printed where they are also written to a file
+
+
+def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None) -> list[Sample]:
+    """Recordings to score: files with at most one common text, or the rows of a manifest; every clip is decoded.
+
+    Raises:
+        ConfigError: neither, or both.
+        ManifestError: faults in the manifest or the recordings.
+    """
+    if bool(audio) == (manifest is not None):
+        raise ConfigError("name audio files, or one manifest with --manifest")
+    if manifest is None:
+        samples = [
+            Sample(printable(str(path)), text or "", AudioRef(path=path), source=str(path), extra={"row": number})
+            for number, path in enumerate(audio, 1)
+        ]
+        return _sound("the command line", samples)
+    if text is not None:
+        raise ConfigError("--text goes with audio files; a manifest names its own texts")
+    if find_source(manifest) is None:
+        return _sound(str(manifest), read_recordings(manifest, DataConfig()))
+    samples = load_samples(manifest, DataConfig(), default_split="test")
+    asked: dict[object, Sample] = {}
+    for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
+        asked.setdefault((sample.audio, sample.text) if "task" in sample.extra else sample.id, sample)
+    return list(asked.values())
+
+
+def _sound(where: str, samples: list[Sample]) -> list[Sample]:
+    silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
+    check = check_audio(samples, DataConfig(), deep=True)
+    faults = [fault for fault in check.faults if fault.code not in _BEARABLE]
+    faults += find_long_clips(samples, check.durations, DataConfig())
+    if lines := [*silent, *map(str, faults)]:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(faults))
+    return samples
+
+
+def print_score(score: Score, console: Console) -> None:
+    """One recording for people; mispronounced phones as said>wanted stand out."""
+    console.print(Text(score.audio), soft_wrap=True)
+    table = Table(show_header=False)
+    for name, value in score.scores.items():
+        table.add_row(name, f"{value:g}")
+    if score.transcript is not None:
+        table.add_row("heard", Text(score.transcript))
+    if score.phones:
+        table.add_row("phones", Text(" ".join(score.phones)))
+    for word in score.words:
+        shown = Text()
+        for pair in word.phones:
+            mark = pair.heard if pair.right else f"{pair.wanted or '+'}>{pair.heard or '-'}"
+            shown.append(f"{mark} ", style="" if pair.right else "bold red")
+        table.add_row(Text(word.text, style="bold red" if word.mispronounced else ""), shown)
+    if score.unknown_words:
+        table.add_row("not in the dictionary", Text(" ".join(score.unknown_words)))
+    if not score.complete:
+        table.add_row("incomplete", "an answer was cut off or could not be read; see `raw` with --json")
+    console.print(table)
+
+
+def run_score(
+    audio: Sequence[Path],
+    *,
+    text: str | None = None,
+    manifest: Path | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    out: Path | None = None,
+    cache_dir: Path = Path("speechtune-cache"),
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    as_json: bool = False,
+) -> int:
+    """Score recordings, print them, and write JSONL to `out`; 0.
+
+    Raises:
+        ConfigError: flags that do not go together, or a model that does not assess.
+        ManifestError: recordings that cannot be scored, all of them.
+    """
+    if out is not None and out.is_dir():
+        raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
+    samples = read_requests(audio, text, manifest)
+    if any(sample.text and "labels" not in sample.extra for sample in samples):
+        _dictionary()  # a missing one must not show after hours of answering
+    _, family, loaded = assessor(model, adapter)
+    scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(score.to_json(), ensure_ascii=False) + "\n" for score in scores]
+        # half of a surrogate pair in an answer is no UTF-8; as "\\udXXX" it is still JSON
+        out.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        log.info("%d scores written to %s", len(scores), out)
+    if as_json:
+        print(json.dumps({"scores": [score.to_json() for score in scores]}, ensure_ascii=False))
+    elif out is None or len(scores) <= _SHOWN:
+        console = Console()
+        for score in scores:
+            print_score(score, console)
+    return 0

@@ -1,0 +1,46 @@
+"""`speechtune train`: train as a recipe says, or show what that would be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from speechtune.config import RunConfig, load_config
+from speechtune.families import create_family
+from speechtune.lora.apply import apply_lora
+from speechtune.training.prepare import show_counts
+from speechtune.training.run import run_training
+
+
+def run_train(recipe: Path, overrides: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
+    """Train as a recipe says, or with `dry_run` show what that would be; see `train` for the exit code."""
+    config = load_config(recipe, overrides)
+    return show_plan(config) if dry_run else train(config, as_json=as_json)
+
+
+def train(config: RunConfig, *, as_json: bool = False) -> int:
+    """Train and report; 128 + signal number when a signal ended the run."""
+    outcome = run_training(config)
+    result, proof = outcome.result, outcome.proof
+    if as_json:
+        print(json.dumps({"state": asdict(result.state), "proof": asdict(proof), "signal": result.signal}))
+    if result.signal is not None:
+        print(f"stopped at step {result.state.step}; go on with checkpoint.resume=auto", file=sys.stderr)
+        return 128 + result.signal
+    return 0
+
+
+def show_plan(config: RunConfig) -> int:
+    """Resolve a recipe without weights or data: print it, then what its adapter would train on the real dimensions."""
+    family = create_family(config)
+    model = family.skeleton()
+    if config.lora.enabled:
+        model = apply_lora(model, family, config.lora, config.train.seed)
+    print(config.to_yaml())
+    show_counts(model, family, Console())
+    return 0

@@ -1,0 +1,249 @@
+"""The verb `validate`: all faults of a manifest and what it holds, as tables or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from speechtune.config import DataConfig
+from speechtune.data.audio_checks import Progress, check_audio, find_long_clips
+from speechtune.data.manifest import read_samples
+from speechtune.data.rows import Fault
+from speechtune.data.sources import Source, find_source, read_source
+from speechtune.data.speechocean_labels import SCORE_FIELDS, Split
+from speechtune.errors import printable
+from speechtune.types import AudioRef, Sample
+
+DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
+"""Lower edges of the duration histogram; the last bin is open."""
+
+_FAULTS_SHOWN = 50
+_GROUPS_SHOWN = 20
+_SCRIPT_NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `validate` found; `faults` empty means that training accepts the manifest."""
+
+    path: Path
+    faults: list[Fault]
+    statistics: dict[str, Any]
+    notes: list[str]
+
+    def to_json(self) -> str:
+        """The report as one JSON object with all faults."""
+        values = {
+            "path": str(self.path),
+            "faults": [asdict(fault) for fault in self.faults],
+            "statistics": self.statistics,
+            "notes": self.notes,
+        }
+        return json.dumps(values, ensure_ascii=False, indent=2)
+
+
+def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progress | None = None) -> Report:
+    """Read data of any kind and check its audio: headers, or with `deep` every decoded sample.
+
+    Raises:
+        ManifestError: there is no such file, or it is of no known layout.
+        ModuleNotFoundError: pyarrow, which the hub's copy of Speechocean762 needs, is not installed.
+    """
+    source = find_source(path)
+    if source is not None:
+        return _validate_pronunciation(path, source, config, deep, progress)
+    result = read_samples(path, config)
+    check = check_audio(result.samples, config, deep, progress)
+    faults = sorted(result.faults + check.faults, key=lambda fault: fault.row)
+    notes = list(result.notes)
+    urls = {ref for sample in result.samples for ref in _clips(sample) if ref.url is not None}
+    if urls and not deep:
+        notes.append(f"{len(urls)} clip(s) given as URL were not fetched; a deep check fetches them")
+    bad_rows = {fault.row for fault in faults}
+    sound = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
+    return Report(path, faults, statistics(sound, check.durations) | {"num_rows": result.num_rows}, notes)
+
+
+def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -> dict[str, Any]:
+    """Counts, hours, speakers, languages and the duration histogram of the targets.
+
+    `durations` in seconds, from `check_audio`; a target that is not in it counts as unknown.
+    """
+    seconds = [durations[s.audio] for s in samples if s.audio is not None and s.audio in durations]
+    histogram = Counter(max(edge for edge in DURATION_EDGES_SECONDS if edge <= value) for value in seconds)
+    return {
+        "num_samples": len(samples),
+        "hours": round(sum(seconds) / 3600, 4),
+        "unknown_durations": len(samples) - len(seconds),
+        "with_reference": sum(bool(sample.references) for sample in samples),
+        "without_reference": sum(not sample.references for sample in samples),
+        "speakers": dict(Counter(sample.speaker or "(not given)" for sample in samples).most_common()),
+        "languages": dict(Counter(sample.language or guess_script(sample.text) for sample in samples).most_common()),
+        "duration_histogram": {_bin_name(edge): histogram[edge] for edge in DURATION_EDGES_SECONDS},
+    }
+
+
+def label_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts of utterances, words, phones and errors, score histograms, and speakers by gender and age in years.
+
+    `samples` with `labels`, as `read_speechocean` gives them. `prevalence` is the share of phones with an annotated
+    mispronunciation; scores are binned to whole numbers, downwards.
+    """
+    words = [word for sample in samples for word in sample.extra["labels"]["words"]]
+    phones = Counter(phone for word in words for phone in word["phones"])
+    said = Counter(item["pronounced"] for word in words for item in word["mispronunciations"])
+    scores: dict[str, Counter[int]] = {name: Counter() for name in (*SCORE_FIELDS, "completeness")}
+    for sample in samples:
+        for name, value in sample.extra["labels"]["scores"].items():
+            scores[name][math.floor(value)] += 1
+    people = {sample.speaker: sample.extra for sample in samples}
+    ages = sorted(extra["age"] for extra in people.values() if "age" in extra)
+    return {
+        "utterances": len(samples),
+        "speakers": len(people),
+        "words": len(words),
+        "phones": phones.total(),
+        "mispronounced": said.total(),
+        "prevalence": round(said.total() / max(phones.total(), 1), 5),
+        "scores": {name: {str(k): counts[k] for k in sorted(counts)} for name, counts in scores.items() if counts},
+        "phone_counts": dict(phones.most_common()),
+        "pronounced_counts": dict(said.most_common()),
+        "genders": dict(Counter(extra.get("gender", "(not given)") for extra in people.values()).most_common()),
+        "ages": {str(age): count for age, count in Counter(ages).items()},
+    }
+
+
+def guess_script(text: str) -> str:
+    """Most frequent script of the letters of `text`, from their Unicode names, e.g. "Latin script"."""
+    scripts = Counter(map(_script, text))
+    scripts.pop("", None)
+    return scripts.most_common(1)[0][0] if scripts else "no letters"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print notes, statistics and faults as tables."""
+    values = report.statistics
+    console.print(Text(str(report.path)))
+    table = Table("what", "value")
+    table.add_row("rows / sound samples", f"{values['num_rows']} / {values['num_samples']}")
+    table.add_row("hours of target audio", f"{values['hours']:.2f}")
+    table.add_row("with / without reference", f"{values['with_reference']} / {values['without_reference']}")
+    for name in ("speakers", "languages"):
+        groups = list(values[name].items())
+        lines = [f"{group}: {count}" for group, count in groups[:_GROUPS_SHOWN]]
+        lines += [f"... and {len(groups) - _GROUPS_SHOWN} more"] if len(groups) > _GROUPS_SHOWN else []
+        table.add_row(f"{name} ({len(groups)})", Text("\n".join(lines)))
+    lines = [f"{name:>9} s: {count}" for name, count in values["duration_histogram"].items() if count]
+    table.add_row("durations", Text("\n".join(lines)))
+    if "tasks" in values:
+        table.add_row("tasks", Text("\n".join(f"{task}: {count}" for task, count in values["tasks"].items())))
+    for split, labels in values.get("pronunciation", {}).items():
+        table.add_row(split, Text("\n".join(_label_lines(labels))))
+    console.print(table)
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
+    if not report.faults:
+        console.print("no faults", style="green")
+        return
+    console.print(f"{len(report.faults)} fault(s)", style="bold red")
+    faults = Table("where", "sample", "fault", "message")
+    for fault in report.faults[:_FAULTS_SHOWN]:
+        faults.add_row(*map(Text, (fault.source, fault.sample_id, fault.code, fault.message)))
+    console.print(faults)
+    if len(report.faults) > _FAULTS_SHOWN:
+        kinds = Counter(fault.code for fault in report.faults).most_common()
+        counts = ", ".join(f"{count} {code}" for code, count in kinds)
+        console.print(Text(f"... and {len(report.faults) - _FAULTS_SHOWN} more; in all: {counts}"))
+
+
+def _validate_pronunciation(
+    path: Path, source: Source, config: DataConfig, deep: bool, progress: Progress | None
+) -> Report:
+    # a parquet file that names no split is read as training data
+    splits: tuple[Split | None, ...] = source.splits or (None if source.format == "jsonl" else "train",)
+    results = {split: read_source(source, split, config) for split in splits}
+    samples = [sample for result in results.values() for sample in result.samples]
+    check = check_audio(samples, config, deep, progress)
+    faults = [fault for result in results.values() for fault in result.faults] + check.faults
+    faults += find_long_clips(samples, check.durations, config)
+    if "train" in results and "test" in results:
+        faults += _overlaps(results["train"].samples, results["test"].samples)
+    bad = {(fault.source, fault.sample_id) for fault in faults}
+    sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
+    values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
+    if source.format == "jsonl":
+        values["tasks"] = dict(Counter(sample.extra["task"] for sample in sound))
+    else:
+        values["pronunciation"] = {
+            split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in results
+        }
+    return Report(path, faults, values, [note for result in results.values() for note in result.notes])
+
+
+def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Fault]:
+    """Faults of test utterances whose id or speaker also stands in the training split: no test of unseen voices."""
+    ids, speakers = {sample.id for sample in train}, {sample.speaker for sample in train}
+    faults: list[Fault] = []
+    for sample in test:
+        what = "utterance" if sample.id in ids else f"speaker {sample.speaker}" if sample.speaker in speakers else ""
+        if what:
+            reason = f"the {what} also stands in the training split"
+            faults.append(Fault(sample.source, sample.id, "split_overlap", printable(reason), sample.extra["row"]))
+    return faults
+
+
+def _label_lines(values: Mapping[str, Any]) -> list[str]:
+    """One split's labels for people: counts, then one line per histogram."""
+    errors = f"{values['mispronounced']} of {values['phones']} ({values['prevalence']:.2%})"
+    lines = [f"{values['utterances']} utterances, {values['speakers']} speakers, {values['words']} words"]
+    lines.append(f"mispronounced phones: {errors}")
+    groups = {name: values[name] for name in ("genders", "ages", "pronounced_counts", "phone_counts")}
+    for name, counts in {**values["scores"], **groups}.items():
+        shown = "  ".join(f"{value}: {count}" for value, count in counts.items())
+        lines.append(f"{name.replace('_', ' ')}  {shown or '-'}")
+    return lines
+
+
+def _clips(sample: Sample) -> list[AudioRef]:
+    return ([] if sample.audio is None else [sample.audio]) + [clip.audio for clip in sample.references]
+
+
+def _bin_name(edge: int) -> str:
+    index = DURATION_EDGES_SECONDS.index(edge) + 1
+    return f"{edge}-{DURATION_EDGES_SECONDS[index]}" if index < len(DURATION_EDGES_SECONDS) else f"{edge}+"
+
+
+@lru_cache(maxsize=65536)
+def _script(character: str) -> str:
+    if not character.isalpha():
+        return ""
+    word = unicodedata.name(character, "").partition(" ")[0]
+    return _SCRIPT_NAMES.get(word, f"{word.title()} script" if word else "")
+
+
+def run_validate(manifest: Path, *, metadata_only: bool = False, as_json: bool = False, **limits: Any) -> int:
+    """Validate a data file, and print what was found; 0, or 2 where a row is faulty.
+
+    Args:
+        manifest: file or folder.
+        metadata_only: do not decode the audio.
+        as_json: print one JSON object instead of tables.
+        limits: fields of `DataConfig`: audio_root, allow_urls, min_seconds, max_seconds.
+    """
+    report = validate(manifest, DataConfig(**limits), deep=not metadata_only)
+    if as_json:
+        print(report.to_json())
+    else:
+        print_report(report, Console())
+    return 2 if report.faults else 0

@@ -1,0 +1,335 @@
+"""Manifest files -> rows: JSON lists, JSONL, metadata.json and wav/txt folders, streamed with line numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from speechtune.errors import ManifestError
+
+MAX_ROW_CHARS = 256 * 2**20
+"""Longest row of a JSON file, in characters; a longer one counts as malformed."""
+AUDIO_SUFFIXES = (".wav", ".flac")
+"""What a folder without metadata.json is searched for."""
+UNREADABLE_REST = "unreadable_rest"
+"""Code of a fault after which the rows behind it are unknown; quarantine cannot mend it."""
+
+EXPECTED = (
+    "expected one of: ChatML or ms-swift rows as a JSON list, a JSON object or JSONL; a folder (or its metadata.json) "
+    'with {"samples": [...]}; a folder of wav/flac files with .txt files of the same name'
+)
+
+_CHUNK_CHARS = 2**20
+_SPACE = re.compile(r"[ \t\n\r]*")
+_TOP_LEVEL_LIST = re.compile(r'"(samples|messages)"\s*:\s*\[')
+
+
+Value = TypeVar("Value", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with a manifest: where (`source` is "file:line", `row` counts from 1), what, and why."""
+
+    source: str
+    sample_id: str
+    code: str
+    message: str
+    row: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.sample_id}: {self.message} [{self.code}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it stands in the file; `value` is None where it cannot be parsed and `problem` says why.
+
+    `code` classifies the problem; `raw` is the unparsed text where there is one line of it.
+    """
+
+    number: int
+    source: str
+    value: Any = None
+    code: str = ""
+    problem: str = ""
+    raw: str = ""
+
+
+class Shared:
+    """Keeps one of equal values: most clips of a manifest stand in it twice, a system message in every row."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+
+    def __call__(self, value: Value) -> Value:
+        """The first value equal to `value`."""
+        return self._kept.setdefault(value, value)
+
+    def mapping(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The first mapping equal to `values`, types included; `values` where they cannot be hashed."""
+        try:
+            return self._kept.setdefault(tuple((k, type(v), v) for k, v in values.items()), values)
+        except TypeError:
+            return values
+
+
+class RowFacts(Mapping[str, Any]):
+    """`Sample.extra` of a row: its number under "row", and what other rows say alike, kept once for all of them."""
+
+    __slots__ = ("_alike", "_row")  # a dict of its own would be the largest part of a sample
+
+    def __init__(self, row: int, alike: dict[str, Any]) -> None:
+        self._row, self._alike = row, alike
+
+    def __getitem__(self, name: str) -> Any:
+        return self._row if name == "row" else self._alike[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._alike
+        yield "row"
+
+    def __len__(self) -> int:
+        return len(self._alike) + 1
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """Stream the rows of a manifest of any layout.
+
+    Raises:
+        ManifestError: the path does not exist or is none of the known layouts.
+    """
+    if path.is_dir():
+        metadata = path / "metadata.json"
+        yield from _json_rows(metadata) if metadata.is_file() else _folder_rows(path)
+    elif path.is_file():
+        yield from _json_rows(path)
+    else:
+        raise ManifestError(f"{path}: no such file or folder; {EXPECTED}")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        # surrogateescape: a byte that is not UTF-8 becomes a fault of its row instead of ending the read
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            head = file.read(2**16)
+            file.seek(0)
+            first = head.lstrip()[:1]
+            if first == "[":
+                yield from _Scanner(file, path).list_rows()
+                return
+            if first != "{":
+                raise ManifestError(f"{path}: neither JSON nor JSONL (begins with {head[:20]!r}); {EXPECTED}")
+            found = _TOP_LEVEL_LIST.search(head)
+            if path.name == "metadata.json" or (found and found[1] == "samples"):
+                yield from _Scanner(file, path).member_rows("samples")
+            elif path.suffix in (".jsonl", ".ndjson") or _is_json(head.lstrip().partition("\n")[0]):
+                yield from _line_rows(file, path)
+            else:
+                yield from _Scanner(file, path).object_rows()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _decoder() -> json.JSONDecoder:
+    # NaN and Infinity are what pandas writes for an absent value
+    return json.JSONDecoder(parse_constant=lambda _: None)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _line_rows(file: TextIO, path: Path) -> Iterator[Row]:
+    decoder = _decoder()
+    number = 0
+    for line_number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        number += 1
+        source = f"{path}:{line_number}"
+        try:
+            yield Row(number, source, decoder.decode(line.strip(" \t\r\n")))
+        except (ValueError, RecursionError) as error:
+            yield Row(number, source, None, "invalid_json", f"not valid JSON: {_reason(error)}", line.rstrip("\r\n"))
+
+
+class _Scanner:
+    """Decodes one JSON value after the other out of a growing buffer, so that a list is never held whole."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._decoder = _decoder()
+        self._buffer = ""
+        self._at = 0
+        self._counted = 0  # newlines before this position of the buffer are in _line
+        self._line = 1
+        self._ended = False
+
+    def list_rows(self) -> Iterator[Row]:
+        """Rows of a JSON list that makes up the whole file."""
+        row = Row(0, "")
+        for row in self._list():
+            yield row
+        if not row.problem and self._peek():
+            yield self._broken(row.number + 1, "there is more text after the end of the list")
+
+    def object_rows(self) -> Iterator[Row]:
+        """Rows of a file that holds one JSON object, or several one after the other."""
+        number = 0
+        while self._peek():
+            number += 1
+            yield (row := self._row(number))
+            if row.problem:
+                return
+
+    def member_rows(self, name: str) -> Iterator[Row]:
+        """Rows of the list `name` of the JSON object that makes up the file."""
+        self._at = 1 if self._peek() == "{" else 0
+        while self._peek() == '"':
+            key = self._row(1)
+            if key.problem or self._peek() != ":":
+                yield self._broken(1, key.problem or "expected ':'")
+                return
+            self._at += 1
+            if key.value == name and self._peek() == "[":
+                yield from self._list()
+                return
+            value = self._row(1)
+            if value.problem:
+                yield value
+                return
+            if self._peek() == ",":
+                self._at += 1
+        yield self._broken(1, f"holds no list {name!r} at its top level")
+
+    def _list(self) -> Iterator[Row]:
+        self._peek()
+        self._at += 1
+        number = 0
+        if self._peek() == "]":
+            self._at += 1
+            return
+        while True:
+            number += 1
+            yield (row := self._row(number))
+            if row.problem:
+                return
+            separator = self._peek()
+            if separator not in (",", "]"):
+                reason = f"expected ',' or ']', found {separator!r}" if separator else "the list is cut off: no ']'"
+                yield self._broken(number + 1, reason)
+                return
+            self._at += 1
+            if separator == "]":
+                return
+
+    def _row(self, number: int) -> Row:
+        self._peek()
+        source = self._source()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                # cut off at the buffer's end, or wrong for good?
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
+                if self._ended or not cut_off or len(self._buffer) - self._at > MAX_ROW_CHARS:
+                    return self._broken(number, _reason(error))
+            except (ValueError, RecursionError) as error:
+                return self._broken(number, _reason(error))
+            else:
+                if end < len(self._buffer) or self._ended:
+                    self._at = end
+                    return Row(number, source, value)
+            self._more()
+
+    def _broken(self, number: int, reason: str) -> Row:
+        problem = f"not valid JSON: {reason}; the rest of the file cannot be read"
+        return Row(number, self._source(), None, UNREADABLE_REST, problem)
+
+    def _source(self) -> str:
+        self._line += self._buffer.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return f"{self._path}:{self._line}"
+
+    def _peek(self) -> str:
+        """Skip white space and return the next character, "" at the end of the file."""
+        while True:
+            match = _SPACE.match(self._buffer, self._at)
+            self._at = match.end() if match else self._at
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
+            if self._ended:
+                return ""
+            self._more()
+
+    def _more(self) -> None:
+        self._source()
+        rest = self._buffer[self._at :]
+        chunk = self._file.read(max(_CHUNK_CHARS, len(rest)))
+        self._ended = not chunk
+        self._buffer = rest + chunk
+        self._at = self._counted = 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _folder_rows(folder: Path) -> Iterator[Row]:
+    """Pairs of audio and .txt as rows of the metadata.json layout; speaker = parent folder."""
+    audio: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    doubled: set[str] = set()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(name)
+            key = os.path.relpath(os.path.join(place, stem), folder)
+            if suffix.lower() in AUDIO_SUFFIXES:
+                if key in audio:
+                    doubled.add(key)
+                audio.setdefault(key, key + suffix)
+            elif suffix.lower() == ".txt":
+                texts[key] = key + suffix
+    if not audio:
+        raise ManifestError(f"{folder}: holds neither metadata.json nor any {' or '.join(AUDIO_SUFFIXES)}; {EXPECTED}")
+    if not texts.keys() & audio.keys():
+        raise ManifestError(f"{folder}: no audio file has a .txt file of the same name beside it; {EXPECTED}")
+    # a text file alone may be a README: only in a folder with clips does it count as a transcript
+    spoken = {os.path.dirname(key) for key in audio}
+    keys = sorted(audio.keys() | {key for key in texts if os.path.dirname(key) in spoken and not _is_note(key)})
+    for number, key in enumerate(keys, 1):
+        value = {"id": key, "speaker_id": os.path.dirname(key) or folder.resolve().name}
+        source = f"{folder / texts.get(key, audio.get(key, key))}:1"
+        value |= {"audio_file": audio[key]} if key in audio else {}
+        value |= {"transcript_file": texts[key]} if key in texts else {}
+        if key in doubled:
+            problem = f"several audio files belong to the text {key}.txt; keep one"
+            yield Row(number, source, None, "doubled_audio", problem, json.dumps(value))
+        elif key not in audio:
+            problem = f"no {' or '.join(AUDIO_SUFFIXES)} of the same name beside this text"
+            yield Row(number, source, None, "missing_audio", problem, json.dumps(value))
+        elif key not in texts:
+            yield Row(number, source, None, "missing_text", "no .txt of the same name beside it", json.dumps(value))
+        else:
+            yield Row(number, source, value)
+
+
+def _is_note(key: str) -> bool:
+    return os.path.basename(key).lower() in ("readme", "license", "licence")

@@ -1,0 +1,102 @@
+"""Data of any kind -> samples ready for training: voice-cloning manifests and the formats of pronunciation data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from speechtune.config import DataConfig
+from speechtune.data import manifest
+from speechtune.data.audio_checks import check_audio, find_long_clips
+from speechtune.data.pronunciation_rows import (
+    hub_files,
+    is_assessment_jsonl,
+    is_hub_copy,
+    read_assessment_jsonl,
+    read_hub_copy,
+)
+from speechtune.data.quarantine import ReadResult, keep_sound
+from speechtune.data.rows import Row, iterate_rows
+from speechtune.data.speechocean import is_speechocean, read_speechocean
+from speechtune.data.speechocean_labels import SPLITS, Split
+from speechtune.types import Sample
+
+_BEARABLE = ("silent", "clipped")  # defects that stop no training; who wants them gone sets quarantine
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Pronunciation data: its format, where it lies, the split the path names, and the splits that are there.
+
+    JSONL has no splits.
+    """
+
+    format: Literal["folder", "hub", "jsonl"]
+    path: Path
+    split: Split | None = None
+    splits: tuple[Split, ...] = ()
+
+
+def find_source(path: Path) -> Source | None:
+    """What pronunciation data `path` names; None for everything else, such as voice-cloning manifests.
+
+    DIR/train and DIR/test name one split of DIR, whether or not there is such a folder.
+    """
+    if is_speechocean(path):
+        return Source("folder", path, None, SPLITS)
+    named: Split | None = next((split for split in SPLITS if split == path.name), None)
+    if named and is_speechocean(path.parent):
+        return Source("folder", path.parent, named, (named,))
+    if is_hub_copy(path):
+        found: tuple[Split, ...] = tuple(split for split in SPLITS if split in hub_files(path))
+        alone = len(found) == 1 and (named or path.suffix == ".parquet")  # else DIR with one split would pass for both
+        return Source("hub", path, found[0] if alone else None, found)
+    if named and not os.path.exists(path) and is_hub_copy(path.parent):
+        return Source("hub", path.parent, named, (named,))
+    return Source("jsonl", path) if is_assessment_jsonl(path) else None
+
+
+def read_source(source: Source, split: Split | None, config: DataConfig) -> ReadResult:
+    """Read one split (None in JSONL) without touching the audio.
+
+    Raises:
+        ManifestError: it cannot be read at all.
+        ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
+    """
+    if source.format == "jsonl" or split is None:
+        return read_assessment_jsonl(source.path, config)
+    if source.format == "hub":
+        return read_hub_copy(source.path, split, config, config.star_policy)
+    return read_speechocean(source.path, split, config, config.star_policy, headers=False)
+
+
+def load_samples(
+    path: Path, config: DataConfig, quarantine_dir: Path | None = None, default_split: Split = "train"
+) -> list[Sample]:
+    """Samples of data of any kind, ready for encoding; a path that stands for two splits gives `default_split`.
+
+    Voice-cloning manifests go to `manifest.load_samples`. Of pronunciation data every clip is decoded, and is a fault
+    where it cannot be, holds NaN or is longer than 40 s; quarantine takes silent and clipped ones, too.
+
+    Raises:
+        ManifestError: the data has faults, or quarantine would set aside more than `config.quarantine_limit`.
+        ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
+    """
+    source = find_source(path)
+    if source is None:
+        return manifest.load_samples(path, config, quarantine_dir)
+    result = read_source(source, None if source.format == "jsonl" else source.split or default_split, config)
+    check = check_audio(result.samples, config, deep=True)
+    faults = check.faults + find_long_clips(result.samples, check.durations, config)
+    if config.on_error == "fail":
+        faults = [fault for fault in faults if fault.code not in _BEARABLE]
+    rows: Iterable[Row]
+    if source.format == "jsonl":
+        rows = iterate_rows(path)
+    else:  # a row is no line of text to set aside: the quarantine file names its place
+        first = {fault.row or fault.source: fault for fault in reversed([*result.faults, *faults])}
+        rows = [Row(fault.row, fault.source) for fault in reversed(first.values())]
+    return keep_sound(path, result, faults, config, quarantine_dir, rows)

@@ -1,0 +1,178 @@
+"""The labels of one Speechocean762 utterance, checked alike from `scores.json` and from the copy on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from speechtune.data.row_parser import Context
+from speechtune.tasks.pronunciation.phones import (
+    PhoneError,
+    StarPolicy,
+    base_phone,
+    read_mispronunciation,
+    realised_phones,
+    split_phones,
+)
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+SCORE_FIELDS = ("accuracy", "fluency", "prosodic", "total")
+"""Scores every utterance has; `completeness` is kept where it is given."""
+WORD_SCORE_FIELDS = ("accuracy", "stress", "total")
+"""Scores a word may have."""
+MAX_SCORE = 10.0
+"""Best score of an utterance or a word; the worst is 0."""
+MAX_PHONE_ACCURACY = 2.0
+"""Best accuracy of a phone; 1 is a heavy accent, 0 wrong or missed."""
+MISPRONOUNCED_BELOW = 0.5
+"""Accuracy under which the corpus names what was said instead of the phone."""
+GENDERS = ("f", "m")
+AGE = re.compile("[0-9]{1,3}")
+"""An age in years."""
+
+
+def check_score(context: Context, label: str, value: object, best: float = MAX_SCORE) -> float | None:
+    """A score from 0 to `best`; None, with a fault that calls it `label`, for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        context.fault("bad_score", f"{label} is not a number but {value!r:.40}")
+    elif not 0 <= value <= best:  # NaN is not, either
+        context.fault("bad_score", f"{label} is {value!r:.40}, outside 0 to {best:g}")
+    else:
+        return value
+    return None
+
+
+def read_raters(context: Context, split: Split, entry: object, text: str) -> dict[str, list[float]]:
+    """The scores single raters gave the utterance of `text`, by field; what is missing or damaged becomes a note."""
+    if not isinstance(entry, dict):
+        context.notes.append(f"{split}: utterances without scores of single raters")
+        return {}
+    own = entry.get("text", text)
+    if not isinstance(own, str) or own.casefold().split() != text.casefold().split():
+        context.notes.append(f"{split}: utterances whose single raters scored another text")
+        return {}
+    raters: dict[str, list[float]] = {}
+    for name in SCORE_FIELDS:
+        values = entry.get(name)
+        if isinstance(values, list) and values and all(map(_is_score, values)):
+            raters[name] = [float(value) for value in values]
+        else:
+            context.notes.append(f"{split}: utterances without sound {name!r} scores of single raters")
+    return raters
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_SCORE
+
+
+@dataclass(slots=True)
+class LabelReader:
+    """Checks the labels of one utterance; faults and notes go to the context, messages call the source `origin`."""
+
+    context: Context
+    star_policy: StarPolicy
+    split: Split
+    origin: str
+
+    def read(self, entry: object, text: str) -> dict[str, Any] | None:
+        """The labels as they stand in `Sample.extra`, for the utterance of `text`; None where there are none."""
+        fault = self.context.fault
+        if not isinstance(entry, dict):
+            fault("missing_scores", f"{self.origin} holds no object for this utterance")
+            return None
+        values = {name: self._score(entry, name, "", required=True) for name in SCORE_FIELDS}
+        values["completeness"] = self._score(entry, "completeness", "", required=False)
+        words = entry.get("words")
+        if not isinstance(words, list) or not words:
+            fault("missing_words", f"{self.origin} gives no list of words")
+            return None
+        read = [self._word(word, f"word {number}") for number, word in enumerate(words, 1)]
+        if not self.context.faults:
+            own = text if entry.get("text") is None else str(entry["text"])
+            spoken = " ".join(word["text"] for word in read)
+            for other, what in ((own, f"'text' in {self.origin}"), (spoken, f"the words of {self.origin}")):
+                if other.casefold().split() != text.casefold().split():
+                    fault("text_mismatch", f"the text {text!r:.60} differs from {what}, {other!r:.60}")
+                    break
+        return {"scores": {name: value for name, value in values.items() if value is not None}, "words": read}
+
+    def _score(
+        self, values: Mapping[str, Any], name: str, where: str, required: bool, best: float = MAX_SCORE
+    ) -> float | None:
+        label = f"{where}: {name!r}" if where else repr(name)
+        value = values.get(name)
+        if value is None:
+            if required:
+                self.context.fault("missing_score", f"{label} is missing")
+            else:
+                what = "words" if where else "utterances"
+                self.context.notes.append(f"{self.split}: {what} without {name!r}")
+            return None
+        return check_score(self.context, label, value, best)
+
+    def _word(self, word: Any, where: str) -> dict[str, Any]:
+        fault = self.context.fault
+        if not isinstance(word, dict):
+            fault("missing_words", f"{where} is not an object but {word!r:.60}")
+            return {}
+        text = word.get("text")
+        if not isinstance(text, str) or not text.strip():
+            fault("missing_words", f"{where} has no text")
+        where = f"{where} ({text})" if isinstance(text, str) else where
+        result: dict[str, Any] = {"text": text}
+        for name in WORD_SCORE_FIELDS:
+            if (score := self._score(word, name, where, required=False)) is not None:
+                result[name] = score
+        try:
+            labels = split_phones(word.get("phones"))
+            result["phones"] = [base_phone(label) for label in labels]
+        except PhoneError as error:
+            fault(error.code, f"{where}: {error}")
+            return result
+        accuracies = self._accuracies(word, where, len(labels))
+        result["phones_accuracy"] = accuracies
+        return result | self._mispronunciations(word, where, result["phones"], accuracies)
+
+    def _accuracies(self, word: Mapping[str, Any], where: str, count: int) -> list[float | None]:
+        values = word.get("phones-accuracy")
+        if not isinstance(values, list):
+            self.context.fault("missing_score", f"{where}: no list 'phones-accuracy'")
+            return []
+        if len(values) != count:
+            reason = f"{where}: {count} phone(s), but {len(values)} value(s) in 'phones-accuracy'"
+            self.context.fault("count_mismatch", reason)
+        named = {f"phones-accuracy[{index}]": value for index, value in enumerate(values)}
+        return [self._score(named, name, where, required=True, best=MAX_PHONE_ACCURACY) for name in named]
+
+    def _mispronunciations(
+        self, word: Mapping[str, Any], where: str, phones: list[str], accuracies: list[float | None]
+    ) -> dict[str, Any]:
+        """The annotated errors and the realised phones of a word."""
+        wrong = {index for index, value in enumerate(accuracies) if value is not None and value < MISPRONOUNCED_BELOW}
+        values = word.get("mispronunciations")
+        if values is None and not wrong:
+            values = []  # the corpus lists them for phones scored below 0.5 only
+        if not isinstance(values, list):
+            reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
+            self.context.fault("missing_mispronunciations", reason)
+            return {}
+        found, faults = [], len(self.context.faults)
+        for value in values:
+            try:
+                found.append(read_mispronunciation(value, phones))
+            except PhoneError as error:
+                self.context.fault(error.code, f"{where}: {error}")
+        if len(self.context.faults) > faults:
+            return {}
+        try:
+            realised = realised_phones(phones, found, self.star_policy)
+        except PhoneError as error:
+            self.context.fault(error.code, f"{where}: {error}")
+            return {}
+        silent = len(wrong - {item.index for item in found})
+        note = f"{self.split}: phones below {MISPRONOUNCED_BELOW:g} without mispronunciation, taken as canonical"
+        self.context.notes += [note] * silent
+        return {"mispronunciations": [asdict(item) for item in found], "realised": realised}

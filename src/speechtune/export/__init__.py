@@ -1,0 +1,1 @@
+"""What happens to an adapter after training: verify, extract, convert, merge, push."""

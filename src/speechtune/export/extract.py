@@ -1,0 +1,303 @@
+"""Rescue a LoRA adapter out of a full checkpoint: tensors by name, configuration from shapes and files nearby."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from speechtune.errors import AdapterError
+from speechtune.export.convert import native_adapter, write_adapter
+from speechtune.export.verify import Verification, verify_adapter
+from speechtune.families.higgs_audio_v2.boson import layout_of
+from speechtune.lora.files import CONFIG_NAME, KEY_PREFIX, read_tensors
+from speechtune.storage.verified_folder import STATE_NAME, write_verified
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+NOT_WEIGHTS = re.compile(r"optimizer|scheduler|rng_state|scaler|training_args")
+WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+LORA_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)\w+))?"
+    r"(?:\.(?P<leaf>weight|bias))?"
+)
+SAVED_KEY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>\w+)\.(?P<leaf>.+)")
+RUN_FILES = (CONFIG_NAME, "config.yaml", "training_args.json", "args.json", "trainer_config.json", "hparams.json")
+RUN_FILES += (STATE_NAME,)
+BASE_NAMES = ("base_model_name_or_path", "base_model_path", "model_path", "model_name_or_path")
+
+
+@dataclass(slots=True)
+class Weights:
+    """LoRA tensors under the names they have in an adapter's file, and what their old names told."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    saved_modules: set[str] = field(default_factory=set)
+    adapter_names: set[str] = field(default_factory=set)
+    dora: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one file near a checkpoint says of the run; None where it says nothing."""
+
+    file: Path
+    alpha: float | None = None
+    rank: int | None = None
+    base: str | None = None
+    codec: str | None = None
+    rslora: bool | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """What was rescued, where alpha and base come from, and what could not be known."""
+
+    output: str
+    tensors: int
+    modules: int
+    rank: int
+    rank_pattern: Mapping[str, int]
+    alpha: float
+    alpha_from: str
+    base: str | None
+    base_from: str
+    layout: str | None
+    unknown: tuple[str, ...]
+    verification: Verification
+
+
+def extract(
+    checkpoint: Path,
+    output: Path,
+    *,
+    alpha: float | None = None,
+    base: str | None = None,
+    rslora: bool | None = None,
+    adapter_name: str | None = None,
+) -> ExtractReport:
+    """Publish the LoRA tensors of a full checkpoint as a PEFT folder, verified before it appears.
+
+    Args:
+        checkpoint: a weights file, or a folder of safetensors or .bin files, sharded or not.
+        output: a folder that does not exist yet.
+        alpha: lora_alpha of the training; None looks for it in the files near the checkpoint.
+        base: hub id or folder of the base; None looks for it there too.
+        rslora: whether the training scaled by sqrt(rank); None looks for it there too.
+        adapter_name: which adapter, where the checkpoint holds several.
+
+    Raises:
+        AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or alpha is nowhere to be found.
+        CheckpointError: the output exists or cannot be written.
+    """
+    weights = read_lora(checkpoint, adapter_name)
+    if not weights.ranks:
+        raise AdapterError(f"{checkpoint}: no lora_A in any of its weights; there is no adapter to extract")
+    rank = Counter(weights.ranks.values()).most_common(1)[0][0]
+    levels = settings_nearby(checkpoint)
+    alpha_value, alpha_from, source = _find_alpha(checkpoint, levels, alpha, rank)
+    base_value, base_from = (base, "--base") if base else _find_base(levels)
+    scaled = rslora if rslora is not None else source.rslora if source else None
+    values = lora_values(weights, rank) | {"lora_alpha": alpha_value, "base_model_name_or_path": base_value}
+    values |= {"use_rslora": bool(scaled), "alpha_pattern": dict(source.alpha_pattern or {}) if source else {}}
+    verified: list[Verification] = []
+
+    def write(aside: Path) -> None:
+        write_adapter(aside, values, weights.tensors)
+        with native_adapter(aside) as native:
+            verified.append(replace(verify_adapter(native), path=str(output)))
+        if verified[0].faults:
+            raise AdapterError(f"{checkpoint}: what was extracted does not verify: " + "; ".join(verified[0].faults))
+
+    write_verified(output, write, weights.tensors)
+    return ExtractReport(
+        str(output),
+        len(weights.tensors),
+        len(weights.ranks),
+        rank,
+        values["rank_pattern"],
+        alpha_value,
+        alpha_from,
+        base_value,
+        base_from,
+        layout_of(weights.tensors),
+        tuple(_unknown(base_value, scaled, alpha, source)),
+        verified[0],
+    )
+
+
+def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source: Settings | None) -> Iterator[str]:
+    yield "dropout and initialisation of the training: default values; loading does not need them"
+    if base is None:
+        yield "the base: no file near the checkpoint names it; give --base"
+    if rslora is None:
+        yield "use_rslora: taken as false; if the run scaled by sqrt(rank), give --rslora"
+    if alpha is not None and source and source.alpha != alpha:
+        yield f"whether alpha is {alpha:g} as given or {source.alpha:g} as {source.file} says; given was written"
+
+
+def lora_values(weights: Weights, rank: int) -> dict[str, Any]:
+    """What the tensors alone tell of an adapter's configuration; `target_modules` names exactly the modules found."""
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "r": rank,
+        "rank_pattern": {module: found for module, found in weights.ranks.items() if found != rank},
+        "target_modules": sorted(weights.ranks),
+        "modules_to_save": sorted(weights.saved_modules) or None,
+        "use_dora": weights.dora,
+        "lora_bias": weights.bias,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
+    """Collect the LoRA tensors of a checkpoint, one file at a time, under the names of an adapter's file.
+
+    Raises:
+        AdapterError: a file is missing or damaged, two tensors claim one name, or there are several adapters.
+    """
+    weights = Weights()
+    for file in weight_files(checkpoint):
+        for key, tensor in read_tensors(file, lambda name: "lora_" in name or ".modules_to_save." in name).items():
+            _take(weights, key, tensor, adapter_name)
+    if len(weights.adapter_names) > 1:
+        names = ", ".join(sorted(weights.adapter_names))
+        raise AdapterError(f"{checkpoint}: it holds several adapters ({names}); choose one with --adapter-name")
+    return weights
+
+
+def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | None) -> None:
+    clean = WRAPPER_PARTS.sub("", key)
+    _, found, after = clean.partition(KEY_PREFIX)
+    match = LORA_KEY.fullmatch(clean) or SAVED_KEY.fullmatch(clean)
+    if match is None:
+        return
+    adapter = match["adapter"]
+    if adapter_name is not None and adapter is not None and adapter != adapter_name:
+        return
+    if adapter is not None:
+        weights.adapter_names.add(adapter)
+    inside = after if found else re.sub(r"^(module\.)+", "", clean)  # without PEFT's prefix only DDP's can be told
+    module = inside[: len(inside) - len(clean) + match.end("module")]
+    if "part" not in match.groupdict():
+        weights.saved_modules.add(module)
+        name = f"{KEY_PREFIX}{module}.{match['leaf']}"
+    else:
+        part, leaf = match["part"], match["leaf"]
+        weights.dora |= part == "lora_magnitude_vector"
+        weights.bias |= leaf == "bias"
+        plain = part == "lora_magnitude_vector" or "embedding" in part
+        name = f"{KEY_PREFIX}{module}.{part}" + ("" if plain or leaf is None else f".{leaf}")
+        if part in ("lora_A", "lora_embedding_A"):
+            weights.ranks[module] = tensor.shape[0]
+    if name in weights.tensors and not torch.equal(weights.tensors[name], tensor):
+        raise AdapterError(f"two different tensors claim the name {name}; the second is {key}")
+    weights.tensors[name] = tensor
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: those an index names, else safetensors, else torch files.
+
+    Raises:
+        AdapterError: there are none, or one that the index names is missing.
+    """
+    if checkpoint.is_file():
+        return [checkpoint]
+    for index in sorted(checkpoint.glob("*.index.json"), key=lambda path: ".safetensors" not in path.name):
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise AdapterError(f"{index}: not readable as an index of shards: {error}") from None
+        if missing := [name for name in names if Path(name).name != name or not (checkpoint / name).is_file()]:
+            raise AdapterError(f"{index}: {len(missing)} of its {len(names)} files are not there: {missing[:3]}")
+        return [checkpoint / name for name in names]
+    found = [path for path in sorted(checkpoint.glob("*")) if path.is_file() and path.suffix in WEIGHT_SUFFIXES]
+    found = [path for path in found if not NOT_WEIGHTS.search(path.name)]
+    safetensors = [path for path in found if path.suffix == ".safetensors"]
+    if not found:
+        raise AdapterError(f"{checkpoint}: no weights there (*{', *'.join(WEIGHT_SUFFIXES)})")
+    return safetensors or found
+
+
+def settings_nearby(checkpoint: Path) -> list[list[Settings]]:
+    """What files in the checkpoint's folder, then in its parent and the parent's `lora_adapters`, say of the run."""
+    folder = (checkpoint.parent if checkpoint.is_file() else checkpoint).absolute()
+    levels = [[folder, folder / "lora_adapters"], [folder.parent, folder.parent / "lora_adapters"]]
+    return [[found for place in places for found in _settings_in(place)] for places in levels]
+
+
+def _settings_in(folder: Path) -> Iterator[Settings]:
+    for name in RUN_FILES:
+        file = folder / name
+        try:
+            values = (yaml.safe_load if file.suffix == ".yaml" else json.loads)(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(values, dict):
+            yield _settings(file, values)
+
+
+def _settings(file: Path, values: Mapping[str, Any]) -> Settings:
+    lora, model = values.get("lora"), values.get("model")
+    if isinstance(lora, dict) and isinstance(model, dict):  # our own recipe
+        base, codec = model.get("path"), model.get("codec_path")
+        if not lora.get("enabled", True):
+            return Settings(file, base=base, codec=codec)
+        return Settings(file, lora.get("alpha"), lora.get("rank"), base, codec, lora.get("rslora"))
+    flat = _flat(values)
+    base = next((flat[name] for name in BASE_NAMES if isinstance(flat.get(name), str)), None)
+    rank = next((flat[name] for name in ("r", "lora_rank", "lora_r") if isinstance(flat.get(name), int)), None)
+    alpha = flat.get("lora_alpha")
+    alpha = float(alpha) if isinstance(alpha, int | float) else None
+    codec = flat.get("audio_tokenizer_path")
+    return Settings(file, alpha, rank, base, codec, flat.get("use_rslora"), flat.get("alpha_pattern"))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    inner = [_flat(part) for part in values.values() if isinstance(part, dict)]
+    return {key: value for part in [*inner, values] for key, value in part.items()}
+
+
+def _find_alpha(
+    checkpoint: Path, levels: list[list[Settings]], given: float | None, rank: int
+) -> tuple[float, str, Settings | None]:
+    passed_over = []
+    for level in levels:
+        named = [found for found in level if found.alpha is not None]
+        fitting = [found for found in named if found.rank in (None, rank)]
+        passed_over += [f"{found.file} says rank {found.rank}" for found in named if found not in fitting]
+        if given is None and len({found.alpha for found in fitting}) > 1:
+            said = ", ".join(f"{found.file} says {found.alpha:g}" for found in fitting)
+            raise AdapterError(f"{checkpoint}: files disagree on lora_alpha: {said}; give it with --alpha")
+        if fitting:
+            found = fitting[0]
+            assert found.alpha is not None
+            if given is None:
+                return found.alpha, str(found.file), found
+            return given, "--alpha", replace(found, alpha_pattern=None)  # it scales by another alpha than the given
+    if given is not None:
+        return given, "--alpha", None
+    why = f" ({'; '.join(passed_over)}, the weights have rank {rank})" if passed_over else ""
+    raise AdapterError(
+        f"{checkpoint}: lora_alpha is not in the weights, and no file in or beside the folder tells it{why}; give the "
+        "value of the training with --alpha (the original pipeline's default was 32)"
+    )
+
+
+def _find_base(levels: list[list[Settings]]) -> tuple[str | None, str]:
+    for found in (found for level in levels for found in level):
+        if found.base:
+            return found.base, str(found.file)
+    return None, "unknown"

@@ -1,0 +1,215 @@
+"""Merge an adapter into its base: in float32, compared with the adapter before anything is published."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from speechtune import __version__
+from speechtune.config import RunConfig
+from speechtune.errors import AdapterError, CheckpointError
+from speechtune.export.convert import native_adapter
+from speechtune.export.verify import training_step
+from speechtune.families import create_family
+from speechtune.family import Family
+from speechtune.lora.apply import adapter_off, load_adapter, model_tensors
+from speechtune.lora.base_identity import check_base, read_recipe
+from speechtune.lora.files import CONFIG_NAME, adapter_folder, weights_file
+from speechtune.precision import PrecisionPlan
+from speechtune.storage.hashing import file_sha256, folder_fingerprint
+from speechtune.storage.model_folder import load_tokenizer
+from speechtune.storage.verified_folder import check_writable, write_verified
+
+log = logging.getLogger("speechtune")
+
+GREEDY_STEPS = 24
+TOLERANCE = 1e-5
+
+
+MAX_SHARD_SIZE = "5GB"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MERGE_PLAN = PrecisionPlan(
+    "fp32", torch.device("cpu"), torch.float32, None, False, "merging in bfloat16 loses the adapter"
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Greatest logit differences on a text: what the adapter does, and what merging changed."""
+
+    test_input: str
+    adapter_effect: float
+    merged_difference: float
+    changed_positions: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """Measured on a fixed input: greatest logit differences, and whether greedy generation agrees."""
+
+    adapter_effect: float
+    merged_difference: float
+    greedy_equal: bool
+    output: Path
+    comparison: Comparison | None = None
+
+
+def merge(
+    config: RunConfig,
+    adapter: Path,
+    output: Path,
+    *,
+    dtype: Dtype | None = None,
+    save_tokenizer: bool = True,
+    compare_on: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> MergeReport:
+    """Write a full model folder that plain transformers loads.
+
+    Args:
+        config: names the base.
+        adapter: PEFT folder: safetensors or .bin, native or boson layout, also a checkpoint's folder.
+        output: a folder that does not exist yet.
+        dtype: of the stored weights; None keeps the base's.
+        save_tokenizer: copy tokenizer and processor files too.
+        compare_on: a text on which base, base with adapter and merged model are compared besides the fixed input.
+        max_shard_size: size of a safetensors file from which the weights are split.
+
+    Raises:
+        AdapterError: the adapter does not fit, has no effect, or the merged model answers differently.
+        CheckpointError: the folder exists or cannot be written.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")
+    family = create_family(config)
+    base = family.load(MERGE_PLAN)
+    stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
+    count = sum(parameter.numel() for parameter in base.parameters())
+    check_writable(output.parent, count * stored_dtype.itemsize)
+    facts = provenance(config, base, adapter)
+    if recipe := read_recipe(adapter_folder(adapter)):
+        check_base(recipe, adapter, family, base, MERGE_PLAN)
+    with native_adapter(adapter) as native:
+        model = load_adapter(base, native).eval()
+    merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
+    merged = cast(Any, merged.to(stored_dtype))
+    facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), "adapter_effect": report.adapter_effect}
+    facts |= {"merged_difference_float32": report.merged_difference, "greedy_equal": report.greedy_equal}
+    facts |= {"comparison": asdict(report.comparison) if report.comparison else None}
+
+    for name in inspect.signature(type(merged).__init__).parameters:  # from_pretrained leaves such arguments there
+        vars(merged.generation_config).pop(name, None)
+
+    def write(aside: Path) -> None:
+        merged.save_pretrained(aside, max_shard_size=max_shard_size)
+        if save_tokenizer:
+            family.save_assets(aside)
+        (aside / "merge_info.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    write_verified(output, write, model_tensors(merged))
+    log.info(
+        "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g",
+        output,
+        report.merged_difference,
+        report.adapter_effect,
+    )
+    return report
+
+
+def merge_checked(
+    family: Family, model: PeftModel, output: Path, text: tuple[str, dict[str, torch.Tensor]] | None
+) -> tuple[nn.Module, MergeReport]:
+    """Merge in place, and compare the merged model with the adapter switched on.
+
+    Raises:
+        AdapterError: the adapter has no effect, or the merged model answers differently.
+    """
+    logits, rows = family.probe(model, GREEDY_STEPS)
+    on = _text_logits(model, text[1]) if text else None
+    with adapter_off(model):
+        effect = float((family.probe(model)[0] - logits).abs().max())
+        off = _text_logits(model, text[1]) if text else None
+    if not effect > 0.0:  # also NaN
+        raise AdapterError("the adapter changes no logit on its base: nothing to merge")
+    merged = cast(nn.Module, model.merge_and_unload()).eval()
+    merged_logits, merged_rows = family.probe(merged, GREEDY_STEPS)
+    difference = float((merged_logits - logits).abs().max())
+    scale = float(logits.abs().max())
+    equal = bool(np.array_equal(rows, merged_rows))
+    if not difference <= TOLERANCE * max(1.0, scale) or not equal:
+        raise AdapterError(
+            f"the merged model answers differently: logits by {difference:.2e} (scale {scale:.2g}), greedy "
+            f"output {'equal' if equal else 'different'}; nothing was written"
+        )
+    comparison = None
+    if text and on is not None and off is not None:
+        comparison = compare(text[0], on, off, _text_logits(merged, text[1]))
+    return merged, MergeReport(effect, difference, equal, output, comparison)
+
+
+def compare(text: str, on: torch.Tensor, off: torch.Tensor, merged: torch.Tensor) -> Comparison:
+    """Differences of logits (1, S, V) on a text: adapter on against off, and merged against on."""
+    changed = int((on.argmax(-1) != off.argmax(-1)).sum())
+    return Comparison(
+        text, float((on - off).abs().max()), float((merged - on).abs().max()), changed, on[..., 0].numel()
+    )
+
+
+def tokenize(config: RunConfig, text: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """A text with its token ids and mask.
+
+    Raises:
+        ConfigError: the base has no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(config.model, config.model.revision)
+    encoded = tokenizer(text, return_tensors="pt")
+    return text, {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits.float()
+
+
+def provenance(config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, Any]:
+    """What a merged model was made of: base by revision or content, adapter by content, codec, versions."""
+    directory = adapter_folder(adapter)
+    folder, codec = Path(config.model.path), config.model.codec_path
+    return {
+        "base_model_path": config.model.path,
+        "base_revision": config.model.revision or getattr(cast(Any, base).config, "_commit_hash", None),
+        "base_sha256": folder_fingerprint(folder) if folder.is_dir() else None,
+        "lora_adapter_path": str(directory),
+        "lora_adapter_sha256": file_sha256(weights_file(directory)),
+        "lora_config_sha256": file_sha256(directory / CONFIG_NAME),
+        "lora_step": training_step(directory),
+        "codec_path": codec,
+        "codec_revision": config.model.codec_revision,
+        "codec_sha256": folder_fingerprint(Path(codec)) if codec and Path(codec).is_dir() else None,
+        "versions": {
+            "speechtune": __version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _base_dtype(skeleton: torch.nn.Module) -> torch.dtype:
+    stored = getattr(cast(Any, skeleton).config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32

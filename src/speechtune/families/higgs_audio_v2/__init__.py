@@ -1,0 +1,1 @@
+"""Higgs Audio v2: zero-shot voice cloning."""

@@ -1,0 +1,381 @@
+"""Higgs Audio v2, zero-shot voice cloning: text and a reference clip in, speech in that voice out.
+
+Shapes: B samples, S sequence positions, R audio rows, K codebooks, F frames, P positions that carry a target,
+V codebook size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerBase
+
+from speechtune.config import RunConfig
+from speechtune.errors import AudioError, ConfigError, ManifestError
+from speechtune.families.higgs_audio_v2.boson import is_legacy, legacy_config, load_legacy
+from speechtune.families.higgs_audio_v2.codec import HiggsCodec
+from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
+from speechtune.families.higgs_audio_v2.layout import (
+    AUDIO,
+    cut_rows,
+    delay_rows,
+    lay_out,
+    pad_inputs,
+    refuse_special_tokens,
+    render_prompt,
+    sampling,
+    target_arrays,
+    undelay,
+)
+from speechtune.families.higgs_audio_v2.scores import (
+    SCORE_NAMES,
+    SCORER_NAMES,
+    codebook_hits,
+    score_speech,
+    speech_warnings,
+)
+from speechtune.families.layers.decoder import make_fast
+from speechtune.families.layers.kernels import choose_kernels
+from speechtune.families.layers.ops import IGNORE, head_loss
+from speechtune.lora.apply import plain_model
+from speechtune.precision import PrecisionPlan
+from speechtune.storage.hashing import folder_fingerprint
+from speechtune.storage.model_folder import (
+    copy_files,
+    hub_commit,
+    load_pretrained,
+    load_tokenizer,
+    require_fit,
+    require_sound,
+)
+from speechtune.types import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample, Scored
+
+if TYPE_CHECKING:
+    from speechtune.family import Scorers
+
+
+log = logging.getLogger("speechtune")
+
+RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
+RELEASED_CODEC = "bosonai/higgs-audio-v2-tokenizer"
+FRAMES_PER_SECOND = 25
+MAX_NEW_TOKENS = 2048  # 82 seconds
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+ASSET_PATTERNS = (*TOKENIZER_FILES, "*processor_config.json")
+
+
+class HiggsAudioV2Family:
+    """The seam's implementation for Higgs Audio v2, on transformers' native classes."""
+
+    name = "higgs_audio_v2"
+    heads: tuple[str, ...] = ("audio", "text")
+    sampling_rate = 24_000
+    abilities = frozenset({"speak"})
+    pipeline_tag = "text-to-speech"
+    score_names = SCORE_NAMES
+    scorer_names = SCORER_NAMES
+    fast_layers = FAST_LAYERS
+    base_license = "other"
+    card_note = "Give it text and a few seconds of reference speech; it answers with audio codes of the base's codec."
+    card_use = "For speech in voices whose owners have agreed to it. Clone a voice only with its owner's consent."
+    lora_presets: Mapping[str, str] = {
+        "default": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
+        "attention": r".*\.self_attn\.(q|k|v|o)_proj",
+        "attention+audio_ffn": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
+        "all": r".*\.(self_attn\.(q|k|v|o)_proj|(audio_)?mlp\.(gate|up|down)_proj)",
+    }
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._prompts_seen: set[str | None] = set()
+
+    @cached_property
+    def model_config(self) -> HiggsAudioV2Config:
+        """Configuration of the base model; the released one is known without asking the hub."""
+        model = self.config.model
+        path = Path(model.path)
+        require_sound(model.path, "model.path")
+        if is_legacy(path):
+            return legacy_config(path)
+        if model.path == RELEASED_MODEL and model.revision is None:
+            return HiggsAudioV2Config(codebook_size=1026, dtype="bfloat16")
+        try:
+            loaded = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}") from None
+        if not isinstance(loaded, HiggsAudioV2Config):
+            raise ConfigError(f"model.path={model.path}: model_type is {loaded.model_type!r}, not higgs_audio_v2")
+        return loaded
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The text tokenizer; its special ids must be those of the model's configuration."""
+        model = self.config.model
+        tokenizer = load_tokenizer(model, model.revision)
+        for token, field in ((AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
+            found, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
+            if found != wanted:
+                raise ConfigError(
+                    f"model.path={model.path}: the tokenizer gives {token} the id {found}, the model's {field} is "
+                    f"{wanted}; tokenizer and model do not belong together"
+                )
+        return tokenizer
+
+    @cached_property
+    def codec(self) -> HiggsCodec:
+        """The audio codec, on the GPU where there is one."""
+        model = self.config.model
+        require_sound(self.codec_path, "model.codec_path")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            codec = HiggsCodec(self.codec_path, model.codec_revision, device)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"model.codec_path={self.codec_path}: no usable codec there: {error}") from None
+        if codec.num_codebooks != self.model_config.num_codebooks:
+            raise ConfigError(
+                f"model.codec_path={self.codec_path}: {codec.num_codebooks} codebooks, the model has "
+                f"{self.model_config.num_codebooks}"
+            )
+        return codec
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        return cast(int, self.model_config.pad_token_id)
+
+    @property
+    def codec_path(self) -> str:
+        """Hub id or folder of the codec."""
+        return self.config.model.codec_path or RELEASED_CODEC
+
+    @cached_property
+    def encode_key(self) -> str:
+        """Identity of the codes: class, weights (by content where local) and rate."""
+        require_sound(self.codec_path, "model.codec_path")
+        path = Path(self.codec_path)
+        if path.is_dir():
+            identity = folder_fingerprint(path)
+        else:
+            identity = f"{self.codec_path}@{hub_commit(self.codec_path, self.config.model.codec_revision)}"
+        return f"higgs_audio_v2 codes v1 {identity} {self.sampling_rate} Hz"
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base with its text head (a default load would drop it) onto the plan's device."""
+        settings = self.config.model
+        require_sound(settings.path, "model.path")
+        if is_legacy(Path(settings.path)):
+            model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
+            return self._ready(model, plan)
+        classes = HiggsAudioV2ForConditionalGeneration
+        model, info = load_pretrained(classes, settings, settings.revision, plan.base_dtype, use_text_head=True)
+        missing = set(info["missing_keys"])
+        if missing == {"text_lm_head.weight"}:
+            log.warning("%s has no text head: it was saved without one; the text loss is left out", settings.path)
+            cast(Any, model).text_lm_head = None
+            missing.clear()
+        if info["unexpected_keys"]:  # converted folders may carry a head twice, under its old name too
+            log.warning(
+                "%s: weights the model has no place for are left out: %s", settings.path, info["unexpected_keys"]
+            )
+        require_fit(settings.path, missing, info["mismatched_keys"])
+        return self._ready(model, plan)
+
+    def _ready(self, model: nn.Module, plan: PrecisionPlan) -> nn.Module:
+        model = model.to(plan.device)
+        speed = self.config.speed
+        return make_fast(model, self.fast_layers, choose_kernels(speed, plan.device)) if speed.fast_forward else model
+
+    def skeleton(self) -> nn.Module:
+        """The base without weights, on the meta device."""
+        with torch.device("meta"):
+            return HiggsAudioV2ForConditionalGeneration(self.model_config, use_text_head=True)
+
+    def tower(self, parameter_name: str) -> str:
+        """Part of the model a parameter belongs to."""
+        for part, tower in (
+            ("self_attn", "attention"),
+            ("audio_mlp", "audio FFN"),
+            (".mlp.", "text FFN"),
+            ("embed", "embeddings"),
+            ("lm_head", "heads"),
+        ):
+            if part in parameter_name:
+                return tower
+        return "norms"
+
+    initial_adapter = None
+
+    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
+        """None: the prompts have no control tokens of their own."""
+        if tokens:
+            raise ConfigError(f"lora.trainable_tokens: {self.name} has no control tokens to train")
+        return {}
+
+    def recipe(self) -> dict[str, Any]:
+        """Nothing is done to the base."""
+        return {}
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples as they are."""
+        return list(samples)
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The sample without its target audio."""
+        return replace(sample, audio=None)
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """References first, then the target, as they stand in the prompt."""
+        references = tuple(reference.audio for reference in sample.references)
+        return references if sample.audio is None else (*references, sample.audio)
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Codec codes, int16 of shape (F, K) per clip."""
+        for audio in audios:
+            if audio.sampling_rate != self.sampling_rate:
+                raise AudioError(f"the codec wants {self.sampling_rate} Hz, got {audio.sampling_rate} Hz")
+        return self.codec.encode(audios)
+
+    def prompt_arrays(
+        self, sample: Sample, features: Sequence[np.ndarray], *, with_target: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (S,) with placeholders expanded, and the delayed rows (R, K) of all clips, in order."""
+        refuse_special_tokens(sample)
+        parts = render_prompt(sample, with_target=with_target).split(AUDIO)
+        if len(parts) != len(features) + 1:
+            raise ManifestError(f"sample {sample.id}: {len(features)} clips for {len(parts) - 1} places in the prompt")
+        config = self.model_config
+        if with_target and sample.system not in self._prompts_seen:
+            self._prompts_seen.add(sample.system)
+            if sample.system is not None:
+                log.info("prompts carry the system message %r: generate with --system to match", sample.system)
+        ids: list[int] = []
+        rows: list[np.ndarray] = [np.zeros((0, config.num_codebooks), np.int64)]
+        for part, codes_FK in zip(parts, [*features, None], strict=True):
+            ids += self._tokenize(part)
+            if codes_FK is not None:
+                rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
+                fillers = config.num_codebooks - 1
+                ids += [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
+                rows.append(rows_RK)
+        return np.asarray(ids, np.int32), np.concatenate(rows)
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
+        """Prompt ids, rows, and the targets with the positions whose hidden states predict them."""
+        if sample.audio is None:
+            raise ManifestError(f"sample {sample.id}: no target audio to train on")
+        ids_S, rows_RK = self.prompt_arrays(sample, features, with_target=True)
+        num_frames = len(features[-1])
+        arrays = target_arrays(ids_S, rows_RK, num_frames, len(self._tokenize("<|audio_eos|><|eot_id|>")))
+        return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
+
+    def collate(self, items: Sequence[Encoded]) -> Batch:
+        """Lay samples end to end, or right-pad them; positions of targets become indices into the flattened batch."""
+        if not items:
+            raise ValueError("an empty batch")
+        config = self.model_config
+        row_ids = (config.audio_token_id, config.audio_delay_token_id)
+        arrays = [item.arrays for item in items]
+        inputs, lengths = lay_out(arrays, row_ids, self.pad_id, packed=self.config.batch.packing)
+        # Per codebook: the audio loss is the sum over codebooks of mean cross-entropies, as in the native class.
+        counts = {
+            "audio": int((inputs["audio_targets"][:, 0] != IGNORE).sum()),
+            "text": int((inputs["text_targets"] != IGNORE).sum()),
+        }
+        ids = tuple(item.sample_id for item in items)
+        num_tokens = sum(item.num_tokens for item in items)
+        return Batch(ids, inputs, counts, num_tokens, sum(item.audio_seconds for item in items), lengths)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Summed cross-entropy per head, with the heads applied only where a target is."""
+        base = cast(Any, plain_model(model))
+        audio_PD, text_PD = target_states(base.model, batch)
+        sums = {"audio": head_loss(base.audio_lm_head, audio_PD, batch.inputs["audio_targets"])}
+        if base.text_lm_head is not None:
+            sums["text"] = head_loss(base.text_lm_head, text_PD, batch.inputs["text_targets"])
+        return Losses(sums)
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> list[Output]:
+        """Speak a batch of prompts; clips and text as in training, rows cut where the stream ended."""
+        rows_BRK = self.generate_rows(model, prompts, options)
+        return self._outputs([sample.id for sample, _ in prompts], rows_BRK)
+
+    @torch.no_grad()
+    def generate_rows(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> np.ndarray:
+        """Generated rows of shape (B, R, K), the prompts' own rows left out; ended samples go on with EOS."""
+        encoded = [self.prompt_arrays(sample, features, with_target=False) for sample, features in prompts]
+        inputs = pad_inputs(encoded, self.pad_id, self.model_config.audio_stream_eos_id, left=True)
+        max_rows = inputs["audio_input_ids"].shape[1]
+        if not max_rows:  # no reference: the native class wants no rows rather than none of them
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        generator = cast(Any, model)
+        for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
+            vars(cast(Any, plain_model(model)).generation_config).setdefault(name, None)
+        torch.manual_seed(options.seed)
+        cap = options.max_new_tokens or MAX_NEW_TOKENS
+        rows = generator.generate(
+            **{k: v.to(generator.device) for k, v in inputs.items()}, max_new_tokens=cap, **sampling(options)
+        )
+        return rows[:, max_rows:].cpu().numpy()
+
+    @torch.no_grad()
+    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Right codes and all codes, per codebook."""
+        eos = self.model_config.audio_stream_eos_id
+        base = cast(Any, plain_model(model))
+        logits = base.audio_lm_head(target_states(base.model, batch)[0])
+        logits_PKV = logits.unflatten(-1, (self.model_config.num_codebooks, -1))
+        return codebook_hits(logits_PKV, batch.inputs["audio_targets"], eos)
+
+    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+        """See `score_speech`."""
+        return score_speech(samples, outputs, scorers, self.sampling_rate)
+
+    def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+        """See `speech_warnings`."""
+        return speech_warnings(scores, base)
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Audio logits on a fixed prompt with made-up codes, and greedy rows of shape (1, R, K)."""
+        config = self.model_config
+        codes_FK = (np.arange(12 * config.num_codebooks) * 37 % (config.codebook_size - 2)).astype(np.int16)
+        codes_FK = codes_FK.reshape(12, config.num_codebooks)
+        clip = AudioRef(data=b"probe")
+        sample = Sample("probe", "A fixed sentence.", clip, (Clip(clip, "Another fixed sentence."),))
+        encoded = self.prompt_arrays(sample, [codes_FK, codes_FK], with_target=True)
+        inputs = pad_inputs([encoded], self.pad_id, config.audio_stream_eos_id, left=False)
+        logits = model(**{k: v.to(cast(Any, model).device) for k, v in inputs.items()}).logits.float().cpu()
+        if not greedy_steps:
+            return logits, np.zeros((1, 0, config.num_codebooks), np.int64)
+        options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
+        return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK])], options)
+
+    def _outputs(self, ids: Sequence[str], rows_BRK: np.ndarray) -> list[Output]:
+        eos = self.model_config.audio_stream_eos_id
+        ended = [cut_rows(rows_RK, eos) for rows_RK in rows_BRK]
+        codes = [undelay(rows_RK, eos, self.codec.codebook_size) for rows_RK in ended]
+        audios = self.codec.decode([codes_FK for codes_FK, _ in codes])
+        return [
+            Output(name, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
+            for name, audio, rows_RK, (codes_FK, stopped) in zip(ids, audios, ended, codes, strict=True)
+        ]
+
+    def save_assets(self, directory: Path) -> None:
+        """Copy tokenizer, processor and chat template files of the base as they are."""
+        copy_files(self.config.model.path, self.config.model.revision, ASSET_PATTERNS, directory)

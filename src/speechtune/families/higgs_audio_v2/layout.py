@@ -1,0 +1,228 @@
+"""Layout of Higgs Audio v2: the prompt's text, the delay pattern of the rows, their labels, and the way back.
+
+Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from speechtune.errors import ManifestError
+from speechtune.families.layers.ops import IGNORE
+from speechtune.types import GenerationOptions, Sample
+
+DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+AUDIO = "<|AUDIO_OUT|>"
+SPECIAL = re.compile(r"<\|[^|<>]+\|>")
+
+
+def refuse_special_tokens(sample: Sample) -> None:
+    """Refuse texts that would be read as more than text.
+
+    Raises:
+        ManifestError: names the token.
+    """
+    for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
+        if text and (found := SPECIAL.search(text)):
+            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {found.group()!r}")
+
+
+def render_prompt(sample: Sample, *, with_target: bool) -> str:
+    """The conversation as one string with a placeholder per clip; training and generation both come through here.
+
+    Every reference is an earlier user/assistant turn. With `with_target` the target's turn follows in full, else the
+    string ends where the model goes on with audio.
+    """
+    system = DEFAULT_SYSTEM if sample.system is None else sample.system.strip()
+    scene = sample.scene.strip() if sample.scene is not None else DEFAULT_SCENE if sample.system is None else None
+    scene_part = "" if scene is None else f"\n\n<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
+    turns = [f"<|begin_of_text|>{_header('system')}{system}{scene_part}<|eot_id|>"]
+    spoken = f"<|audio_out_bos|>{AUDIO}<|audio_eos|><|eot_id|>"
+    for reference in sample.references:
+        turns.append(f"{_header('user')}{reference.text.strip()}<|eot_id|>{_header('assistant')}{spoken}")
+    answer = spoken if with_target else "<|audio_out_bos|>"
+    turns.append(f"{_header('user')}{sample.text.strip()}<|eot_id|>{_header('assistant')}{answer}")
+    return "".join(turns)
+
+
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+def delay_rows(codes_FK: np.ndarray, bos: int, eos: int) -> np.ndarray:
+    """Put [BOS | codes | EOS] into the delay pattern: codebook k is shifted k rows down.
+
+    Returns:
+        int64 array of shape (F + K + 1, K), BOS above and EOS below each codebook's shifted column.
+    """
+    num_frames, num_codebooks = codes_FK.shape
+    rows_RK = np.full((num_frames + num_codebooks + 1, num_codebooks), eos, dtype=np.int64)
+    for k in range(num_codebooks):
+        rows_RK[: k + 1, k] = bos
+        rows_RK[k + 1 : k + 1 + num_frames, k] = codes_FK[:, k]
+    return rows_RK
+
+
+def row_labels(rows_RK: np.ndarray, num_frames: int) -> np.ndarray:
+    """Labels of the rows of a target clip: its codes, and EOS exactly once per codebook; all else -100.
+
+    An EOS that is never supervised gives a voice that never stops; one supervised in every later row drowns the codes.
+    """
+    labels_RK = np.full_like(rows_RK, IGNORE)
+    for k in range(rows_RK.shape[1]):
+        supervised = slice(k + 1, k + num_frames + 2)
+        labels_RK[supervised, k] = rows_RK[supervised, k]
+    return labels_RK
+
+
+def cut_rows(rows_RK: np.ndarray, eos: int) -> np.ndarray:
+    """Generated rows up to and including the first that is all EOS; samples that ended go on with it in a batch."""
+    finished = np.flatnonzero((rows_RK == eos).all(axis=1))
+    return rows_RK[: finished[0] + 1] if len(finished) else rows_RK
+
+
+def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarray, bool]:
+    """Recover the codes from generated rows, whose first row is all BOS.
+
+    The clip ends where codebook 0 says EOS, or at the last complete frame where the length cap cut the rows.
+    Stream ids drawn by a later codebook inside the clip are clipped to the last code, as the native decoder does.
+
+    Returns:
+        codes of shape (F, K), and whether an EOS ended them with every frame complete.
+    """
+    num_rows, num_codebooks = rows_RK.shape
+    ends = np.flatnonzero(rows_RK[:, 0] == eos)
+    complete_frames = max(num_rows - num_codebooks, 0)
+    stopped = len(ends) > 0 and int(ends[0]) - 1 <= complete_frames  # a cap may cut between the codebooks' ends
+    num_frames = int(ends[0]) - 1 if stopped else complete_frames
+    num_frames = max(num_frames, 0)
+    codes_FK = np.stack([rows_RK[k + 1 : k + 1 + num_frames, k] for k in range(num_codebooks)], axis=1)
+    return np.clip(codes_FK, 0, codebook_size - 1), stopped
+
+
+def pad_inputs(
+    prompts: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, eos: int, *, left: bool
+) -> dict[str, torch.Tensor]:
+    """Stack prompts of unequal length for the native forward pass.
+
+    Args:
+        prompts: per sample token ids (S,) and rows (R, K).
+        pad_id: fills up the ids.
+        eos: fills up the rows, always on their right, as the native class expects.
+        left: put the padding of the ids on the left, where generation must go on at the right edge.
+    """
+    width = max(len(ids) for ids, _ in prompts)
+    max_rows = max(len(rows) for _, rows in prompts)
+    ids_BS = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    rows_BRK = torch.full((len(prompts), max_rows, prompts[0][1].shape[1]), eos, dtype=torch.long)
+    mask_BS, mask_BR = torch.zeros_like(ids_BS), torch.zeros(rows_BRK.shape[:2], dtype=torch.bool)
+    for b, (ids_S, rows_RK) in enumerate(prompts):
+        place = slice(width - len(ids_S), width) if left else slice(len(ids_S))
+        ids_BS[b, place] = torch.from_numpy(ids_S.astype(np.int64))
+        mask_BS[b, place] = 1
+        rows_BRK[b, : len(rows_RK)] = torch.from_numpy(rows_RK.astype(np.int64))
+        mask_BR[b, : len(rows_RK)] = True
+    return {
+        "input_ids": ids_BS,
+        "attention_mask": mask_BS,
+        "audio_input_ids": rows_BRK,
+        "audio_input_ids_mask": mask_BR,
+    }
+
+
+def target_arrays(
+    ids_S: np.ndarray, rows_RK: np.ndarray, num_frames: int, num_last_tokens: int
+) -> dict[str, np.ndarray]:
+    """Arrays of a training sample: ids, rows, and the targets with the positions whose hidden states predict them.
+
+    Args:
+        ids_S: token ids of prompt and target.
+        rows_RK: delayed rows of all clips, the target's last.
+        num_frames: codec frames of the target.
+        num_last_tokens: text tokens behind the target's rows.
+    """
+    num_rows = num_frames + rows_RK.shape[1] + 1
+    after_rows = len(ids_S) - num_last_tokens
+    first_row = after_rows - num_rows
+    labels_RK = row_labels(rows_RK[-num_rows:], num_frames)
+    text_targets = np.asarray([first_row - 1, *range(after_rows, len(ids_S))])
+    return {
+        "input_ids": ids_S,
+        "audio_rows": rows_RK.astype(np.int16),
+        "audio_positions": np.arange(first_row, after_rows - 1),  # row t predicts row t + 1; row 0 is all BOS
+        "audio_targets": labels_RK[1:].astype(np.int16),
+        "text_positions": text_targets - 1,
+        "text_targets": ids_S[text_targets],
+    }
+
+
+def lay_out(
+    items: Sequence[Mapping[str, np.ndarray]], row_ids: Sequence[int], pad_id: int, *, packed: bool
+) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """A training batch: ids and rows end to end or padded on the right, and where everything stands.
+
+    Args:
+        items: arrays of `target_arrays`.
+        row_ids: token ids that stand for audio rows.
+        pad_id: fills up the ids where they are padded.
+        packed: end to end, without padding.
+
+    Returns:
+        the tensors of the batch, and the positions each sample takes. `input_ids` is (1, N) or (B, S), `audio_rows`
+        (A, K) are all rows in order; the others are described in `fast_layers.Sorting`. Positions of targets count
+        in the flattened batch; text targets are sorted so that those predicted by audio rows come first.
+    """
+    sizes = [len(item["input_ids"]) for item in items]
+    lengths = sizes if packed else [max(sizes)] * len(sizes)
+    starts = np.cumsum([0, *lengths])
+    ids_N, real_N = np.full(starts[-1], pad_id, np.int64), np.zeros(starts[-1], np.int64)
+    for start, size, item in zip(starts, sizes, items, strict=False):
+        ids_N[start : start + size], real_N[start : start + size] = item["input_ids"], 1
+    is_audio_N = np.isin(ids_N, row_ids)
+    order_N = np.concatenate([np.flatnonzero(is_audio_N), np.flatnonzero(~is_audio_N)])
+    places_N = np.empty_like(order_N)
+    places_N[order_N] = np.arange(len(order_N))
+    positions = {
+        head: np.concatenate([start + item[f"{head}_positions"] for start, item in zip(starts, items, strict=False)])
+        for head in ("audio", "text")
+    }
+    targets = {head: np.concatenate([item[f"{head}_targets"] for item in items]).astype(np.int64) for head in positions}
+    audio_first = np.argsort(~is_audio_N[positions["text"]], kind="stable")
+    positions["text"], targets["text"] = positions["text"][audio_first], targets["text"][audio_first]
+    kept_P = np.concatenate(list(positions.values()))
+    kept_audio, kept_text = (places_N[kept_P[is_audio_N[kept_P] == audio]] for audio in (True, False))
+    arrays = {
+        "input_ids": ids_N.reshape(1 if packed else len(items), -1),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "offsets": starts.astype(np.int32),
+        "audio_rows": np.concatenate([item["audio_rows"] for item in items]).astype(np.int64),
+        "text_ids": ids_N[~is_audio_N],
+        "order": order_N,
+        "places": places_N,
+        "kept": kept_P,
+        "kept_audio": kept_audio,
+        "kept_text": kept_text - int(is_audio_N.sum()),
+    }
+    if not packed:
+        arrays["attention_mask"] = real_N.reshape(len(items), -1)
+    arrays |= {f"{head}_positions": value for head, value in positions.items()}
+    arrays |= {f"{head}_targets": value for head, value in targets.items()}
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}, tuple(lengths)
+
+
+def sampling(options: GenerationOptions) -> dict[str, Any]:
+    """Options of `generate` for transformers."""
+    if options.temperature == 0:
+        return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
+    named = {
+        name: getattr(options, name)
+        for name in ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
+        if getattr(options, name) is not None
+    }
+    return {"do_sample": True, **named}

@@ -1,0 +1,63 @@
+"""Higgs Audio v2, heard: what spoken answers are worth, by scorers outside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from speechtune.audio import read_audio
+from speechtune.families.layers.ops import IGNORE
+from speechtune.types import Output, Sample, Scored
+
+if TYPE_CHECKING:
+    from speechtune.family import Scorers
+
+
+NUM_CODEBOOKS = 8
+END_ACCURACY = "end_accuracy"
+NO_END = "no end of speech stands among the targets: a model that learns from them never stops speaking"
+SCORE_NAMES = {
+    "wer": "min",
+    "sim": "max",
+    "mos": "max",
+    "stop_rate": "max",
+    END_ACCURACY: "max",
+    **{f"codebook_accuracy_{k}": "max" for k in range(NUM_CODEBOOKS)},
+}
+SCORER_NAMES = frozenset({"wer", "sim", "mos"})
+
+
+def codebook_hits(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:
+    """Right targets and all targets, per codebook and of the ends of speech, of logits at P positions."""
+    wanted_PK = targets_PK != IGNORE
+    right_PK = (audio_PKV.argmax(-1) == targets_PK) & wanted_PK
+    end_PK = targets_PK == eos
+    pairs = zip(right_PK.sum(0).tolist(), wanted_PK.sum(0).tolist(), strict=True)
+    found = {f"codebook_accuracy_{k}": pair for k, pair in enumerate(pairs)}
+    return found | {END_ACCURACY: (int((right_PK & end_PK).sum()), int(end_PK.sum()))}
+
+
+def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, sampling_rate: int) -> Scored:
+    """How intelligible, how like the reference's voice, how natural, and whether it ends; see `voice_measure`.
+
+    A sample without reference is compared with its own recording.
+    """
+    from speechtune.tasks.voice_cloning.measures import measure, summarise
+
+    voices = [sample.references[0].audio if sample.references else sample.audio for sample in samples]
+    references, targets = (
+        [None if ref is None else read_audio(ref, sampling_rate) for ref in refs]
+        for refs in (voices, [sample.audio for sample in samples])
+    )
+    rows = measure(samples, outputs, references, targets, scorers)
+    return Scored(summarise(rows), [asdict(row) for row in rows])
+
+
+def speech_warnings(scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+    """See `voice_measure.warnings_of`; and targets without an end, which no loss shows."""
+    from speechtune.tasks.voice_cloning.measures import warnings_of
+
+    return [*([] if END_ACCURACY in scores else [NO_END]), *warnings_of(scores, base)]

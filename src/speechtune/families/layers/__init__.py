@@ -1,0 +1,1 @@
+"""The fast decoder layers that the families share."""

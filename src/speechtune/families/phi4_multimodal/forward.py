@@ -1,0 +1,136 @@
+"""The forward pass of Phi-4-multimodal up to the head: batches laid out, audio in its places, layers native or fast.
+
+Shapes: B samples, S positions, N positions of a batch laid end to end, P positions that carry a target, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalDecoderLayer
+
+from speechtune.errors import ManifestError
+from speechtune.families.layers.decoder import (
+    FastLayer,
+    Routes,
+    block_causal_mask,
+    is_fast,
+    norm_by,
+    rotation_of,
+    run_layers,
+)
+from speechtune.families.layers.kernels import rope, silu_mul
+from speechtune.families.layers.ops import Segments, attend, linear
+from speechtune.families.phi4_multimodal.audio import embed_clips, pad_features
+from speechtune.types import Batch
+
+Layout = Literal["packed", "right", "left"]
+"""Samples end to end, or padded on a side."""
+
+
+def lay_out(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout, *, pad_id: int, audio_id: int, time_reduction: int
+) -> tuple[dict[str, torch.Tensor], list[int], tuple[int, ...]]:
+    """Ids, audio and places of a batch.
+
+    Args:
+        pairs: per sample token ids (S,) and features (T, M).
+        layout: end to end, or padded on the right or on the left.
+        pad_id: fills up the ids.
+        audio_id: stands where an audio position goes.
+        time_reduction: frames to an audio position.
+
+    Returns:
+        the tensors, the place of each sample's first id in the flattened batch, and the positions each takes.
+
+    Raises:
+        ManifestError: placeholders and audio positions differ in number.
+    """
+    sizes = [len(ids_S) for ids_S, _ in pairs]
+    lengths = sizes if layout == "packed" else [max(sizes)] * len(sizes)
+    offsets = np.cumsum([0, *lengths])
+    starts = [int(o) + (n - s if layout == "left" else 0) for o, n, s in zip(offsets, lengths, sizes, strict=False)]
+    ids_N, real_N = np.full(offsets[-1], pad_id, np.int64), np.zeros(offsets[-1], np.int64)
+    for start, (ids_S, _) in zip(starts, pairs, strict=True):
+        ids_N[start : start + len(ids_S)], real_N[start : start + len(ids_S)] = ids_S, 1
+    features_BTM, frames_B, rows_N = pad_features([features for _, features in pairs], time_reduction)
+    places_N = np.flatnonzero(ids_N == audio_id)
+    if len(places_N) != len(rows_N):
+        raise ManifestError(f"{len(places_N)} audio placeholders in the prompts, {len(rows_N)} audio positions")
+    arrays = {
+        "input_ids": ids_N.reshape(1 if layout == "packed" else len(pairs), -1),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "offsets": offsets.astype(np.int32),
+        "audio_places": places_N,
+    }
+    if layout != "packed":
+        arrays["attention_mask"] = real_N.reshape(len(pairs), -1)
+    inputs = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    inputs |= {"features": features_BTM, "feature_lengths": frames_B, "audio_rows": rows_N}
+    return inputs, starts, tuple(lengths)
+
+
+def embed(base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Token embeddings, (B, S, D) or (1, N, D) as `input_ids`, with each placeholder replaced by its audio position."""
+    embeds_BSD = base.model.embed_tokens(inputs["input_ids"])
+    audio = (inputs[name] for name in ("features", "feature_lengths", "audio_rows"))
+    audio_ND = embed_clips(base.model.embed_tokens_extend.audio_embed, *audio)
+    flat_ND = embeds_BSD.flatten(0, 1).index_copy(0, inputs["audio_places"], audio_ND.to(embeds_BSD.dtype))
+    return flat_ND.view_as(embeds_BSD)
+
+
+def native_states(base: Any, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states of all positions, (B, S, D) or (1, N, D), by transformers' own forward pass.
+
+    Args:
+        base: the native class.
+        inputs: of `lay_out`.
+        mask: of `block_causal_mask` for a packed batch.
+    """
+    if mask is None:
+        places = {"attention_mask": inputs["attention_mask"]}
+    else:
+        places = {"attention_mask": mask, "position_ids": inputs["position_ids"][None]}
+    return base.model(inputs_embeds=embed(base, inputs), use_cache=False, **places).last_hidden_state
+
+
+def target_states(base: Any, batch: Batch) -> torch.Tensor:
+    """Hidden states (P, D) that predict the targets of a batch, in the order of `kept`."""
+    inputs, decoder = batch.inputs, base.model
+    if not is_fast(decoder):
+        mask = None if "attention_mask" in inputs else block_causal_mask(batch)
+        return native_states(base, inputs, mask).flatten(0, 1).index_select(0, inputs["kept"])
+    hidden_ND = embed(base, inputs).flatten(0, 1)
+    rotation = rotation_of(decoder, hidden_ND, inputs["position_ids"])
+    return decoder.norm(run_layers(decoder, hidden_ND, Routes(Segments.of(batch), rotation, inputs["kept"])))
+
+
+class FastPhi4Layer(FastLayer, Phi4MultimodalDecoderLayer):
+    """Language model layer on samples laid end to end."""
+
+    def forward(self, hidden_states: Any, *args: Any, routes: Routes | None = None, **kwargs: Any) -> Any:
+        """Native without `routes`; with them (N, D) in and out."""
+        if routes is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        heads: Any = self.self_attn
+        groups = heads.num_key_value_heads
+        sizes = (groups * heads.num_key_value_groups, groups, groups)
+        mixed_ND = norm_by(self.input_layernorm, hidden_states, self.kernels)
+        qkv = linear(heads.qkv_proj, mixed_ND).unflatten(-1, (-1, heads.head_dim))
+        q, k, v = qkv.split(sizes, 1)
+        q, k = (x.to(v.dtype) for x in rope(q, k, *routes.rotation))
+        attended_ND = attend(q, k, v, routes.segments).flatten(1)
+        if routes.kept is not None:
+            attended_ND, hidden_states = (x.index_select(0, routes.kept) for x in (attended_ND, hidden_states))
+        hidden_states = hidden_states + self.resid_attn_dropout(linear(heads.o_proj, attended_ND))
+        mixed_ND = norm_by(self.post_attention_layernorm, hidden_states, self.kernels)
+        gate, up = linear(self.mlp.gate_up_proj, mixed_ND).chunk(2, -1)
+        down = linear(self.mlp.down_proj, silu_mul(gate, up, self.kernels))
+        return hidden_states + self.resid_mlp_dropout(down)
+
+
+FAST_LAYERS: dict[type[nn.Module], type[FastLayer]] = {Phi4MultimodalDecoderLayer: FastPhi4Layer}

@@ -1,0 +1,61 @@
+"""Phi-4-multimodal, read: what answers to the two tasks are worth, in a few figures for curves and best checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, TASKS
+from speechtune.types import Output, Sample, Scored
+
+SCORE_NAMES = {
+    **{f"pcc_{name}": "max" for name in SCORE_FIELDS},
+    **{f"mae_{name}": "min" for name in SCORE_FIELDS},
+    "wer": "min",
+    "per": "min",
+    "mdd_f1": "max",
+    "phone_match_f1": "max",
+    "parse_rate": "max",
+    "stop_rate": "max",
+    **{f"token_accuracy_{task}": "max" for task in TASKS},
+}
+FEW = 0.5
+
+
+def score_answers(samples: Sequence[Sample], outputs: Sequence[Output]) -> Scored:
+    """Figures over all answers, failures imputed: an answer that cannot be read must cost something."""
+    report = evaluate_answers(samples, [output.text for output in outputs])
+    stopped = sum(output.stopped for output in outputs) / len(outputs)
+    return Scored(headline(report) | {"stop_rate": stopped}, [asdict(row) for row in report.rows])
+
+
+def headline(report: EvaluationReport) -> dict[str, float]:
+    """The figures of `SCORE_NAMES` that are defined: a correlation of constant answers is not, and is left out."""
+    found: dict[str, float] = {}
+    rates = []
+    if report.apa is not None:
+        rates.append((report.apa.parse_rate, report.apa.count))
+        for name, figures in (report.apa.scores.imputed or report.apa.scores.parsed).items():
+            found |= {f"pcc_{name}": figures.pcc, f"mae_{name}": figures.mae}
+    if report.mdd is not None:
+        rates.append((report.mdd.parse_rate, report.mdd.count))
+        found |= {"wer": report.mdd.wer.imputed.rate, "per": report.mdd.per.imputed.rate}
+        found["phone_match_f1"] = report.mdd.phone_match_imputed.f1
+        if report.mdd.detection is not None:
+            found["mdd_f1"] = report.mdd.detection.imputed.f1
+    found["parse_rate"] = sum(rate * count for rate, count in rates) / sum(count for _, count in rates)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def warnings_of(scores: Mapping[str, float]) -> list[str]:
+    """Answers that do not end, cannot be read, or are all alike."""
+    found = []
+    if scores.get("stop_rate", 1.0) < FEW:
+        found.append(f"only {scores['stop_rate']:.0%} of the answers end by themselves: is <|end|> in the targets?")
+    if scores.get("parse_rate", 1.0) < FEW:
+        found.append(f"only {scores['parse_rate']:.0%} of the answers can be read as JSON with all fields")
+    if "mae_total" in scores and "pcc_total" not in scores:
+        found.append("the model gives every recording the same total score: it hears nothing, or hedges")
+    return found

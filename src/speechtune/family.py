@@ -1,0 +1,191 @@
+"""The seam between the toolkit and a model family: four data types and one protocol.
+
+Everything outside `families/` knows only what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from speechtune.types import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from speechtune.precision import PrecisionPlan
+
+
+Ability = Literal["speak", "assess pronunciation"]
+
+
+class Family(Protocol):
+    """What one model family must provide; see `docs/decisions/0006-the-seam.md`."""
+
+    name: str
+    heads: tuple[str, ...]
+    """Names of the losses, in the order they are shown."""
+    sampling_rate: int
+    """Rate in Hz at which `encode_audio` wants its audio."""
+    abilities: frozenset[Ability]
+    """What a model of the family can be asked for."""
+    pipeline_tag: str
+    """The hub's name for what a model of the family does."""
+    base_license: str
+    """The hub's identifier of the released base's licence."""
+    card_note: str
+    """A sentence for the model card of an adapter: how to load it."""
+    card_use: str
+    """Another: what it is for, and what not."""
+    score_names: Mapping[str, str]
+    """What `score` and `hits` may yield, each with "max" or "min": which is better."""
+    scorer_names: frozenset[str]
+    """Scores that need a scorer of their own."""
+    lora_presets: Mapping[str, str]
+    """Preset name -> regex over module names; the key "default" names the one used when none is given."""
+
+    @property
+    def encode_key(self) -> str:
+        """Identity of the audio encoding: codec or feature extractor, revision, and all that changes its result."""
+        ...
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base model in the plan's dtype, frozen or not left to the caller."""
+        ...
+
+    def skeleton(self) -> nn.Module:
+        """Build the model from its configuration alone, on the meta device, for counting and matching."""
+        ...
+
+    def tower(self, parameter_name: str) -> str:
+        """Name the part of the model a parameter belongs to, for tables."""
+        ...
+
+    @property
+    def initial_adapter(self) -> Path | None:
+        """Folder of the adapter whose weights a new one starts from; None for a fresh start."""
+        ...
+
+    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
+        """Embedding module -> the rows of control tokens to be trained; empty for none."""
+        ...
+
+    def recipe(self) -> dict[str, Any]:
+        """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""
+        ...
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        """What is trained on: the samples, or several of each where one gives more than one thing to learn."""
+        ...
+
+    def prompt(self, sample: Sample) -> Sample:
+        """The sample as a question: without the answer that training learns."""
+        ...
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """The audio of a sample in the order `encode` wants its features."""
+        ...
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Turn clips into features (codec codes, log-mel); the only expensive step, cached on disk."""
+        ...
+
+    def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
+        """Assemble prompt ids and features; the same code path as inference."""
+        ...
+
+    def collate(self, items: Sequence[Encoded]) -> Batch:
+        """Pad and stack on the CPU; pure, never changes its items."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """Forward pass and summed loss per head; `model` is the base, or the base with adapters injected."""
+        ...
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
+    ) -> list[Output]:
+        """Answer a batch of prompts, each a sample without target and the features of its clips."""
+        ...
+
+    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Per kind of target: how many the model finds when told all before them, and how many there are."""
+        ...
+
+    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+        """Measure answers to samples whose right answers are known."""
+        ...
+
+    def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+        """What in some scores, beside the base's, points to a broken training; a sentence each."""
+        ...
+
+    def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Answer a fixed input: float32 logits on the CPU, and `greedy_steps` greedily generated positions."""
+        ...
+
+    def save_assets(self, directory: Path) -> None:
+        """Write all that a full model folder needs besides weights and config (tokenizer, codec reference)."""
+        ...
+
+
+class Transcriber(Protocol):
+    """Speech to text."""
+
+    name: str
+    """What it is: package, version, identity of the weights."""
+    languages: frozenset[str] | None
+    """Codes of the languages it knows; None for no limit."""
+
+    def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
+        """What is said in each clip; a language of None is found out, where the recogniser can."""
+        ...
+
+
+class SpeakerEncoder(Protocol):
+    """Voice to vector."""
+
+    name: str
+    """What it is: package, version, identity of the weights."""
+
+    def embed(self, audios: Sequence[Audio]) -> np.ndarray:
+        """Embeddings of length 1, float32 of shape (clips, dimensions)."""
+        ...
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine of each pair of rows, shape (clips,)."""
+        ...
+
+
+class MosPredictor(Protocol):
+    """Speech to a predicted mean opinion score."""
+
+    name: str
+    """What it is: package, version, identity of the weights."""
+
+    def predict(self, audios: Sequence[Audio]) -> np.ndarray:
+        """Score of each clip from 1 (bad) to 5 (excellent), float64 of shape (clips,)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scorers:
+    """Loaded scorers; None is one that nobody asked for."""
+
+    asr: Transcriber | None = None
+    speaker: SpeakerEncoder | None = None
+    mos: MosPredictor | None = None
+    text_rules: str | None = None
+    """How texts are normalised before words are compared; for reports."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What measured what, and how texts were normalised; for reports."""
+        loaded = {"asr": self.asr, "speaker": self.speaker, "mos": self.mos}
+        names = {job: scorer.name for job, scorer in loaded.items() if scorer is not None}
+        return names | ({"text": self.text_rules} if self.text_rules is not None else {})

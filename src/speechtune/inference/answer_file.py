@@ -1,0 +1,70 @@
+"""Answers of a model on disk: who gave them, and which are there already when an evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from speechtune.config import RunConfig
+from speechtune.family import Family
+from speechtune.lora.files import CONFIG_NAME, adapter_folder, weights_file
+from speechtune.storage.hashing import file_sha256, folder_fingerprint
+
+log = logging.getLogger("speechtune")
+
+
+class AnswerFile:
+    """Answers on disk, one line each behind a line that says whose they are; answers of another model are put aside.
+
+    An answer belongs to a clip's content and a task, so other data or other tasks in the same folder lose nothing.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.texts: dict[str, str] = {}
+        head = json.dumps({"answers of": identity}, sort_keys=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        if lines and lines[0] != head:
+            aside = path.with_suffix(".old.jsonl")
+            os.replace(path, aside)
+            log.warning("%s: answers of another model; moved to %s", path, aside)
+            lines = []
+        kept = [line for line in lines[1:] if self._take(line)]
+        if self.texts:
+            log.info("%s: %d answers of the same model are taken over", path, len(self.texts))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    def _take(self, line: str) -> bool:
+        """Whether a line holds an answer; one torn by a kill does not, and is asked again."""
+        try:
+            row = json.loads(line)
+            key, text = row["key"], row["text"]
+        except (ValueError, KeyError, TypeError):
+            return False
+        self.texts[str(key)] = str(text)
+        return True
+
+    def add(self, key: str, sample_id: str, text: str) -> None:
+        """Keep one answer."""
+        self.texts[key] = text
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": sample_id, "key": key, "text": text}) + "\n")
+
+
+def answerer(config: RunConfig, family: Family, adapter: Path | None) -> dict[str, Any]:
+    """Who answers: the base as it is prepared, by path, revision and (local, without adapter) content; the adapter too.
+
+    An adapter counts by its weights and its configuration, which scales them.
+    """
+    model, base = config.model, Path(config.model.path)
+    who: dict[str, Any] = {"model": model.path, "revision": model.revision, "prepared": family.recipe()}
+    if adapter is None:
+        return who | {"content": folder_fingerprint(base) if base.is_dir() else None}
+    folder = adapter_folder(adapter)
+    return who | {"adapter": [file_sha256(weights_file(folder)), file_sha256(folder / CONFIG_NAME)]}

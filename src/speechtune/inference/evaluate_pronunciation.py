@@ -1,0 +1,122 @@
+"""The verb `evaluate`: a model's answers to labelled recordings, measured; an interrupted run goes on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from speechtune.cache.clip_hashes import ClipHasher
+from speechtune.config import DataConfig
+from speechtune.data.sources import Source, find_source, load_samples, read_source
+from speechtune.errors import ConfigError, ManifestError
+from speechtune.inference.answer_file import AnswerFile, answerer
+from speechtune.inference.score import answer_by_length, assessor
+from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
+from speechtune.tasks.pronunciation.targets import TASKS, task_of, task_samples
+from speechtune.tasks.results import write_evaluation
+from speechtune.types import Sample
+
+log = logging.getLogger("speechtune")
+
+ANSWERS_NAME = "answers.jsonl"
+MEASURES = ("scipy", "jiwer")
+NO_DATA = "no pronunciation data: name a Speechocean762 folder, its parquet copy, or JSONL with tasks"
+
+
+def training_samples(data: Path, train: Path | None, config: DataConfig) -> list[Sample]:
+    """The data whose mean scores are the baseline: named, or the training split that lies beside `data`.
+
+    Its audio is not opened. Rows with faults are left out, with a warning.
+
+    Raises:
+        ConfigError: `train` is no pronunciation data.
+        ManifestError: it cannot be read, or no sound row is left of it.
+    """
+    source = _beside(data) if train is None else find_source(train)
+    if source is None:
+        if train is not None:
+            raise ConfigError(f"--train {train}: {NO_DATA}")
+        return []
+    result = read_source(source, None if source.format == "jsonl" else source.split or "train", config)
+    if result.faults:
+        log.warning("%s: %d faults; rows with faults are left out of the baseline", source.path, len(result.faults))
+    if train is not None and not result.samples:
+        listed = "\n".join(f"  {fault}" for fault in result.faults[:20])
+        raise ManifestError(f"--train {train}: no sound row for the baseline\n{listed}", tuple(result.faults))
+    return result.samples
+
+
+def _beside(data: Path) -> Source | None:
+    """The corpus that `data` is a split of, where it has a training split."""
+    own = find_source(data)
+    if own is None or own.format == "jsonl":
+        return None
+    for place in (own.path, own.path.parent):  # a split of the hub's copy is a file or folder in it
+        found = find_source(place)
+        here = found is not None and found.format == own.format and "train" in found.splits
+        if found is not None and here and (found.format == "hub" or (found.path / "train").is_dir()):
+            return replace(found, split="train")
+    return None
+
+
+def _task_samples(data: Path, tasks: Sequence[str]) -> list[Sample]:
+    wanted = tuple(task for task in TASKS if not tasks or task in tasks)
+    labelled = load_samples(data, DataConfig(), default_split="test")
+    samples = [sample for sample in task_samples(labelled, dict.fromkeys(wanted, 1.0), 0) if task_of(sample) in wanted]
+    if not samples:
+        raise ConfigError(f"{data}: holds no {' or '.join(wanted)} samples; see --tasks")
+    return samples
+
+
+def evaluate(
+    data: Path,
+    *,
+    train: Path | None = None,
+    model: str | None = None,
+    adapter: Path | None = None,
+    out: Path,
+    cache_dir: Path = Path("speechtune-cache"),
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+) -> EvaluationReport:
+    """Answer labelled recordings and measure the answers; writes answers, metrics and the table per utterance.
+
+    Args:
+        data: labelled recordings; a folder with two splits gives its `test`.
+        train: what the mean scores come from; None looks beside `data`. A folder with two splits gives its `train`.
+        model: hub id or folder; None takes the one the adapter names.
+        adapter: adapter, run or checkpoint folder.
+        out: where answers.jsonl, metrics.json and utterances.jsonl go.
+        cache_dir: folder of the encoded clips.
+        batch_size: recordings at a time; it does not change the answers.
+        max_new_tokens: length cap of an answer.
+        tasks: APA, MDD; none means both.
+
+    Raises:
+        ConfigError: the data or the model is not for assessment.
+        ManifestError: faults in the data.
+        ModuleNotFoundError: scipy or jiwer is not installed.
+    """
+    if find_source(data) is None:
+        raise ConfigError(f"{data}: {NO_DATA}")
+    for module in MEASURES:  # a missing one must not show after hours of answering
+        importlib.import_module(module)
+    samples = _task_samples(data, tasks)
+    trained = training_samples(data, train, DataConfig())
+    config, family, loaded = assessor(model, adapter)
+    identity = answerer(config, family, adapter) | {"max_new_tokens": max_new_tokens}
+    answers = AnswerFile(out / ANSWERS_NAME, identity)
+    hasher = ClipHasher(cache_dir)
+    keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio is not None}
+    asked = list({key: sample for sample in samples if (key := keys[sample.id]) not in answers.texts}.values())
+    if asked:
+        outputs = answer_by_length(family, loaded, asked, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
+        for output in outputs:
+            answers.add(keys[output.sample_id], output.sample_id, output.text or "")
+    report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
+    write_evaluation(report, out)
+    return report

@@ -1,0 +1,82 @@
+"""Speech from text and a reference clip, with the base, an adapter, or a merged model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from speechtune.audio import file_name, write_wav
+from speechtune.cache.encode import encode_samples
+from speechtune.config import RunConfig
+from speechtune.family import Family
+from speechtune.lora.files import adapter_folder, weights_file
+from speechtune.storage.hashing import file_sha256
+from speechtune.types import GenerationOptions, Output, Sample
+
+log = logging.getLogger("speechtune")
+
+
+def answer(
+    family: Family,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    options: GenerationOptions,
+    cache_dir: Path,
+    *,
+    batch_size: int = 8,
+    allow_urls: bool = False,
+) -> Iterator[Output]:
+    """Generate for samples in batches; their own answers are not looked at."""
+    prompts = [family.prompt(sample) for sample in samples]
+    encoded = encode_samples(family, prompts, cache_dir, allow_urls=allow_urls)
+    started = time.monotonic()
+    for first in range(0, len(prompts), batch_size):
+        chosen = range(first, min(first + batch_size, len(prompts)))
+        outputs = family.generate(model, [(prompts[i], encoded.features(i)) for i in chosen], options)
+        done, seconds = chosen[-1] + 1, time.monotonic() - started
+        left = seconds / done * (len(prompts) - done)
+        log.info("%d/%d generated, %.2f a second, %.0f s left", done, len(prompts), done / seconds, left)
+        yield from outputs
+
+
+def provenance(config: RunConfig, adapter: Path | None) -> dict[str, Any]:
+    """What a generated recording says of its origin, in its own file."""
+    weights = None if adapter is None else file_sha256(weights_file(adapter_folder(adapter)))
+    return {"generated": True, "model": config.model.path, "adapter_sha256": weights}
+
+
+def write_outputs(
+    outputs: Iterator[Output], directory: Path, origin: Mapping[str, Any] | None = None
+) -> list[dict[str, object]]:
+    """Write one wav per output and `outputs.jsonl`; an output that met the length cap is reported by name."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    with (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:
+        for output in outputs:
+            row = write_output(output, directory / f"{file_name(output.sample_id)}.wav", origin)
+            index.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows.append(row)
+    return rows
+
+
+def write_output(output: Output, path: Path, origin: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """Write one output, with its origin in the file, and describe it."""
+    seconds = 0.0
+    if output.audio is not None:
+        seconds = output.audio.duration_seconds
+        write_wav(path, output.audio, origin or {"generated": True})
+    if not output.stopped:
+        log.warning("%s: no end of speech within %d rows: cut at the cap", output.sample_id, output.num_tokens)
+    return {
+        "id": output.sample_id,
+        "audio": str(path),
+        "seconds": round(seconds, 3),
+        "rows": output.num_tokens,
+        "stopped": output.stopped,
+    }

@@ -1,0 +1,133 @@
+"""Pronunciation scores, transcript and phones of recordings, aligned with the text that was to be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from speechtune.audio import audio_info, segment_frames
+from speechtune.config import RunConfig
+from speechtune.errors import ConfigError, printable
+from speechtune.family import Family
+from speechtune.inference.generate import answer
+from speechtune.inference.load import load_model, model_config
+from speechtune.tasks.pronunciation.alignment import WordScore, align_words
+from speechtune.tasks.pronunciation.answers import Answer, read_answer
+from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
+from speechtune.types import AudioRef, GenerationOptions, Output, Sample
+
+log = logging.getLogger("speechtune")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the model says of one recording.
+
+    Attributes:
+        id: of the row of a manifest, without the task; else the path.
+        audio: the recording.
+        scores: 0 to 10 per field; what could not be read from the answer is not there.
+        transcript: words heard; None without an answer.
+        phones: phones heard, base phones of ARPAbet and `<unk>`.
+        words: the reference text with its phones aligned to those heard; empty without a text, and where the answer
+            with the phones was cut off or could not be read.
+        unknown_words: words of the text that the dictionary lacks: not aligned.
+        raw: the answers as the model gave them, by task.
+        complete: every answer ended by itself and could be read in full.
+    """
+
+    id: str
+    audio: str
+    scores: dict[str, float]
+    transcript: str | None
+    phones: list[str]
+    words: tuple[WordScore, ...]
+    unknown_words: tuple[str, ...]
+    raw: dict[str, str | None]
+    complete: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The score as a plain dict, with each word's verdict."""
+        values = asdict(self)
+        for word, plain in zip(self.words, values["words"], strict=True):
+            plain["mispronounced"] = word.mispronounced
+        return values
+
+
+def answer_by_length(
+    family: Family,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    cache_dir: Path,
+    *,
+    batch_size: int,
+    max_tokens: int | None,
+) -> Iterator[Output]:
+    """Answers to task samples, clips of like length together, so in another order than the samples.
+
+    Raises:
+        ConfigError: a batch size or length cap below 1.
+    """
+    for value, flag in ((batch_size, "--batch-size"), (max_tokens, "--max-new-tokens")):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}: it must be at least 1")
+    lengths = [_seconds(sample.audio) if sample.audio else 0.0 for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].extra["task"], lengths[i]))
+    options = GenerationOptions(temperature=0, max_new_tokens=max_tokens)
+    yield from answer(family, model, [samples[i] for i in order], options, cache_dir, batch_size=batch_size)
+
+
+def _seconds(ref: AudioRef) -> float:
+    info = audio_info(ref)
+    return segment_frames(ref, info)[1] / info.sampling_rate
+
+
+def score_samples(
+    family: Family,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    cache_dir: Path,
+    *,
+    tasks: Sequence[Task] = TASKS,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+) -> list[Score]:
+    """Score recordings; a sample's text, where it has one, is the reference its phones are aligned with."""
+    asked = [
+        replace(sample, id=f"{number}#{task}", extra={**sample.extra, "task": task})
+        for number, sample in enumerate(samples)
+        for task in tasks
+    ]
+    outputs = answer_by_length(family, model, asked, cache_dir, batch_size=batch_size, max_tokens=max_tokens)
+    found = {output.sample_id: output for output in outputs}
+    return [_score(sample, {task: found[f"{n}#{task}"] for task in tasks}) for n, sample in enumerate(samples)]
+
+
+def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
+    answers: dict[Task, Answer | None] = {task: read_answer(task, output.text) for task, output in outputs.items()}
+    values = {name: value for answer in answers.values() if answer for name, value in answer.values.items()}
+    phones = list(values.pop("phones", []))
+    transcript = values.pop("word_transcript", None)
+    heard = answers.get("MDD")
+    aligned = sample.text and heard is not None and "phones" in heard.values and not heard.truncated
+    words, unknown = align_words(sample, phones) if aligned else ((), ())
+    whole = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
+    complete = all(whole) and all(output.stopped for output in outputs.values())
+    raw = {str(task): output.text for task, output in outputs.items()}
+    name, audio = sample.id.removesuffix(f"#{sample.extra.get('task')}"), printable(str(sample.audio))
+    return Score(name, audio, values, transcript, phones, words, unknown, raw, complete)
+
+
+def assessor(model: str | None, adapter: Path | None) -> tuple[RunConfig, Family, nn.Module]:
+    """Configuration, family and model for answering; the base defaults to the one the adapter names.
+
+    Raises:
+        ConfigError: no model, or one that speaks instead of answering.
+    """
+    config = model_config(model, None, adapter)
+    return config, *load_model(config, adapter, ability="assess pronunciation")

@@ -1,0 +1,1 @@
+"""The original pipelines' command lines, translated into recipes."""

@@ -1,0 +1,244 @@
+"""The pronunciation pipeline's training command line, mapped onto a recipe in one table.
+
+Nothing here may import torch before the GPUs are chosen: CUDA reads CUDA_VISIBLE_DEVICES once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from speechtune.config import RunConfig, load_config
+from speechtune.errors import ConfigError, ManifestError
+
+log = logging.getLogger("speechtune")
+
+CONFIGS = ("pretrained_r320", "paper_r64")
+RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
+"""Inside an installed package, and in the repository."""
+GPUS = "0"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+SPLITS = ("train", "test")
+
+
+class Flag(NamedTuple):
+    """One flag: its name, the option it replaces, and what both recipes say where it is not given."""
+
+    name: str
+    option: str
+    default: str | int | float | None
+    help: str
+
+    @property
+    def key(self) -> str:
+        """Name in parsed options."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+FLAGS = (
+    Flag("--train-data", "data.train", "data/speechocean762/train", "Speechocean762 folder, parquet or JSONL"),
+    Flag("--epochs", "train.epochs", 3.0, "passes over the data"),
+    Flag("--batch-size", "train.batch_size", 8, "samples per GPU and micro-batch"),
+    Flag("--gradient-accumulation", "train.accumulation", 8, "micro-batches per optimizer step"),
+    Flag("--learning-rate", "train.learning_rate", 2e-5, "peak learning rate"),
+    Flag("--seed", "train.seed", 42, "seed of everything random"),
+    Flag("--eval-data", "data.eval", None, "evaluation data, in place of the speakers held out"),
+    Flag("--output", "output_dir", None, "run directory (default: output/CONFIG)"),
+    Flag("--model", "model.path", "microsoft/Phi-4-multimodal-instruct", "base model: hub id or folder"),
+    Flag("--speech-lora-path", "model.speech_lora_path", None, "the base's speech LoRA (default: from the base)"),
+)
+UNSUPPORTED = {
+    "--deepspeed": "DeepSpeed is not used here: a LoRA run has optimizer state for the adapter alone, so there is "
+    "nothing worth spreading",
+    "--fsdp": "the base in half precision (9.5 GB) fits on one GPU; speechtune train has speed.parallel=fsdp",
+}
+INSTEAD = (
+    "several GPUs train by DDP (--gpus 0,1 starts torchrun); memory is saved by gradient checkpointing, on in both "
+    "recipes, and by a smaller --batch-size with more --gradient-accumulation"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original's flags, and those added here."""
+    parser = argparse.ArgumentParser(
+        description="Train Phi-4-multimodal to assess pronunciation, with the original pipeline's flags.",
+        epilog="A flag replaces what the recipe CONFIG says; --set comes last.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, choices=CONFIGS, help="recipe to start from")
+    for flag in FLAGS:
+        kind = str if flag.default is None else type(flag.default)
+        shown = flag.help if flag.default is None else f"{flag.help} (default: {flag.default})"
+        parser.add_argument(flag.name, type=kind, help=shown)
+    parser.add_argument(
+        "--gpus",
+        type=_gpu_list,
+        help=f"numbers for {VISIBLE}; several start torchrun, '' means the CPU (default: {GPUS}, or what {VISIBLE} "
+        "already says)",
+    )
+    parser.add_argument("--fp16", action="store_true", help="float16 base for GPUs without bfloat16; adapters: float32")
+    for name in UNSUPPORTED:
+        parser.add_argument(name, nargs="?", const="", help="not supported; says what to use instead")
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from the newest checkpoint, or this one"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="any other option of a recipe; repeatable",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train with the original's flags; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(given)
+    if options.gpus is not None:
+        os.environ[VISIBLE] = options.gpus
+    elif not in_torchrun():
+        os.environ.setdefault(VISIBLE, GPUS)
+    from speechtune.commands.guarded import guarded
+
+    return guarded(lambda: run(options, given))
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Train as parsed `options` say; `given` are the same as text, for torchrun.
+
+    Raises:
+        SpeechtuneError: flags, recipe or data that cannot be used.
+    """
+    for name, reason in UNSUPPORTED.items():
+        if getattr(options, name.removeprefix("--")) is not None:
+            raise ConfigError(f"{name}: {reason}. Instead: {INSTEAD}")
+    config = configure(options)
+    if options.dry_run:
+        from speechtune.commands.train import show_plan
+
+        return show_plan(config)
+    require_data(config)
+    processes = processes_to_start(options.gpus)
+    if processes > 1:
+        sys.stdout.flush()
+        os.execv(sys.executable, torchrun(processes, given))  # torchrun itself then gets a scheduler's signals
+    from speechtune.commands.train import train
+
+    return train(config)
+
+
+def configure(options: argparse.Namespace) -> RunConfig:
+    """The recipe, with what was given on the command line in place of its values.
+
+    Raises:
+        ConfigError: no such recipe, or a value that cannot be used.
+    """
+    recipe = find_recipe(options.config)
+    given = {flag.option: getattr(options, flag.key) for flag in FLAGS}
+    given["checkpoint.resume"] = options.resume
+    overrides = [
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value is not None
+    ]
+    if options.fp16:
+        overrides.append("train.precision=fp16")
+    if options.eval_data is not None:
+        overrides.append("data.validation_split=0")
+    if options.model is not None and options.model != load_config(recipe).model.path:
+        overrides.append("model.revision=null")  # the recipe's revision is one of its own base
+    return load_config(recipe, [*overrides, *options.set])
+
+
+def find_recipe(name: str) -> Path:
+    """File of a recipe that comes with this package.
+
+    Raises:
+        ConfigError: it did not come along.
+    """
+    for folder in RECIPE_FOLDERS:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ConfigError(
+        f"--config {name}: no {name}.yaml in {' or '.join(map(str, RECIPE_FOLDERS))}; run this script in a checkout of "
+        "the repository, or give `speechtune train` a recipe of your own"
+    )
+
+
+def require_data(config: RunConfig) -> None:
+    """Refuse data that is not there, before the model is loaded or processes are started.
+
+    Raises:
+        ManifestError: no such file or folder.
+    """
+    for option, path in (("--train-data", config.data.train), ("--eval-data", config.data.eval)):
+        if path is None or path.exists() or (path.name in SPLITS and path.parent.exists()):  # DIR/test may be in files
+            continue
+        raise ManifestError(
+            f"{option} {path}: no such file or folder; expected is a Speechocean762 folder or its train or test, the "
+            "hub copy's parquet files, or JSONL"
+        )
+
+
+def processes_to_start(gpus: str | None) -> int:
+    """How many processes torchrun must start; 1 means that this one trains.
+
+    Raises:
+        ConfigError: there are not as many GPUs as were named.
+    """
+    if not gpus:
+        return 1
+    wanted, usable = len(gpus.split(",")), usable_gpus()
+    if usable == 0 and not has_nvidia_device():
+        log.warning("--gpus %s: this machine has no GPU; training on the CPU", gpus)
+        return 1
+    if usable < wanted:
+        raise ConfigError(
+            f"--gpus {gpus}: {usable} of {wanted} can be used; is each number one that nvidia-smi lists, and torch a "
+            "build with CUDA? --gpus '' trains on the CPU"
+        )
+    if not in_torchrun():
+        return wanted
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > wanted:
+        raise ConfigError(
+            f"--gpus {gpus}: torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for {wanted} GPU(s)"
+        )
+    return 1
+
+
+def torchrun(processes: int, given: Sequence[str]) -> list[str]:
+    """Command line that runs this script with the same flags in several processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launch, sys.argv[0], *given]
+
+
+def in_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ
+
+
+def usable_gpus() -> int:
+    """How many of the GPUs in CUDA_VISIBLE_DEVICES torch can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def has_nvidia_device() -> bool:
+    """Whether the machine shows an NVIDIA GPU, usable or not."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _gpu_list(text: str) -> str:
+    numbers = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch(r"[0-9]+", number) for number in numbers) or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of different GPU numbers such as 0 or 0,1")
+    return ",".join(numbers)

@@ -1,0 +1,122 @@
+"""The original pipeline's training command lines, mapped onto `RunConfig` in one table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from speechtune.config import RunConfig, build_config
+
+log = logging.getLogger("speechtune")
+
+
+class Flag(NamedTuple):
+    """One flag: its name, the option it sets, and its default; a bool default makes it a switch."""
+
+    name: str
+    option: str
+    default: Any
+    help: str
+
+
+REQUIRED = object()
+FLAGS = (
+    Flag("--model_path", "model.path", REQUIRED, "base model: hub id or folder"),
+    Flag("--audio_tokenizer_path", "model.codec_path", REQUIRED, "codec: hub id or folder"),
+    Flag("--train_data_file", "data.train", REQUIRED, "ChatML JSON or JSONL"),
+    Flag("--eval_data_file", "data.eval", "", "evaluation data; not together with --validation_split"),
+    Flag("--validation_split", "data.validation_split", 0.0, "share of the training samples held out"),
+    Flag("--output_dir", "output_dir", "./output", "run directory"),
+    Flag("--num_train_epochs", "train.epochs", 3.0, "passes over the data"),
+    Flag("--per_device_train_batch_size", "train.batch_size", 4, "samples per device and micro-batch"),
+    Flag("--per_device_eval_batch_size", "evaluate.batch_size", 1, "samples per device in evaluation"),
+    Flag("--gradient_accumulation_steps", "train.accumulation", 1, "micro-batches per optimizer step"),
+    Flag("--learning_rate", "train.learning_rate", 5e-5, "peak learning rate"),
+    Flag("--warmup_steps", "train.warmup_steps", 100, "steps of linear warm-up"),
+    Flag("--logging_steps", "tracking.log_every_steps", 10, "steps between console lines"),
+    Flag("--save_steps", "checkpoint.every_steps", 500, "steps between checkpoints"),
+    Flag("--eval_steps", "evaluate.every_steps", 500, "steps between evaluations"),
+    Flag("--use_lora", "lora.enabled", False, "train a LoRA adapter instead of all weights"),
+    Flag("--lora_rank", "lora.rank", 16, "r of LoRA"),
+    Flag("--lora_alpha", "lora.alpha", 32.0, "scaling numerator of LoRA"),
+    Flag("--lora_dropout", "lora.dropout", 0.1, "dropout before lora_A"),
+    Flag("--seed", "train.seed", 42, "seed of everything random"),
+    Flag("--bf16", "train.precision", False, "insist on bfloat16 (default: decided by the device)"),
+    Flag("--report_to", "tracking.trackers", "tensorboard", "tensorboard, wandb or none"),
+    Flag("--logging_dir", "tracking.logging_dir", "./logs", "folder of the tracker"),
+    Flag("--disable_eval", "evaluate.enabled", False, "no evaluation during training"),
+    Flag("--freeze_llm", "train.freeze", False, "full fine-tuning: train audio embeddings and heads only"),
+    Flag("--enable_strategic_logging", "tracking.detail_every_steps", False, "log the samples of a step now and then"),
+    Flag("--strategic_logging_steps", "tracking.detail_every_steps", 100, "steps between those lines"),
+    Flag("--resume", "checkpoint.resume", "", "auto, or a checkpoint to go on from (not in the original)"),
+)
+TOWER_FLAGS = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
+FIXED = {  # what the original left to its trainer's defaults
+    "lora.targets": "attention",
+    "checkpoint.keep_last": 3,
+    "train.schedule": "linear",
+    "train.betas": (0.9, 0.999),
+}
+LLM_PARAMETERS = r"model\.(embed_tokens|layers|norm)\..*"
+
+
+def parse(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Turn an original command line into a configuration.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    parser = argparse.ArgumentParser(description="Higgs Audio v2 training with the original pipeline's flags.")
+    for flag in FLAGS:
+        if flag.default is REQUIRED:
+            parser.add_argument(flag.name, required=True, help=flag.help)
+        elif isinstance(flag.default, bool):
+            parser.add_argument(flag.name, action="store_true", help=flag.help)
+        else:
+            shown = f"{flag.help} (default: %(default)s)" if flag.default != "" else flag.help
+            parser.add_argument(flag.name, type=type(flag.default), default=flag.default, help=shown)
+    for name in TOWER_FLAGS:
+        parser.add_argument(name, action="store_true", help="accepted; this base has no Whisper tower to freeze")
+    given = vars(parser.parse_args(arguments))
+    towers = [name for name in TOWER_FLAGS if given[name.removeprefix("--")]]
+    if towers:
+        log.warning("%s: the Higgs Audio v2 base has no Whisper tower and no projector; nothing to freeze", towers)
+    return build_config(nest(options_of(given)), "command line")
+
+
+def options_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Dotted options from parsed flags."""
+    values = {flag.option: given[flag.name.removeprefix("--")] for flag in FLAGS}
+    values["train.precision"] = "bf16" if given["bf16"] else "auto"
+    values["evaluate.enabled"] = not given["disable_eval"]
+    values["tracking.trackers"] = [] if given["report_to"] == "none" else [given["report_to"]]
+    every = given["strategic_logging_steps"] if given["enable_strategic_logging"] else None
+    values["tracking.detail_every_steps"] = every
+    values["train.freeze"] = LLM_PARAMETERS if given["freeze_llm"] and not given["use_lora"] else None
+    if given["freeze_llm"] and given["use_lora"]:
+        log.warning("--freeze_llm: LoRA freezes the whole base anyway; the flag changes nothing beside --use_lora")
+    for option in ("data.eval", "checkpoint.resume"):
+        values[option] = values[option] or None
+    return values | FIXED
+
+
+def nest(values: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`, with the family named."""
+    nested: dict[str, Any] = {"family": "higgs_audio_v2"}
+    for option, value in values.items():
+        *sections, key = option.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return nested
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train with the original's flags; returns the exit code."""
+    from speechtune.commands.guarded import guarded
+    from speechtune.commands.train import train
+
+    return guarded(lambda: train(parse(arguments)))

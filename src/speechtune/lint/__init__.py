@@ -1,0 +1,1 @@
+"""Static checks of other people's training scripts for faults around LoRA, labels and saving."""

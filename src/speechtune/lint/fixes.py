@@ -1,0 +1,259 @@
+"""How `lint --fix` mends a script: what to insert or replace on the syntax tree, and how the file is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import libcst as cst
+
+from speechtune.errors import ConfigError
+from speechtune.lint.script import Binding, Mend, Script, Training, argument, callee, is_name, keywords, receiver
+
+_LINES = cst.SimpleStatementLine | cst.BaseCompoundStatement
+
+
+class Unmendable(Exception):
+    """Why a finding has to be mended by hand."""
+
+
+def plan_wrap(script: Script, config: cst.Call) -> Mend:
+    """Apply a LoraConfig to the model that is trained: `model = get_peft_model(model, config)` before training.
+
+    Raises:
+        Unmendable: the model, or the place, is not certain.
+    """
+    holder = script.parent(config)
+    targets = [target.target for target in holder.targets] if isinstance(holder, cst.Assign) else []
+    targets += [holder.target] if isinstance(holder, cst.AnnAssign) else []
+    name = targets[0] if targets else None
+    if not isinstance(name, cst.Name) or len(targets) > 1:
+        raise Unmendable("the configuration is not kept in a variable of its own")
+    here = script.function(config)
+    trained = [t for t in script.trainings if here in (None, script.function(t.call)) and script.variable(t.model)]
+    if not trained:
+        raise Unmendable("no Trainer or optimizer in reach takes a model from a variable")
+    if len({script.variable(t.model) for t in trained}) > 1:
+        raise Unmendable("several models are trained here, and which one is meant is not certain")
+    if len([c for c in script.calls if script.is_lora_config(c)]) > 1:
+        raise Unmendable("the script makes several LoraConfigs, and which one is meant is not certain")
+    first = trained[0]
+    _check_model(script, first)
+    anchor = _wrap_anchor(script, name, first)
+    function, imports = _wrap_function(script, config)
+    if not all(isinstance(node, _LINES) for node in (anchor, *(node for node, _ in imports))):
+        raise Unmendable("a statement beside which a line is needed shares its line with another")
+    model = script.code(first.model)
+    return Mend(insert=((anchor, f"{model} = {function}({model}, {name.value})"), *imports))
+
+
+def _check_model(script: Script, training: Training) -> None:
+    made = script.call_at(training.model)
+    value = script.value_at(training.model)
+    class_ = script.class_of(training.model)
+    if script.is_wrap(made):
+        raise Unmendable("the model is a PEFT model already, made with another configuration")
+    if class_ is not None:
+        raise Unmendable(f"the model is a {class_.name.value} of this script; wrap the model inside it")
+    if made is not None and any(name.startswith("torch.nn") for name in script.names(made.func)):
+        raise Unmendable(f"{script.code(training.model)}, which is trained, is a bare layer")
+    if isinstance(value, cst.BaseString) or any(part in script.code(training.model) for part in ("name", "path")):
+        raise Unmendable("the trainer gets the model by name; give it as peft_config=")
+    if {"peft_config", "**"} & keywords(training.call):
+        raise Unmendable("the trainer may apply a configuration by itself")
+    for call in script.calls:
+        added = callee(call) in {"add_adapter", "load_adapter"}
+        if added and script.variable(receiver(call)) == script.variable(training.model):
+            raise Unmendable("the model has an adapter already, made with another configuration")
+
+
+def _wrap_anchor(script: Script, config: cst.Name, training: Training) -> cst.CSTNode:
+    """The statement after which both the model and the configuration are ready, and training has not begun."""
+    variable, function = script.variable(training.model), script.function(training.call)
+    places = script.bindings.get(variable, []) if variable else []
+    before = [b for b in places if script.function(b.node) is function and b.end <= script.start(training.call)]
+    if not before:
+        raise Unmendable("the model is made in another function")
+    if script.start(training.call) < script.end(config):
+        raise Unmendable("the configuration is made after the optimizer or trainer; move it before")
+    last = before[-1]
+    if script.function(config) is function and last.end < script.start(config):
+        anchor = script.statement(config)
+    else:
+        anchor = _statement_beside(script, last, training.call)
+        if not script.dominates(config, anchor) and script.function(config) is function:
+            raise Unmendable("the configuration is made in a branch that may not be taken before the model is made")
+    loops = [above for above in script.ancestors(anchor) if isinstance(above, cst.For | cst.While)]
+    above = list(script.ancestors(last.node))
+    if any(all(loop is not outer for outer in above) for loop in loops):
+        raise Unmendable("in the loop, the model would be wrapped again at each turn")
+    if any(outer is anchor for outer in script.ancestors(training.call)):
+        raise Unmendable("the model is made in the statement that holds the training, or is an argument")
+    return anchor
+
+
+def _statement_beside(script: Script, binding: Binding, use: cst.CSTNode) -> cst.CSTNode:
+    """The statement that holds the binding, in the innermost block that also holds the use."""
+    above = {id(node) for node in script.ancestors(use)}
+    statement = script.statement(binding.node)
+    while id(script.parent(statement)) not in above:
+        statement = script.statement(script.parent(statement))
+    return statement
+
+
+def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cst.CSTNode, str]]]:
+    """How the script can call get_peft_model, and the import to add if it cannot yet."""
+    if isinstance(config.func, cst.Attribute):
+        return f"{script.code(config.func.value)}.get_peft_model", []
+    if any(variable[1] == "get_peft_model" for variable in script.bindings):
+        raise Unmendable("the script uses the name get_peft_model for something else")
+    home = None
+    for node in script.all(cst.ImportFrom):
+        names = [] if isinstance(node.names, cst.ImportStar) else node.names
+        for alias in names:
+            local = alias.asname.name if alias.asname else alias.name
+            reachable = script.function(node) in (None, script.function(config))
+            if is_name(alias.name, "get_peft_model") and isinstance(local, cst.Name) and reachable:
+                return local.value, []
+            if isinstance(local, cst.Name) and local.value == callee(config) and reachable:
+                home = node
+    if home is None:
+        return "get_peft_model", []  # both names came by `from peft import *`
+    return "get_peft_model", [(script.statement(home), "from peft import get_peft_model")]
+
+
+def plan_save(script: Script, save: cst.Call, training: Training) -> Mend:
+    """Save what was trained instead: the PEFT variable, or else by the trainer.
+
+    Raises:
+        Unmendable: neither is in reach where the script saves.
+    """
+    owner = receiver(save)
+    assert owner is not None, "save_pretrained of nothing"
+    trained = script.variable(training.model)
+    binding = script.binding_at(save, trained) if trained else None
+    if binding and script.is_wrap(script.call_at(binding.value)):
+        return Mend(replace=((owner, script.code(training.model)),))
+    rebound = script.enclosing(binding.node, cst.Assign) if binding else None
+    if rebound and isinstance(rebound.value, cst.Call) and callee(rebound.value) == "prepare":
+        accelerator = receiver(rebound.value)
+        if accelerator is not None:
+            code = f"{script.code(accelerator)}.unwrap_model({script.code(training.model)})"
+            return Mend(replace=((owner, code),))
+    return _by_trainer(script, save, training)
+
+
+def _by_trainer(script: Script, save: cst.Call, training: Training) -> Mend:
+    owner, holder = receiver(save), script.parent(training.call)
+    target = holder.targets[0].target if isinstance(holder, cst.Assign) else None
+    variable = script.variable(target)
+    binding = script.binding_at(save, variable) if variable else None
+    if not training.trainer or target is None or owner is None or not binding or binding.value is not training.call:
+        raise Unmendable("the trained model is not in reach of this line; save it where it was trained")
+    if len(save.args) != 1 or save.args[0].star or not keywords(save) <= {"save_directory"}:
+        return Mend(replace=((owner, f"{script.code(target)}.model"),))
+    renamed = ((save.args[0].keyword, "output_dir"),) if save.args[0].keyword else ()
+    return Mend(replace=((save.func, f"{script.code(target)}.save_model"), *renamed))
+
+
+def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.ClassDef) -> Mend:
+    """Save the PEFT model inside a wrapper class of the script, by its variable or by the wrapper's attribute.
+
+    Raises:
+        Unmendable: no PEFT model is seen to go into the wrapper.
+    """
+    owner = receiver(save)
+    assert owner is not None, "save_pretrained of nothing"
+    for attribute, value in _inner_models(script, made, class_):
+        if not script.is_wrap(script.call_at(value)):
+            continue
+        variable = script.variable(value)
+        binding = script.binding_at(save, variable) if variable else None
+        if binding and script.is_wrap(script.call_at(binding.value)):
+            return Mend(replace=((owner, script.code(value)),))
+        if attribute:
+            return Mend(replace=((owner, f"{script.code(owner)}.{attribute}"),))
+    raise Unmendable("what the wrapper holds is not certain; save the model inside it, or call trainer.save_model")
+
+
+def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Iterator[tuple[str, cst.BaseExpression]]:
+    """Attributes that `__init__` sets, each with the expression it gets, arguments of the call put in; "" if none."""
+    inits = [node for node in class_.body.body if isinstance(node, cst.FunctionDef) and node.name.value == "__init__"]
+    for init in inits:
+        names = [parameter.name.value for parameter in init.params.params[1:]]
+        for node in [found for found in script.all(cst.Assign) if script.function(found) is init]:
+            target = node.targets[0].target
+            if not isinstance(target, cst.Attribute) or not is_name(target.value, "self"):
+                continue
+            given = node.value
+            if isinstance(given, cst.Name) and given.value in names:
+                given = argument(made, given.value, names.index(given.value))
+            if given is not None:
+                yield target.attr.value, given
+    yield from (("", arg.value) for arg in made.args)
+
+
+class _Edit(cst.CSTTransformer):
+    def __init__(self, mend: Mend) -> None:
+        super().__init__()
+        self.mend = mend
+
+    def on_leave(self, original_node: cst.CSTNode, updated_node: Any) -> Any:
+        updated: Any = super().on_leave(original_node, updated_node)
+        for node, code in self.mend.replace:
+            if node is original_node:
+                updated = cst.parse_expression(code)
+        added = [cst.parse_statement(code) for node, code in self.mend.insert if node is original_node]
+        return cst.FlattenSentinel([updated, *added]) if added else updated
+
+
+def mended_source(script: Script, mend: Mend) -> bytes:
+    """The script with one mend applied, everything else as it was; whether it still parses is for the caller to see."""
+    return script.module.visit(_Edit(mend)).bytes
+
+
+def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
+    """Put `source` in a file's place in one step, after a copy of the original under a name not used before.
+
+    Raises:
+        ConfigError: the file changed meanwhile, or cannot be written.
+    """
+    path = path.resolve()  # a link stays a link
+    try:
+        if path.read_bytes() != original:
+            raise ConfigError(f"{path}: changed while it was being mended; nothing was written, try again")
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{path}: is read-only; make it writable to have it mended")
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(source)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(path, aside)
+            backup = _backup(path, original)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be mended: {error}; the script is as it was") from error
+    return backup
+
+
+def _backup(path: Path, original: bytes) -> Path:
+    number = 0
+    while True:
+        backup = path.with_name(f"{path.name}.bak{number or ''}")
+        try:
+            with backup.open("xb") as file:
+                file.write(original)
+                os.fsync(file.fileno())
+        except FileExistsError:
+            number += 1
+            continue
+        shutil.copymode(path, backup)
+        return backup

@@ -1,0 +1,1 @@
+"""LoRA on a model, and adapter files."""

@@ -1,0 +1,193 @@
+"""Saved adapters: their files read without running code, and what is wrong with them whatever their base."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
+
+from speechtune.errors import AdapterError
+from speechtune.storage.verified_folder import MANIFEST_NAME, Problem, verify_folder
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+CONFIG_NAME = "adapter_config.json"
+KEY_PREFIX = "base_model.model."
+LORA_PART = re.compile(r"\.lora_(embedding_)?([AB]|magnitude_vector)\b")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what .bin files put around their tensors
+# torch.load meets damage at any depth of zip, pickle and tensor storage
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError)
+UNREADABLE += (RuntimeError, KeyError, IndexError, AttributeError)
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder that holds an adapter's files: `path`, or the `lora_adapters` in a run's or checkpoint's folder.
+
+    Raises:
+        AdapterError: no such folder.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
+    inner = path / "lora_adapters"
+    names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
+    return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
+
+
+def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a saved adapter; refuses one that no base could make good.
+
+    Raises:
+        AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
+            never trained, weights that are not those MANIFEST.json lists.
+    """
+    read_config(directory)
+    weights = weights_file(directory)
+    tensors = read_tensors(weights)
+    faults = value_faults(tensors)
+    if not faults and (directory / MANIFEST_NAME).exists():
+        faults = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
+    if faults:
+        raise AdapterError(f"{directory}: " + "; ".join(faults))
+    return tensors
+
+
+def manifest_problems(directory: Path) -> list[Problem]:
+    """Differences between an adapter's config and weights and what its folder's MANIFEST.json says of them."""
+    own = {CONFIG_NAME, weights_file(directory).name}
+    try:
+        problems = verify_folder(directory)
+        listed = {entry["name"] for entry in json.loads((directory / MANIFEST_NAME).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
+    unlisted = [Problem(name, f"not in {MANIFEST_NAME}") for name in sorted(own - listed)]
+    return [problem for problem in problems if problem.file in own | {MANIFEST_NAME}] + unlisted
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """Configuration of a saved adapter.
+
+    Raises:
+        AdapterError: it is missing, unreadable, or not of a LoRA.
+    """
+    file = directory / CONFIG_NAME
+    if not file.is_file():
+        raise AdapterError(f"{directory}: no {CONFIG_NAME}; not a PEFT adapter folder")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{file}: not readable as a PEFT configuration: {type(error).__name__}: {error}") from None
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{file}: peft_type is {getattr(config.peft_type, 'value', None)!r}, not 'LORA'")
+    if not isinstance(config.r, int) or config.r < 1 or not isinstance(config.lora_alpha, int | float):
+        raise AdapterError(f"{file}: r={config.r!r}, lora_alpha={config.lora_alpha!r}: no rank and scale of a LoRA")
+    return config
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's tensors: safetensors before .bin, as PEFT chooses.
+
+    Raises:
+        AdapterError: neither is there.
+    """
+    for name in (WEIGHTS_NAME, BIN_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    raise AdapterError(f"{directory}: no {WEIGHTS_NAME} and no {BIN_NAME}: the adapter's weights are missing")
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors or torch file whose names are `wanted`; no pickled code is run.
+
+    Raises:
+        AdapterError: the file is not readable, with what it holds instead where that can be told.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+        if not head:
+            raise AdapterError(f"{path}: empty (0 bytes of weights)")
+        if head.startswith(b"version https://git-lfs"):
+            raise AdapterError(f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+            raise AdapterError(f"{path}: a web page, not weights: the download failed; fetch the file again")
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+        # Memory-mapped: of a full checkpoint only the wanted tensors are read.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = _unwrapped(loaded)
+        return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{path}: truncated or not a weights file: {reason}") from None
+
+
+def _unwrapped(loaded: Any) -> dict[str, torch.Tensor]:
+    for name in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError("no tensors by name in it")
+    return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is wrong with an adapter's numbers, whatever its base: not finite, or nothing was trained."""
+    lora = {name: tensor for name, tensor in tensors.items() if LORA_PART.search(name)}
+    if not lora:
+        return ["no LoRA tensor in the weights"]
+    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    broken = [name for name, tensor in tensors.items() if name not in odd and not bool(tensor.isfinite().all())]
+    zero_a = [name for name, tensor in lora.items() if re.search(r"lora_(embedding_)?A", name) and not tensor.any()]
+    b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(embedding_)?B", name)]
+    faults = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
+    if broken:
+        faults.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
+    if zero_a:
+        faults.append(f"{len(zero_a)} lora_A hold only zeros (first {zero_a[0]}): lost in saving, they start random")
+    if b_parts and not any(bool(tensor.any()) for tensor in b_parts):
+        faults.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
+    return faults
+
+
+def lora_module(name: str) -> str | None:
+    """Name of the module in the base that a tensor of an adapter belongs to; None when it is no LoRA tensor."""
+    found = LORA_PART.search(name)
+    return name[: found.start()].removeprefix(KEY_PREFIX) if found else None
+
+
+def layout_hint(names: Iterable[str], modules: set[str]) -> str | None:
+    """What to do when an adapter's names differ from the base's modules by a leading `model.` alone."""
+    stored = {module for name in names if (module := lora_module(name))}
+    if not stored or stored & modules:
+        return None
+    for to, moved in (
+        ("native", {f"model.{name}" for name in stored}),
+        ("boson", {name.removeprefix("model.") for name in stored}),
+    ):
+        if moved <= modules:
+            return (
+                f"its keys have another layout than the base's (it says {min(stored)}, the base has {min(moved)}): "
+                f"convert it with `speechtune adapters convert PATH OUTPUT --to {to}`"
+            )
+    return None
+
+
+def stored_base(directory: Path) -> str | None:
+    """The base an adapter says it was trained on.
+
+    Raises:
+        AdapterError: no readable adapter_config.json.
+    """
+    try:
+        return json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{directory}/{CONFIG_NAME}: not readable: {error}") from None

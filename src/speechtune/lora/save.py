@@ -1,0 +1,244 @@
+"""Save a LoRA adapter from any training script: found behind its wrappers, checked, written, read back, compared."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+
+from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
+from speechtune.storage.verified_folder import MANIFEST_NAME, check_writable, write_verified
+
+log = logging.getLogger("speechtune")
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+CARD_NAME = "README.md"
+RECIPE_NAME = "base_recipe.json"
+ADAPTER_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, MANIFEST_NAME, "adapter_model.bin"})
+COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
+SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
+NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"
+BORN_ZERO = ("lora_B", "lora_embedding_A")  # what PEFT initialises with zeros, so that a fresh adapter changes nothing
+
+
+def save_lora_adapters(
+    model: nn.Module,
+    output_dir: Path | str,
+    *,
+    replace: bool = True,
+    model_card: str | None = None,
+    notes: Mapping[str, str] | None = None,
+    allow_untrained: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    is_main_process: bool | None = None,
+) -> Path:
+    """Save the LoRA adapter inside `model` as a folder plain PEFT loads, and prove by reading back that it is there.
+
+    Args:
+        model: a PeftModel, or any module that holds one: DDP, torch.compile, accelerate's or one's own wrapper.
+        output_dir: the adapter's own folder; it appears only when complete.
+        replace: put it in the place of an older adapter; a folder holding anything else is never replaced.
+        model_card: text of README.md (default: PEFT's card).
+        notes: further texts to lie beside the weights, by file name.
+        allow_untrained: accept an adapter whose every lora_B is still zero.
+        save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
+        state_dict: the model's tensors, whole, under its own names, where the model has only shards of them (FSDP2).
+        is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
+            others return at once and do not wait.
+
+    Raises:
+        AdapterError: no PeftModel or several, sharded, never trained, or NaN.
+        CheckpointError: the place cannot be written, or the files read back different; an older folder is untouched.
+    """
+    directory = Path(output_dir)
+    if is_main_process is None:
+        is_main_process = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not is_main_process:
+        return directory
+    log.info("LoRA flag is set, attempting to save LoRA adapters...")
+    try:
+        peft_model = find_peft_model(model)
+        inside = f", found inside {type(model).__name__}" if peft_model is not model else ""
+        log.info("Model to save type: %s%s", type(peft_model).__name__, inside)
+        name = trained_adapter(peft_model)
+        state = named_state(peft_model, name, save_embedding_layers, state_dict)
+        embeddings = len(state) > len(named_state(peft_model, name, False, state_dict))
+        _check_state(state, allow_untrained)
+        _prepare_place(directory, state, replace)
+        texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
+        tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
+        renamed = tensors.keys() != state.keys()
+        parts = (embeddings, renamed, texts, state_dict)
+        write_verified(directory, lambda aside: _write(peft_model, name, aside, *parts), tensors, replace=replace)
+    except SpeechtuneError as error:
+        log.error("Saving LoRA adapters to %s failed: %s: %s", directory, type(error).__name__, error)
+        log.debug("where it failed:", exc_info=True)
+        raise
+    for path in sorted(directory.iterdir()):
+        log.info("  %s  %d bytes", path.name, path.stat().st_size)
+    log.info("Verified: %d tensors read back equal to those in memory, %s written", len(tensors), MANIFEST_NAME)
+    log.info("LoRA adapters saved and verified in %s", directory)
+    return directory
+
+
+def find_peft_model(model: nn.Module) -> PeftModel:
+    """The one PeftModel that `model` is or holds, registered as a submodule or kept as a plain attribute.
+
+    Raises:
+        AdapterError: none, more than one, or one sharded by FSDP.
+    """
+    modules = list(_reachable(model))
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        raise AdapterError(f"{type(model).__name__} is sharded: {NO_SHARDS}")
+    found = [module for module in modules if isinstance(module, PeftModel)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        kinds = ", ".join(type(module).__name__ for module in found)
+        raise AdapterError(
+            f"{type(model).__name__} holds {len(found)} PeftModels ({kinds}): pass the one to save; if one lies in the "
+            "other, get_peft_model was applied twice"
+        )
+    if any("lora_" in name for module in modules for name, _ in module.named_parameters()):
+        raise AdapterError(
+            f"{type(model).__name__} has LoRA layers but is no PeftModel (model.add_adapter or inject_adapter_in_model "
+            "made them): build it with peft.get_peft_model(model, LoraConfig(...))"
+        )
+    raise AdapterError(
+        f"there is no LoRA adapter to save: got {type(model).__name__}, which neither is nor holds a PeftModel; "
+        "get_peft_model was never applied to it, or its result was not the model handed to the trainer"
+    )
+
+
+def trained_adapter(model: PeftModel) -> str:
+    """Name of the adapter being trained, or of the active one where nothing is trainable any more.
+
+    Raises:
+        AdapterError: several, or none.
+    """
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [name for name in model.peft_config if any(f".{name}." in f"{one}." for one in trainable)]
+    names = names or list(model.active_adapters)
+    if len(names) != 1:
+        raise AdapterError(
+            f"the model has the adapters {sorted(model.peft_config)}, and {names or 'none'} of them to save: make the "
+            "wanted one the only active one with model.set_adapter(name)"
+        )
+    return names[0]
+
+
+def named_state(
+    model: PeftModel,
+    name: str,
+    save_embedding_layers: bool | Literal["auto"] = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """One adapter's tensors under the names they have on disk; they share memory with the model, or with `state_dict`.
+
+    Raises:
+        AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
+    """
+    sharded = [
+        key
+        for key, p in model.named_parameters()
+        if type(p).__name__ in SHARDED_TYPES or hasattr(p, "ds_id") or (p.is_meta and f".{name}." in key)
+    ]
+    if sharded and state_dict is None:
+        raise AdapterError(f"{len(sharded)} parameters are sharded or not in memory ({sharded[0]}): {NO_SHARDS}")
+    try:
+        return get_peft_model_state_dict(
+            model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"PEFT cannot collect the tensors of adapter {name!r}: {error}") from error
+
+
+def _reachable(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module under `model` once, also those held as plain attributes, which `modules()` does not see."""
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, nn.Module) and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting += [*module.children(), *vars(module).values()]
+
+
+def _check_state(state: Mapping[str, torch.Tensor], allow_untrained: bool) -> None:
+    born_zero = {key: tensor for key, tensor in state.items() if any(mark in key for mark in BORN_ZERO)}
+    if not born_zero:
+        raise AdapterError(f"the adapter has no lora_B among its {len(state)} tensors: it is no LoRA adapter")
+    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise AdapterError(
+            f"{len(broken)} of {len(state)} adapter tensors hold NaN or infinity (first {broken[0]}): the training "
+            "broke down before this save; keep the adapter's weights in float32 and go back to an earlier checkpoint"
+        )
+    moved = sum(bool(tensor.any()) for tensor in born_zero.values())
+    if not moved and not allow_untrained:
+        raise AdapterError(
+            f"all {len(born_zero)} lora_B are exactly zero: this adapter was never trained. Was another object trained "
+            "than the one saved? Pass allow_untrained=True to save it anyway"
+        )
+    count = sum(tensor.numel() for tensor in state.values())
+    log.info("Adapter: %d tensors, %d parameters, %d of %d lora_B trained", len(state), count, moved, len(born_zero))
+
+
+def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: bool) -> None:
+    """Prove that the folder can be written and replaces nothing but an older adapter."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: a file stands where a folder should be: remove it or save elsewhere")
+    if directory.exists():
+        strangers = sorted(path.name for path in directory.iterdir() if path.name not in ADAPTER_FILES)
+        if strangers:
+            raise CheckpointError(
+                f"{directory}: holds more than an adapter ({', '.join(strangers[:5])}) and will not be replaced; name "
+                f"a folder of its own, such as {directory / 'lora_adapters'}"
+            )
+        if not replace:
+            raise CheckpointError(f"{directory}: exists already; remove it, choose another, or pass replace=True")
+    parent = directory.parent
+    existed = parent.is_dir()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    check_writable(parent, needed)
+    log.info("Output directory %s: %s", "exists" if existed else "created", parent)
+    free = shutil.disk_usage(parent).free
+    log.info("Write test passed: %d bytes needed, %.1f GB free", needed, free / 1e9)
+
+
+def _write(
+    peft_model: PeftModel,
+    name: str,
+    aside: Path,
+    embeddings: bool,
+    renamed: bool,
+    texts: Mapping[str, str],
+    state_dict: Mapping[str, torch.Tensor] | None,
+) -> None:
+    try:
+        peft_model.save_pretrained(
+            str(aside), selected_adapters=[name], save_embedding_layers=embeddings, state_dict=state_dict
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"PEFT could not write adapter {name!r}: {type(error).__name__}: {error}") from error
+    named = aside / name  # PEFT gives every adapter but "default" a folder of its own
+    if named.is_dir():
+        for path in list(named.iterdir()):
+            path.rename(aside / path.name)
+        named.rmdir()
+    if renamed:
+        stored = load_file(aside / WEIGHTS_NAME)
+        plain = {key.replace(COMPILED_PART, ""): tensor for key, tensor in stored.items()}
+        save_file(plain, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+    for file_name, text in texts.items():
+        (aside / file_name).write_text(text, encoding="utf-8")

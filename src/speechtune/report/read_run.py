@@ -1,0 +1,363 @@
+"""What a run directory says about its run, as one `RunReport`; what is missing or broken is listed, not fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from speechtune.errors import ConfigError
+from speechtune.storage.verified_folder import MANIFEST_NAME, STATE_NAME, find_checkpoints, verify_folder
+
+MAX_HASHED_BYTES = 4 * 2**30
+"""Largest checkpoint that is hashed for a report, 4 GiB; of a larger one only the files' sizes are compared."""
+
+MAX_STEP = 2**53  # beyond it a float, which a plot needs, cannot tell steps apart
+
+GUARD = "guard"  # `kind` in warnings.jsonl of what stopped the run
+
+FINISHED, UNFINISHED, STOPPED = "finished", "unfinished", "stopped by a guard"
+
+# file, what cannot be said without it
+EXPECTED = (
+    ("config.yaml", "the configuration"),
+    ("metrics.jsonl", "curves"),
+    ("run_info.json", "versions, hardware, data statistics, parameters, command"),
+    ("warnings.jsonl", "guards that fired and warnings of evaluations"),
+    ("samples/prompts.jsonl", "audio to listen to"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """One checkpoint folder: its size, what checking it found (`problem` None: as it was written), its evaluation."""
+
+    name: str
+    step: int
+    num_bytes: int
+    checked: str
+    problem: str | None
+    eval_loss: float | None
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One recording or answer to a prompt. `path` is None without audio; `step` None is the reference, 0 the base."""
+
+    step: int | None
+    path: Path | None
+    scores: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt with all that was recorded or generated for it: the reference first, then by step."""
+
+    id: str
+    text: str
+    speaker: str
+    language: str
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run as its directory tells it. Mappings are empty where the file is missing; `missing` says what that costs."""
+
+    name: str
+    directory: Path
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    trainer_state: Mapping[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    warnings: list[dict[str, Any]]
+    checkpoints: list[CheckpointFacts]
+    prompts: list[Prompt]
+    missing: list[str]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was recorded."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps the run is to take, if anything says so."""
+        total = self.trainer_state.get("total_steps") or section(self.config, "train").get("max_steps")
+        return total if isinstance(total, int) else None
+
+    @property
+    def state(self) -> str:
+        """`FINISHED`, `STOPPED` or `UNFINISHED`; a summary is written last, and only by a run that got to its end."""
+        total = self.total_steps
+        if self.summary and (total is None or not self.steps or self.last_step >= total):
+            return FINISHED
+        return STOPPED if self.stop_reasons else UNFINISHED
+
+    @property
+    def stop_reasons(self) -> list[str]:
+        """Messages of guards after which no further step was recorded; earlier ones were resumed from."""
+        guards = [entry for entry in self.warnings if entry.get("kind") == GUARD]
+        return [str(e.get("message", "")) for e in guards if (number(e.get("step")) or math.inf) >= self.last_step]
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation, as the run kept it, or else the lowest recorded evaluation loss after step 0."""
+        best = self.trainer_state.get("best_step")
+        if isinstance(best, int):
+            return best
+        losses = [
+            (loss, record["step"])
+            for record in self.evaluations
+            if record["step"] > 0 and (loss := number(record.get("eval_loss"))) is not None
+        ]
+        return min(losses)[1] if losses else None
+
+    @property
+    def non_finite(self) -> list[int]:
+        """Steps whose loss, or gradient norm, is NaN or infinite."""
+        return [
+            record["step"]
+            for record in self.steps
+            if any(name in record and number(record[name]) is None for name in ("loss", "grad_norm"))
+        ]
+
+    @property
+    def command(self) -> tuple[str, bool]:
+        """The command that makes this run again, and whether the run recorded it."""
+        recorded = self.summary.get("reproduce") or self.info.get("command")
+        if isinstance(recorded, list):
+            return shlex.join(str(part) for part in recorded), True
+        if recorded:
+            return str(recorded), True
+        return f"speechtune train {shlex.quote(str(self.directory / 'config.yaml'))} output_dir=NEW_FOLDER", False
+
+    def training_curve(self, name: str) -> list[tuple[int, float | None]]:
+        """(step, value) of one measurement, `losses/audio` for a nested one; None stands for NaN and infinity."""
+        return _curve(self.steps, name)
+
+    def evaluation_curve(self, name: str) -> list[tuple[int, float | None]]:
+        """The same over the evaluations, the base's at step 0 among them."""
+        return _curve(self.evaluations, name)
+
+    def throughput(self) -> dict[str, float]:
+        """Medians over the steps (the first is left out: it warms up), and the mean share of waiting for data."""
+        found: dict[str, float] = {}
+        for name in ("audio_seconds_per_second", "tokens_per_second"):
+            values = [value for _, value in self.training_curve(name)[1:] if value is not None]
+            if values:
+                found[name] = median(values)
+        waits = [value for _, value in self.training_curve("data_wait_share")[1:] if value is not None]
+        if waits:
+            found["data_wait_share"] = fmean(waits)
+        return found
+
+
+def short_names(directories: Sequence[Path]) -> list[str]:
+    """What runs are called: the folder's name, with its parent's if it is called as all are, or the whole path."""
+    paths = [directory.resolve() for directory in directories]
+    names = [f"{p.parent.name}/{p.name}" if p.name in {"run", "output"} else p.name for p in paths]
+    return names if len(set(names)) == len(names) else [str(directory) for directory in directories]
+
+
+def read_run(directory: Path, name: str | None = None) -> RunReport:
+    """Read a run directory, finished or not; `name` is what the report calls it.
+
+    Raises:
+        ConfigError: it is no run directory.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such folder; name a run's output_dir")
+    if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ConfigError(f"{directory}: holds neither config.yaml nor metrics.jsonl; name a run's output_dir")
+    missing = [f"{name}: not there, so nothing on {cost}" for name, cost in EXPECTED if not (directory / name).exists()]
+    records = [
+        record
+        for record in read_lines(directory / "metrics.jsonl", directory, missing)
+        if isinstance(record.get("step"), int) and 0 <= record["step"] <= MAX_STEP
+    ]
+    state = _read_json(directory / STATE_NAME, directory, missing)
+    checkpoints = find_checkpoints(directory)
+    if not state and checkpoints:
+        state = _read_json(checkpoints[-1][1] / STATE_NAME, directory, missing)
+    report = RunReport(
+        name=name or short_names([directory])[0],
+        directory=directory,
+        config=_read_yaml(directory / "config.yaml", missing),
+        info=_read_json(directory / "run_info.json", directory, missing),
+        summary=_read_json(directory / "summary.json", directory, missing),
+        trainer_state=state,
+        steps=[record for record in records if "eval_loss" not in record and "scores" not in record],
+        evaluations=[record for record in records if "eval_loss" in record or "scores" in record],
+        warnings=read_lines(directory / "warnings.jsonl", directory, missing),
+        checkpoints=[],
+        prompts=_read_prompts(directory, missing),
+        missing=missing,
+    )
+    _note_gaps(report)
+    report.checkpoints.extend(_checkpoint_facts(report, step, path) for step, path in checkpoints)
+    return report
+
+
+def _note_gaps(report: RunReport) -> None:
+    if not report.summary:
+        reason = "the run has not come to its end" if report.state == UNFINISHED else "the run was stopped"
+        report.missing.append(f"summary.json: not there ({reason}), so nothing on the proof that the adapter moved")
+    elif not isinstance(report.summary.get("time"), Mapping):
+        report.missing.append("summary.json has no `time`: nothing on where the time went beyond waiting for data")
+    if not report.evaluations:
+        report.missing.append("no evaluation recorded: nothing on unseen data, and no line of the zero-shot base")
+    elif report.evaluations[0]["step"] != 0:
+        report.missing.append("no evaluation of the zero-shot base (step 0) to compare with")
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for everything else; JSON knows NaN, pages and strict readers do not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of more digits than a float holds
+        return None
+
+
+def read_lines(path: Path, root: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; lines that are none are counted into `missing`, a file that is not there is empty."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    objects, torn = [], 0
+    for line in filter(str.strip, lines):
+        value = _parse(line)
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            torn += 1
+    if torn:
+        missing.append(f"{path.relative_to(root)}: {torn} line(s) left out that are no JSON object")
+    return objects
+
+
+def _parse(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_json(path: Path, root: Path, missing: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    if isinstance(value, dict):
+        return value
+    missing.append(f"{path.relative_to(root)}: not readable as a JSON object")
+    return {}
+
+
+def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    missing.append(f"{path.name}: not readable as YAML")
+    return {}
+
+
+def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A nested mapping, empty where there is none."""
+    inner = values.get(name)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
+    group, _, key = name.rpartition("/")
+    holders = ((record["step"], section(record, group) if group else record) for record in records)
+    return [(step, number(values[key])) for step, values in holders if key in values]
+
+
+def names_in(records: list[dict[str, Any]], group: str) -> list[str]:
+    """Keys of a nested mapping over all records, in order of appearance."""
+    return list(dict.fromkeys(str(key) for record in records for key in section(record, group)))
+
+
+def _read_prompts(directory: Path, missing: list[str]) -> list[Prompt]:
+    samples = directory / "samples"
+    steps = sorted(_step_folders(samples))
+    scores = {
+        step: {str(row.get("id")): row for row in read_lines(folder / "scores.jsonl", directory, missing)}
+        for step, folder in steps
+    }
+    prompts = []
+    for row in read_lines(samples / "prompts.jsonl", directory, missing):
+        prompt_id = str(row.get("id"))
+        reference = _inside(samples, samples / "reference" / f"{prompt_id}.wav")
+        clips = [Clip(None, reference, {})] if reference else []
+        for step, folder in steps:
+            path, values = _inside(samples, folder / f"{prompt_id}.wav"), scores[step].get(prompt_id, {})
+            if path or values:
+                clips.append(Clip(step, path, values))
+        texts = (str(row.get(key) or "") for key in ("text", "speaker", "language"))
+        prompts.append(Prompt(prompt_id, *texts, clips=tuple(clips)))
+    return prompts
+
+
+def _step_folders(samples: Path) -> Iterator[tuple[int, Path]]:
+    for path in samples.glob("step-*"):
+        number_text = path.name.removeprefix("step-")
+        if path.is_dir() and number_text.isdecimal():
+            yield int(number_text), path
+
+
+def _inside(root: Path, path: Path) -> Path | None:
+    """The file, if it exists under `root`: an id such as `../../x` must not bring other files into a report."""
+    try:
+        return path if path.is_file() and path.resolve().is_relative_to(root.resolve()) else None
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return None
+
+
+def _checkpoint_facts(report: RunReport, step: int, path: Path) -> CheckpointFacts:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    num_bytes = sum(file.stat().st_size for file in files)
+    if num_bytes <= MAX_HASHED_BYTES:
+        try:
+            problems = [str(problem) for problem in verify_folder(path)]
+        except OSError as error:  # a folder without permission must not cost the rest of the report
+            problems = [str(error)]
+        checked = "all bytes compared with their hashes"
+    else:
+        problems = _compare_sizes(path)
+        checked = f"sizes only (over {MAX_HASHED_BYTES / 2**30:.0f} GiB, not hashed here)"
+    losses = [value for at, value in report.evaluation_curve("eval_loss") if at == step]
+    best = step == report.best_step
+    return CheckpointFacts(
+        path.name, step, num_bytes, checked, "; ".join(problems) or None, losses[-1] if losses else None, best
+    )
+
+
+def _compare_sizes(path: Path) -> list[str]:
+    manifest = _read_json(path / MANIFEST_NAME, path, [])
+    listed = manifest.get("files")
+    if not isinstance(listed, list):
+        return [f"{MANIFEST_NAME}: missing or not readable"]
+    return [
+        f"{entry.get('name')}: missing or of another size"
+        for entry in listed
+        if not (file := path / str(entry.get("name"))).is_file() or file.stat().st_size != entry.get("bytes")
+    ]

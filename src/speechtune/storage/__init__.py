@@ -1,0 +1,1 @@
+"""Folders that are proven whole: written aside, read back, hashed, then published."""

@@ -1,0 +1,175 @@
+"""Files of a model folder: complete and uncorrupted, before anything tries to load them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from speechtune.config import ModelConfig
+from speechtune.errors import ConfigError
+from speechtune.storage.verified_folder import Problem
+
+HEAD_BYTES = 256
+LFS_HEAD = b"version https://git-lfs"
+INDEX_SUFFIX = ".index.json"
+OBJECTS = ("config.json", "tokenizer.json", INDEX_SUFFIX)
+"""Ends of names of files that hold a JSON object; what else lies in the folder may hold anything."""
+
+
+def inspect_folder(directory: Path) -> list[Problem]:
+    """Everything wrong with the JSON and safetensors files of a folder; an empty list means all of them open.
+
+    Found are LFS pointers and HTML pages saved under a file's name, JSON that does not parse, safetensors whose header
+    does not fit the file's size, and shards that an index names and nobody has.
+    """
+    problems = []
+    for path in sorted(directory.glob("*")):
+        if path.suffix in {".json", ".safetensors"} and path.is_file():
+            reason = _reason(path)
+            if reason:
+                problems.append(Problem(path.name, reason))
+            elif path.name.endswith(INDEX_SUFFIX):
+                problems += _missing_shards(path)
+    return problems
+
+
+def require_sound(place: str, option: str) -> None:
+    """Refuse a local model folder that is not there, or whose files are corrupt; a hub id passes.
+
+    Raises:
+        ConfigError: names every file and its fault.
+    """
+    directory = Path(place)
+    if not directory.is_dir() and place.startswith(("/", ".", "~")):
+        raise ConfigError(f"{option}={place}: no such folder")
+    problems = inspect_folder(directory) if directory.is_dir() else []
+    if problems:
+        listed = "; ".join(map(str, problems))
+        raise ConfigError(f"{option}={place}: {listed}; download these files again")
+
+
+def copy_files(place: str, revision: str | None, patterns: Sequence[str], directory: Path) -> None:
+    """Copy the files of a model folder or hub id that match one of the patterns."""
+    source = Path(place)
+    if not source.is_dir():
+        source = Path(snapshot_download(place, revision=revision, allow_patterns=list(patterns)))
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+
+
+def load_pretrained(
+    model_class: Any, settings: ModelConfig, revision: str | None, dtype: torch.dtype, **options: Any
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Load a native model; returns it with transformers' list of missing, unexpected and mismatched weights.
+
+    Raises:
+        ConfigError: it does not load.
+    """
+    try:
+        return model_class.from_pretrained(
+            settings.path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=settings.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed, for `require_fit`
+            **options,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model.path={settings.path}: the base model does not load: {error}") from None
+
+
+def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -> None:
+    """Refuse weights that do not fit the model.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    lost, other = sorted(missing), list(mismatched)
+    if lost or other:
+        raise ConfigError(
+            f"model.path={place}: the weights do not fit the model: missing {lost[:5]}, mismatched {other[:5]}"
+        )
+
+
+def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base.
+
+    Raises:
+        ConfigError: there is none that loads.
+    """
+    require_sound(settings.path, "model.path")
+    try:
+        # Left open, it asks at the terminal whether to run code that the folder brings along.
+        return AutoTokenizer.from_pretrained(settings.path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.path={settings.path}: no usable tokenizer there: {error}") from None
+
+
+def hub_commit(repository: str, revision: str | None) -> str:
+    """Commit that a hub id stands at: a branch may move under the same name.
+
+    Raises:
+        ConfigError: the hub does not answer, and nothing is cached.
+    """
+    try:
+        file = cached_file(repository, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{repository}: not found on the hub or in its cache: {error}") from None
+    return extract_commit_hash(file, None) or "unknown"
+
+
+def _reason(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head:
+        return "0 bytes"
+    if head.startswith(LFS_HEAD):
+        return "a git-lfs pointer, not the file itself (git lfs pull fetches it)"
+    if head.lstrip()[:1] == b"<":
+        return "a web page saved under this name"
+    if path.suffix == ".json":
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return f"not valid JSON: {error}"
+        return _fault_of_object(path.name, value) if path.name.endswith(OBJECTS) else None
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        return f"truncated or corrupt safetensors: {error}"
+    return None
+
+
+def _fault_of_object(name: str, value: object) -> str | None:
+    if not isinstance(value, dict):
+        return f"holds no JSON object but {type(value).__name__}"
+    if name == "tokenizer.json" and not isinstance(value.get("model"), dict):
+        return "not a tokenizer: it has no entry 'model'"
+    if name.endswith(INDEX_SUFFIX):
+        shards = value.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            return "not an index of weights: its entry 'weight_map' does not give each tensor a file"
+    return None
+
+
+def _missing_shards(index: Path) -> list[Problem]:
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [
+        Problem(shard, f"missing, {index.name} names it")
+        for shard in sorted(shards)
+        if not (index.parent / shard).is_file()
+    ]

@@ -1,0 +1,310 @@
+"""Checkpoints that cannot be torn: written aside, synced, read back, compared, listed in MANIFEST.json, renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from speechtune.errors import CheckpointError
+from speechtune.storage.hashing import file_blake3, map_file
+
+log = logging.getLogger("speechtune")
+
+MANIFEST_NAME = "MANIFEST.json"
+STATE_NAME = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+ASIDE = ".writing-"
+SPACE_MARGIN_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a folder must not be trusted."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+def write_verified(
+    directory: Path,
+    write: Callable[[Path], None],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Publish a folder only once all of it is on disk and reads back as what is in memory.
+
+    Args:
+        directory: final place.
+        write: fills an empty folder given to it.
+        tensors: what the folder's safetensors files must hold, bit for bit.
+        replace: put the new folder in the place of an older one.
+
+    Raises:
+        CheckpointError: with the kind of fault, the place and the cure; an older folder is untouched then.
+    """
+    if directory.exists() and not replace:
+        raise CheckpointError(f"{directory}: exists already; remove it or choose another output folder")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise _save_error(directory, error) from error
+    try:
+        aside.chmod(0o777 & ~_umask())
+        write(aside)
+        for path in aside.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
+        with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
+            entries = pool.submit(_read_back, aside, tensors)
+            _sync_files(aside)
+            _write_manifest(aside, entries.result())
+        _sync_directory(aside)
+        _publish(aside, directory)
+    except OSError as error:
+        raise _save_error(directory, error) from error
+    except (SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise CheckpointError(f"{directory}: writing the weights failed: {error}; check space on the disk") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return directory
+
+
+def verify_folder(directory: Path) -> list[Problem]:
+    """Compare a published folder with its MANIFEST.json; an empty list means every byte is as it was written."""
+    try:
+        listed = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        entries = [(str(entry["name"]), entry["bytes"], entry["blake3"]) for entry in listed]
+    except OSError:
+        return [Problem(MANIFEST_NAME, "missing: the folder was never finished")]
+    except (ValueError, KeyError, TypeError):
+        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
+    problems = []
+    for name, num_bytes, digest in entries:
+        file = directory / name
+        if not file.is_file():
+            problems.append(Problem(name, "missing"))
+        elif (size := file.stat().st_size) != num_bytes:
+            problems.append(Problem(name, f"{size} bytes, {num_bytes} were written"))
+        elif file_blake3(file) != digest:
+            problems.append(Problem(name, "changed since it was written (blake3 differs)"))
+    return problems
+
+
+def find_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders of a run as (step, path), oldest first; verified or not."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def newest_valid(output_dir: Path) -> tuple[Path | None, list[tuple[Path, Problem]]]:
+    """The newest checkpoint that verifies, and the newer ones passed over with the reason."""
+    passed_over = []
+    for _, path in reversed(find_checkpoints(output_dir)):
+        problems = verify_folder(path)
+        if not problems:
+            return path, passed_over
+        passed_over.append((path, problems[0]))
+    return None, passed_over
+
+
+def prune(output_dir: Path, keep_last: int, protected: Sequence[Path] = (), up_to: int | None = None) -> list[Path]:
+    """Remove the oldest checkpoints beyond `keep_last`; never a protected one.
+
+    Those of steps after `up_to` neither count nor go: a resume passed over them, torn as they are.
+    """
+    checkpoints = [path for step, path in find_checkpoints(output_dir) if up_to is None or step <= up_to]
+    removed = [path for path in checkpoints[:-keep_last] if path not in protected]
+    for path in removed:
+        (path / MANIFEST_NAME).unlink(missing_ok=True)  # a half-removed folder is no checkpoint
+        shutil.rmtree(path)
+    return removed
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what interrupted saves left; called before a run writes, when no other run may be writing here."""
+    for path in output_dir.glob(f"{ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(output_dir: Path, bytes_needed: int) -> None:
+    """Prove by writing that a folder takes files, and that the disk has room.
+
+    Raises:
+        CheckpointError: no permission, no space, or no folder can be there.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".write-test-") as file:
+            file.write(b"speechtune")
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise _save_error(output_dir, error) from error
+    if free < bytes_needed + SPACE_MARGIN_BYTES:
+        raise CheckpointError(
+            f"{output_dir}: {free / 1e9:.2f} GB free, a save needs {bytes_needed / 1e9:.2f} GB; free space or set "
+            "output_dir to another disk"
+        )
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The trainer state of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    try:
+        return json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}/{STATE_NAME}: not readable: {error}") from None
+
+
+def _save_error(directory: Path, error: OSError) -> CheckpointError:
+    cures = {
+        errno.ENOSPC: "the disk is full: free space or set output_dir to another disk",
+        errno.EDQUOT: "the quota is used up: free space or set output_dir to another disk",
+        errno.EROFS: "the file system is read-only: set output_dir to one that can be written",
+        errno.EACCES: "no permission: change the folder's owner or mode, or set output_dir elsewhere",
+        errno.EPERM: "not permitted: change the folder's owner or mode, or set output_dir elsewhere",
+        errno.ENOENT: "a folder above it cannot be made: name another",
+        errno.ENOTDIR: "a file stands where a folder should be: remove it or set output_dir elsewhere",
+        errno.EEXIST: "a file stands where a folder should be: remove it or set output_dir elsewhere",
+    }
+    cure = cures.get(error.errno or 0, "see the system's message")
+    return CheckpointError(f"{directory}: saving failed: {type(error).__name__}: {error}; {cure}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_files(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_back(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Name, size and hash of every file; on the way the weights are compared with those in memory."""
+    _check_kinds(directory, tensors)
+    entries = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            compared = tensors if path.parent == directory and path.suffix == ".safetensors" else {}
+            name, digest = str(path.relative_to(directory)), _read_file(path, compared)
+            entries.append({"name": name, "bytes": path.stat().st_size, "blake3": digest})
+    return entries
+
+
+def _check_kinds(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights with other names, dtypes or shapes than those in memory."""
+    stored: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path.name}: empty after writing")
+        stored.update(load_file(path))  # maps the file; no byte of a tensor is read yet
+    missing, extra = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
+    if missing or extra:
+        raise CheckpointError(
+            f"{directory.name}: read back {len(stored)} tensors of {len(tensors)}: missing {missing[:3]}, "
+            f"left over {extra[:3]}; the object saved is not the model trained"
+        )
+    for name, tensor in tensors.items():
+        if stored[name].dtype != tensor.dtype or stored[name].shape != tensor.shape:
+            raise _different(directory, name)
+
+
+def _read_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE3 of a file; each piece of a tensor in it is compared while a core's cache still holds it."""
+    content, digest, done = map_file(path), blake3(), 0
+    for name, start, end in _tensor_places(content) if tensors else ():
+        digest.update(memoryview(content)[done:start])
+        live = tensors[name].detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+        for place in range(start, end, PIECE_BYTES):
+            piece = np.frombuffer(content, np.uint8, min(PIECE_BYTES, end - place), place)
+            digest.update(piece.data)
+            if not _same_bytes(piece, live[place - start :][: len(piece)]):
+                raise _different(path.parent, name)
+        done = end
+    digest.update(memoryview(content)[done:])
+    return digest.hexdigest()
+
+
+def _different(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{directory.name}: {name} reads back different from the tensor in memory")
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    if len(one) % 8 == len(other) % 8 == 0:  # eight bytes at a time: twice as fast
+        one, other = one.view(np.uint64), other.view(np.uint64)
+    return np.array_equal(one, other)
+
+
+def _tensor_places(content: mmap.mmap | bytes) -> list[tuple[str, int, int]]:
+    """Name, first byte and end of each tensor of a safetensors file, in the order in which they lie in it."""
+    data_start = 8 + int.from_bytes(content[:8], "little")  # a length of 8 bytes, a JSON header, the data
+    header = json.loads(content[8:data_start])
+    offsets = sorted((*entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+    return [(name, data_start + start, data_start + end) for start, end, name in offsets]
+
+
+def _write_manifest(directory: Path, entries: list[dict[str, Any]]) -> None:
+    manifest = directory / MANIFEST_NAME
+    with manifest.open("w", encoding="utf-8") as file:
+        json.dump({"files": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(aside: Path, directory: Path) -> None:
+    old = None
+    if directory.exists():
+        old = aside.with_name(f"{aside.name}-old")
+        directory.rename(old)
+    try:
+        aside.rename(directory)
+    except OSError:
+        if old is not None:
+            old.rename(directory)
+        raise
+    _sync_directory(directory.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What is measured, independent of any model: pronunciation assessment and voice cloning."""

@@ -1,0 +1,1 @@
+"""Pronunciation assessment: phones, targets, answers and metrics."""

@@ -1,0 +1,1 @@
+"""Voice cloning: word errors, speaker similarity, predicted MOS, and comparisons of systems."""

@@ -1,0 +1,145 @@
+"""Recognisers: Whisper through faster-whisper or transformers, by path or hub id; pocketsphinx with its own model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from speechtune.errors import ConfigError
+from speechtune.tasks.voice_cloning.scorer_support import LOAD_FAULTS, RATE, identity, need, place_of, waveform
+from speechtune.tasks.voice_cloning.word_errors import INSTALL, language_code
+from speechtune.types import Audio
+
+INSTALL_FASTER_WHISPER = "pip install 'speechtune[asr,faster-whisper]'"
+BATCH_SIZE = 8
+WINDOW_SECONDS = 30
+"""What Whisper hears at once; longer clips go through it in pieces."""
+INT16_MAX = 2**15 - 1
+
+
+class FasterWhisper:
+    """Whisper by CTranslate2: greedy, without the random retries at higher temperatures, in seed-tts-eval's manner."""
+
+    languages: frozenset[str] | None = None
+
+    def __init__(self, spec: str, device: str) -> None:
+        package = need("faster_whisper", spec, INSTALL_FASTER_WHISPER)
+        place, revision = place_of(spec)
+        try:
+            folder = Path(place if Path(place).is_dir() else package.download_model(place, revision=revision))
+            if not (folder / "tokenizer.json").is_file():  # the library would fetch one of another model
+                raise FileNotFoundError(f"{folder} holds no tokenizer.json")
+            kind = "float32" if device == "cpu" else "default"  # no CPU computes in the float16 that most are stored in
+            self._model = package.WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
+        except LOAD_FAULTS as error:
+            raise ConfigError(f"{spec}: does not load as a CTranslate2 Whisper: {error}") from None
+        self._known = set(self._model.supported_languages)
+        self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, greedy")
+
+    def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
+        """What is said in each clip; one at a time, for the library batches only pieces of one recording."""
+        return [self._transcribe(audio, language) for audio, language in zip(audios, languages, strict=True)]
+
+    def _transcribe(self, audio: Audio, language: str | None) -> str:
+        code = language_code(language)
+        segments, _ = self._model.transcribe(
+            waveform(audio),
+            language=code if code in self._known else None,
+            beam_size=1,
+            temperature=0.0,
+            condition_on_previous_text=False,
+        )
+        return "".join(segment.text for segment in segments).strip()
+
+
+class Whisper:
+    """Whisper through transformers, greedy; seed-tts-eval names openai/whisper-large-v3."""
+
+    languages: frozenset[str] | None = None
+
+    def __init__(self, spec: str, device: str) -> None:
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        place, revision = place_of(spec)
+        named: Any = {"revision": revision} if revision else {}
+        try:
+            self._processor: Any = WhisperProcessor.from_pretrained(place, **named)
+            model: Any = WhisperForConditionalGeneration.from_pretrained(place, weights_only=True, **named)
+        except LOAD_FAULTS as error:
+            raise ConfigError(f"{spec}: does not load as Whisper: {error}") from None
+        self._model = model.eval().to(device)
+        tokens = getattr(model.generation_config, "lang_to_id", None) or {}
+        self._known = {token.strip("<|>") for token in tokens}
+        folder = Path(place)
+        commit = getattr(model.config, "_commit_hash", None)
+        self.name = identity("transformers", folder if folder.is_dir() else None, f"Whisper {place}, greedy", commit)
+
+    @torch.inference_mode()
+    def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
+        """What is said in each clip, in batches of one language; clips over 30 s alone, in pieces."""
+        heard = [""] * len(audios)
+        groups: dict[str | None, list[int]] = {}
+        for index, (audio, language) in enumerate(zip(audios, languages, strict=True)):
+            code = language_code(language)
+            code = code if code in self._known else None
+            if audio.duration_seconds > WINDOW_SECONDS:
+                heard[index] = self._generate([audio], code)[0]
+            else:
+                groups.setdefault(code, []).append(index)
+        for code, indices in groups.items():
+            for first in range(0, len(indices), BATCH_SIZE):
+                chosen = indices[first : first + BATCH_SIZE]
+                for index, text in zip(chosen, self._generate([audios[i] for i in chosen], code), strict=True):
+                    heard[index] = text
+        return heard
+
+    def _generate(self, audios: Sequence[Audio], code: str | None) -> list[str]:
+        long = audios[0].duration_seconds > WINDOW_SECONDS
+        inputs = self._processor(
+            [waveform(audio) for audio in audios],
+            sampling_rate=RATE,
+            return_tensors="pt",
+            truncation=not long,
+            padding="longest" if long else "max_length",
+            return_attention_mask=True,
+        )
+        features = inputs["input_features"].to(self._model.device, self._model.dtype)
+        mask = inputs["attention_mask"].to(self._model.device)
+        named = {"language": code, "task": "transcribe"} if code else {}
+        ids = self._model.generate(
+            features, attention_mask=mask, do_sample=False, num_beams=1, return_timestamps=long, **named
+        )
+        return [text.strip() for text in self._processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+class PocketSphinx:
+    """CMU PocketSphinx with the English model of its package: small, offline, wrong in every fourth word.
+
+    Enough to see speech turn into noise; not to compare good systems.
+    """
+
+    languages: frozenset[str] | None = frozenset({"en"})
+
+    def __init__(self, spec: str, device: str) -> None:
+        package = need("pocketsphinx", spec, INSTALL)
+        self._decoder = package.Decoder(samprate=RATE, loglevel="FATAL")
+        self._cmn = self._decoder.get_cmn(False)
+        self.name = identity("pocketsphinx", None, "English, model of the package")
+
+    def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
+        """What is said in each clip; `languages` are taken to be English."""
+        return [self._transcribe(audio) for audio in audios]
+
+    def _transcribe(self, audio: Audio) -> str:
+        # it carries the mean of the cepstrum over from clip to clip; each is to be heard as if it were the first
+        self._decoder.set_cmn(self._cmn)
+        self._decoder.start_utt()
+        pcm = np.round(waveform(audio) * INT16_MAX).astype(np.int16)
+        self._decoder.process_raw(pcm.tobytes(), full_utt=True)
+        self._decoder.end_utt()
+        found = self._decoder.hyp()
+        return found.hypstr if found is not None else ""

@@ -1,0 +1,297 @@
+"""What the folders of a run hold, written through `checkpoint.write_verified` and read back on resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from speechtune.errors import CheckpointError
+from speechtune.lora.apply import ADAPTER, model_tensors, trainable
+from speechtune.lora.files import WEIGHTS_NAME
+from speechtune.storage.verified_folder import (
+    STATE_NAME,
+    check_writable,
+    find_checkpoints,
+    newest_valid,
+    read_state,
+    verify_folder,
+    write_verified,
+)
+from speechtune.tensors import is_sharded, like, set_rng_state, whole
+
+log = logging.getLogger("speechtune")
+
+OPTIMIZER_NAME = "optimizer.pt"
+RNG_NAME = "rng_state.pt"
+ADAM_MOMENTS = 2
+RETRY_SECONDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stands; `identity` holds what must be the same for a resume to mean anything."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    identity: Mapping[str, Any]
+    losses: Mapping[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    best_value: float | None = None
+    rounds_without_better: int = 0
+
+
+def save_weights(
+    model: nn.Module, directory: Path, notes: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model's adapter with its notes (texts by file name), or the full model, into an existing folder.
+
+    `state` as for `model_tensors`.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(
+            str(directory), save_embedding_layers=False, state_dict=state, selected_adapters=[ADAPTER]
+        )
+        for name, text in notes.items():
+            (directory / name).write_text(text, encoding="utf-8")
+    else:
+        cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
+
+
+def checkpoint_writer(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    rng_states: list[dict[str, torch.Tensor]],
+    state: RunState,
+    config_yaml: str,
+    write_extras: Callable[[Path], None],
+    notes: Mapping[str, str],
+    *,
+    copy: bool,
+    keep: bool = True,
+) -> Callable[[], Path]:
+    """Return the function that publishes one checkpoint: weights, optimizer, scaler, random states, run state, recipe.
+
+    With `copy` what is trained is copied now, and the function may run while training goes on. Shards are gathered now:
+    every rank must call this, and only that with `keep` may call the function returned.
+    """
+    copy = copy or is_sharded(model)
+    weights = weights_of(model) if copy or isinstance(model, PeftModel) else None
+    if copy:
+        weights = cpu_copy(weights, keep=keep)
+    optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
+    scaler_state = scaler.state_dict()
+    tensors = model_tensors(model, weights)
+    bytes_needed = bytes_of_save(tensors.values(), optimizer)
+
+    def write(aside: Path) -> None:
+        save_weights(model, aside, notes, weights)
+        torch.save({"optimizer": optimizer_state, "scaler": scaler_state}, aside / OPTIMIZER_NAME)
+        torch.save(rng_states, aside / RNG_NAME)
+        write_state(aside / STATE_NAME, state)
+        (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        if not isinstance(model, PeftModel):
+            write_extras(aside)
+
+    def publish() -> Path:
+        check_writable(directory.parent, bytes_needed)
+        # Only a folder that did not verify can stand at a step that is reached again: it gives way.
+        return write_verified(directory, write, tensors, replace=True)
+
+    return publish
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained, under the model's own names; of a full model everything it saves."""
+    if not isinstance(model, PeftModel):
+        return model.state_dict()
+    # PEFT stores the buffers of modules_to_save with them
+    buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
+    return {name: parameter.detach() for name, parameter in trainable(model).items()} | buffers
+
+
+def cpu_copy(value: Any, *, keep: bool = True) -> Any:
+    """Copy of nested mappings, lists and tensors; tensors come to the CPU, whole.
+
+    Every rank of a sharded model must call it. Without `keep` this rank only helps the others to gather theirs: tensors
+    stay what they are.
+    """
+    if isinstance(value, torch.Tensor):
+        gathered = whole(value.detach())
+        return gathered.to("cpu", copy=True) if keep else value
+    if isinstance(value, Mapping):
+        return {key: cpu_copy(item, keep=keep) for key, item in value.items()}
+    return [cpu_copy(item, keep=keep) for item in value] if isinstance(value, list) else value
+
+
+class Saver:
+    """Publishes checkpoints one at a time, behind the training's back where it may; a failed save ends the run.
+
+    Args:
+        background: whether `submit` returns while the save goes on.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1) if background else None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def submit(self, save: Callable[[], None]) -> None:
+        """Start a save, after the one before it; raises what that one failed of."""
+        self.wait()
+        if self._pool is None:
+            save()
+        else:
+            self._pending = self._pool.submit(save)
+
+    def poll(self) -> None:
+        """Raise what a save failed of, if it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way, and raise what it failed of."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that weights and optimizer states take on disk, once the optimizer has both moments."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    return weights + ADAM_MOMENTS * trained
+
+
+def twice(save: Callable[[], Path]) -> Path:
+    """Call `save`, and once more if it fails: a full queue or a lagging network disk may pass.
+
+    Raises:
+        CheckpointError: the second attempt failed too.
+    """
+    try:
+        return save()
+    except CheckpointError as error:
+        log.error("%s; trying once more in %d s", error, RETRY_SECONDS, exc_info=error)
+        time.sleep(RETRY_SECONDS)
+        return save()
+
+
+def write_state(path: Path, state: RunState) -> None:
+    """Write the run state as JSON."""
+    path.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+
+
+def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint a run goes on from, or None for a fresh start; says which were passed over and why.
+
+    Raises:
+        CheckpointError: a named checkpoint does not verify, or the run went on from it already.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        chosen, passed_over = newest_valid(output_dir)
+        for path, problem in passed_over:
+            log.warning("resume passes over %s: %s", path, problem)
+        log.info("resuming from %s", chosen) if chosen else log.info("nothing to resume in %s: a fresh run", output_dir)
+        return chosen
+    chosen = Path(resume)
+    problems = verify_folder(chosen)
+    if problems:
+        raise CheckpointError(f"{resume}: cannot resume from it: " + "; ".join(map(str, problems)))
+    step = read_state(chosen)["step"]
+    later = [path.name for n, path in find_checkpoints(output_dir) if n > step and not verify_folder(path)]
+    if later:  # they would be taken for this branch's own by the next resume=auto
+        raise CheckpointError(
+            f"{resume}: {output_dir} holds later checkpoints ({', '.join(later)}): resume from the newest with "
+            "checkpoint.resume=auto, remove them, or name another output_dir"
+        )
+    return chosen
+
+
+def restore(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    identity: Mapping[str, Any],
+    rank: int,
+    *,
+    force: bool = False,
+) -> RunState:
+    """Put a verified checkpoint into a freshly built run; `force` turns differences of identity into warnings.
+
+    Raises:
+        CheckpointError: it belongs to other data, another base or another adapter; each difference is named.
+    """
+    state = RunState(**read_state(directory))
+    differences = [
+        f"{name}: checkpoint {state.identity.get(name)!r}, this run {value!r}"
+        for name, value in identity.items()
+        if state.identity.get(name) != value
+    ]
+    if differences and not force:
+        raise CheckpointError(
+            f"{directory}: it is not a checkpoint of this run: {'; '.join(differences)}; checkpoint.force=true resumes "
+            "all the same"
+        )
+    for difference in differences:
+        log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
+    restore_weights(model, directory)
+    saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], optimizer))
+    scaler.load_state_dict(saved["scaler"])
+    rng_states = torch.load(directory / RNG_NAME, map_location="cpu", weights_only=True)
+    if rank < len(rng_states):
+        set_rng_state(rng_states[rank])
+    else:
+        log.warning("%s holds random states of %d ranks: dropout differs from there on", directory, len(rng_states))
+    return state
+
+
+def restore_weights(model: nn.Module, directory: Path) -> None:
+    """Copy the weights of a checkpoint into a model of the same parts.
+
+    Raises:
+        CheckpointError: it holds other tensors.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        stored.update(load_file(path))
+    live = model_tensors(model)
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: t.shape for name, t in live.items()}:
+        raise CheckpointError(f"{directory}/{WEIGHTS_NAME}: its tensors are not those of this run's model")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(like(stored[name], tensor))  # the state's tensors share memory with the parameters
+
+
+def cut_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved optimizer state, its tensors cut as this rank's parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    cut = {
+        number: {name: like(value, parameters[number]) for name, value in moments.items()}
+        for number, moments in state["state"].items()
+    }
+    return {**state, "state": cut}

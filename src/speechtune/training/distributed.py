@@ -1,0 +1,248 @@
+"""Several ranks behind one interface: a whole model on each (DDP), or its weights sharded over them (FSDP2).
+
+Sharding is torch's own `fully_shard`: accelerate, given an FSDP plugin on a CPU, ran DDP without a word.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from speechtune.config import RunConfig, num_prompts, world_size
+from speechtune.errors import CheckpointError, ConfigError, TrainingError
+from speechtune.training.tracking import configure_logging
+
+log = logging.getLogger("speechtune")
+
+
+class Engine:
+    """Model and loss as the loop calls them on this rank.
+
+    Args:
+        objective: model and loss as one module, on this rank's device.
+        accelerator: knows the ranks.
+        parallel: what several ranks do; `fsdp` shards `objective` in place.
+        defer: with `fsdp`, keep whole gradients until a step's last micro-batch: right for an adapter, whose gradients
+            are small; those of a full model would fill the memory that sharding frees.
+
+    Raises:
+        TrainingError: the model has no blocks to shard, or is not sharded afterwards.
+
+    Attributes:
+        objective: for forward and backward passes of training.
+        plain: for evaluation.
+    """
+
+    def __init__(
+        self, objective: nn.Module, accelerator: Accelerator, parallel: Literal["ddp", "fsdp"], *, defer: bool
+    ) -> None:
+        self.accelerator, self.defer = accelerator, defer
+        if parallel == "fsdp":
+            self.objective = self.plain = shard(objective, accelerator)
+        else:
+            self.objective = accelerator.prepare(objective)
+            self.plain = accelerator.unwrap_model(self.objective)
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward pass; ranks add up gradients in the `last` one of a step."""
+        if isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(last or not self.defer)
+            yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.objective):
+                yield
+
+
+def shard(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shard every repeated block of a model, then what is left, over all ranks; proves that it happened.
+
+    Raises:
+        TrainingError: no blocks, or tensors that stayed whole.
+    """
+    ranks = accelerator.num_processes
+    mesh = init_device_mesh(accelerator.device.type, (ranks,), mesh_dim_names=("shard",))
+    found = blocks(objective)
+    if not found:
+        raise TrainingError(
+            "speed.parallel=fsdp: the model names no repeated blocks (_no_split_modules), so every pass would gather "
+            "all of it on each rank: use speed.parallel=ddp"
+        )
+    # Also the root gives its whole weights back: outside a pass every parameter is a shard, whoever looks.
+    for module in (*found.values(), objective):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    held, total = check_sharded(dict(objective.named_parameters()), ranks)
+    shares = cast(list[int], gather_object([held]))
+    if sum(shares) != total:
+        raise TrainingError(f"speed.parallel=fsdp: ranks hold {shares} bytes, together not the model's {total}")
+    per_rank = ", ".join(f"{share / 1e6:,.3f}" for share in shares)
+    log.info(
+        "FSDP2: %d blocks and the rest sharded over %d ranks; MB per rank: %s of %.3f",
+        len(found),
+        ranks,
+        per_rank,
+        total / 1e6,
+    )
+    return objective
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers of a model: what its classes name in `_no_split_modules`, subclasses of these included."""
+    names = {str(name) for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if any(kind.__name__ in names for kind in type(module).__mro__) and any(True for _ in module.parameters())
+    }
+
+
+def check_sharded(parameters: Mapping[str, nn.Parameter], ranks: int) -> tuple[int, int]:
+    """Every parameter is a shard over `ranks` ranks; the bytes held here, and those of the whole model.
+
+    Raises:
+        TrainingError: names parameters that are whole, or sharded over other ranks.
+    """
+    unsharded = [name for name, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != ranks]
+    if unsharded:
+        raise TrainingError(
+            f"speed.parallel=fsdp: {len(unsharded)} of {len(parameters)} parameters are not sharded over {ranks} ranks "
+            f"(first {unsharded[0]})"
+        )
+    shards = cast(list[DTensor], list(parameters.values()))
+    held = sum(p.to_local().numel() * p.element_size() for p in shards)
+    return held, sum(p.numel() * p.element_size() for p in shards)
+
+
+def sum_heads(
+    accelerator: Accelerator, per_batch: Sequence[Mapping[str, float]], heads: Sequence[str]
+) -> dict[str, float]:
+    """Add up per-head numbers over batches and ranks; a head that no batch of any rank had is left out."""
+    seen = [{head: value, f"{head} seen": 1.0} for values in per_batch for head, value in values.items()]
+    totals = sum_over_ranks(accelerator, seen, [name for head in heads for name in (head, f"{head} seen")])
+    return {head: totals[head] for head in heads if totals[f"{head} seen"]}
+
+
+def sum_over_ranks(
+    accelerator: Accelerator, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Add up named numbers over a list and over all ranks, in float64.
+
+    Args:
+        accelerator: knows the ranks.
+        values: this rank's numbers; a missing name counts as zero.
+        names: the same on every rank; None takes those of the first entry.
+    """
+    names = list(values[0]) if names is None else names
+    local = [math.fsum(value.get(name, 0.0) for value in values) for name in names]
+    if accelerator.num_processes > 1:
+        total = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
+        local = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
+    return dict(zip(names, local, strict=True))
+
+
+def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:
+    """All ranks go on from the same checkpoint; a node that sees another disk would start from the beginning.
+
+    Raises:
+        CheckpointError: they differ; says what each found.
+    """
+    found = cast(list[str], gather_object([chosen.name if chosen else "none"]))
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the ranks found different checkpoints to resume from ({', '.join(found)}, in order of rank): output_dir "
+            "must lie on a disk that all nodes share"
+        )
+
+
+def least_over_ranks(accelerator: Accelerator, value: float) -> float:
+    """The least of a number over all ranks."""
+    if accelerator.num_processes == 1:
+        return value
+    every = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device))
+    return float(cast(torch.Tensor, every).min())
+
+
+SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait for one another while clips are encoded
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Join the other ranks, if any, and make sure that it really happened.
+
+    Raises:
+        TrainingError: accelerate runs another kind of job than was launched.
+    """
+    tracking = config.tracking
+    for name in tracking.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name} is not installed: pip install {name}, or name another tracker"
+            )
+    if config.speed.parallel == "fsdp":
+        _check_sharding(config)
+    if world_size() > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE={world_size()} without MASTER_ADDR: start several processes with torchrun")
+    if world_size() > 1:
+        _check_restarts()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
+        log_with=list(tracking.trackers) or None,
+        project_dir=tracking.logging_dir or config.output_dir / "logs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SETUP_TIMEOUT)],
+    )
+    expected = {DistributedType.NO} if world_size() == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in expected or accelerator.num_processes != world_size():
+        raise TrainingError(
+            f"{world_size()} processes were launched, accelerate runs {accelerator.distributed_type.value} with "
+            f"{accelerator.num_processes}; check ACCELERATE_* in the environment"
+        )
+    configure_logging(accelerator.is_main_process)
+    return accelerator
+
+
+def _check_sharding(config: RunConfig) -> None:
+    if world_size() == 1:
+        raise ConfigError(
+            "speed.parallel=fsdp: there is one process, so nothing can be sharded: start several with torchrun, or set "
+            "speed.parallel=ddp"
+        )
+    if num_prompts(config):
+        raise ConfigError(
+            "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
+            "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
+        )
+    for option, value in (
+        ("batch.tokens", config.batch.tokens),
+        ("train.gradient_checkpointing", config.train.gradient_checkpointing),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                f"speed.parallel=fsdp: {option}=auto measures a model that is whole on its device: name a value"
+            )
+
+
+def _check_restarts() -> None:
+    """Refuse restarts in which a new process would be told the addresses of the old ones (pytorch issue 135712)."""
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "torchrun --max-restarts: a restart would connect to the processes of the attempt before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
+            "--rdzv-backend=c10d"
+        )

@@ -1,0 +1,162 @@
+"""Guards: pure checks that stop a run whose training would not be real. Each names what it saw and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from speechtune.errors import TrainingError, some
+from speechtune.tensors import non_finite, whole
+from speechtune.types import Batch
+
+ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
+
+
+def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> None:
+    """Before training: something is trainable, with LoRA only the adapter is, and all of it in float32.
+
+    Raises:
+        TrainingError: one of the three does not hold.
+    """
+    if not parameters:
+        raise TrainingError("nothing is trainable: every parameter is frozen, so the run would change nothing")
+    if lora:
+        accidental = [name for name in parameters if not any(mark in name for mark in ADAPTER_MARKS)]
+        if accidental:
+            raise TrainingError(
+                f"{len(accidental)} parameters of the base are trainable beside the adapter ({some(accidental)}); "
+                "freeze them, or name their module in lora.modules_to_save"
+            )
+    half = [f"{name} is {p.dtype}" for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise TrainingError(
+            f"{len(half)} trainable parameters are half precision ({some(half)}): AdamW turns float16 weights into "
+            "NaN and loses bfloat16 updates; keep trainable parameters in float32"
+        )
+
+
+def check_targets(batch: Batch, where: str) -> None:
+    """A batch must have targets, and for every head it names, or a loss is a constant.
+
+    Raises:
+        TrainingError: no target in the batch.
+    """
+    if not batch.target_counts:
+        raise TrainingError(f"{where}: no target at all in the batch of samples {some(batch.sample_ids)}")
+    empty = [head for head, count in batch.target_counts.items() if count == 0]
+    if empty:
+        raise TrainingError(f"{where}: no target for {some(empty)} in the batch of samples {some(batch.sample_ids)}")
+
+
+def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[str]) -> None:
+    """Every head's mean loss is finite, and not all of them are exactly zero.
+
+    One head may reach 0.0 in float32 once it is sure of a few easy targets; all of them never do on real data.
+
+    Raises:
+        TrainingError: NaN or infinity in a head, or zero in all of them.
+    """
+    for head, value in losses.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"{where}: the {head} loss is {value}; samples of the step: {some(sample_ids)}")
+    if not any(losses.values()):
+        heads = " and ".join(losses)
+        raise TrainingError(
+            f"{where}: the {heads} loss is exactly 0.0, which real data never gives; samples: {some(sample_ids)}"
+        )
+
+
+def check_attached(loss: torch.Tensor, where: str, sample_ids: Sequence[str]) -> None:
+    """The loss carries a gradient at all; without one `backward` would fail with a message that names nothing.
+
+    Raises:
+        TrainingError: it was detached, or computed from frozen parameters alone.
+    """
+    if not loss.requires_grad:
+        raise TrainingError(
+            f"{where}: the loss carries no gradient: it does not reach any trainable parameter; samples: "
+            f"{some(sample_ids)}"
+        )
+
+
+def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: str, sample_ids: Sequence[str]) -> None:
+    """The gradient norm is finite and above zero.
+
+    Raises:
+        TrainingError: names the parameters with non-finite gradients, or says that none arrived.
+    """
+    if not math.isfinite(norm):
+        broken = [name for name, p in parameters.items() if p.grad is not None and not whole(p.grad).isfinite().all()]
+        raise TrainingError(
+            f"{where}: the gradient norm is {norm}; non-finite gradients in {len(broken)} parameters "
+            f"({some(broken)}); samples of the step: {some(sample_ids)}"
+        )
+    if norm == 0.0:
+        raise TrainingError(
+            f"{where}: all gradients are zero: the loss does not reach any trainable parameter; samples: "
+            f"{some(sample_ids)}"
+        )
+
+
+def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
+    """At the first step every lora_B gets a gradient; lora_A cannot yet, for lora_B starts at zero.
+
+    Raises:
+        TrainingError: names each lora_B that none reached.
+    """
+    unreached = [
+        name for name, p in parameters.items() if "lora_B" in name and (p.grad is None or not bool(whole(p.grad).any()))
+    ]
+    if unreached:
+        raise TrainingError(
+            f"{where}: no gradient reached {len(unreached)} lora_B ({some(unreached)}): these adapters are attached "
+            "where the loss does not pass; narrow lora.targets"
+        )
+
+
+def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str) -> None:
+    """The optimizer step changed something.
+
+    Args:
+        before: checksum per trainable parameter before the step.
+        after: the same after it.
+        where: step, for the message.
+
+    Raises:
+        TrainingError: not one parameter changed.
+    """
+    if before == after:
+        raise TrainingError(
+            f"{where}: the optimizer step changed none of the {len(after)} trainable parameters; is the learning rate "
+            "zero, or does the optimizer hold other parameters than the model?"
+        )
+
+
+def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids: Sequence[str]) -> None:
+    """The optimizer step left numbers behind; else a checkpoint saved now would hold NaN, and a resume go on from it.
+
+    Raises:
+        TrainingError: names the parameters that are not finite.
+    """
+    norm = nn.utils.get_total_norm([parameter.detach().float() for parameter in parameters.values()])
+    # One number first: a look at each parameter would wait for the device as often.
+    if not bool(whole(norm).isfinite()) and (broken := non_finite(parameters.items())):
+        raise TrainingError(
+            f"{where}: the optimizer step left {len(broken)} parameters that are not finite ({some(broken)}); samples "
+            f"of the step: {some(sample_ids)}"
+        )
+
+
+def check_equal(difference: float, tolerance: float, what: str) -> None:
+    """Two answers to the same input agree.
+
+    Raises:
+        TrainingError: they differ by more than the tolerance, or the difference is NaN.
+    """
+    if not difference <= tolerance:
+        raise TrainingError(
+            f"{what} answers differently: logits differ by {difference:.2e}, allowed is {tolerance:.0e}"
+        )

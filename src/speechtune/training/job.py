@@ -1,0 +1,74 @@
+"""What a run of the loop needs, and what it yields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from speechtune.cache.encoded_set import EncodedSet
+from speechtune.config import RunConfig
+from speechtune.family import Family
+from speechtune.precision import PrecisionPlan
+from speechtune.training.checkpoint import RunState
+from speechtune.training.generated_samples import Listener
+from speechtune.types import Batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged, `notes` are the
+    texts (by file name) that lie beside a saved adapter."""
+
+    config: RunConfig
+    family: Family
+    model: nn.Module
+    precision: PrecisionPlan
+    train_set: EncodedSet
+    eval_set: EncodedSet | None
+    identity: Mapping[str, Any]
+    notes: Mapping[str, str]
+    listener: Listener | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Outcome of a run.
+
+    Attributes:
+        signal: number of the signal that ended it early, or None.
+        scores: of the evaluation that the final adapter stands for; empty without one.
+        time: seconds of this launch by what they went into, `total_seconds` in all.
+    """
+
+    state: RunState
+    first_losses: Mapping[str, float]
+    seconds: float
+    signal: int | None
+    best_checkpoint: Path | None
+    scores: Mapping[str, float]
+    time: Mapping[str, float]
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that DDP sees the whole forward pass; calling past it lets ranks drift apart."""
+
+    def __init__(self, model: nn.Module, family: Family, plan: PrecisionPlan, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.model, self.family, self.plan, self.weights = model, family, plan, dict(weights)
+
+    def forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted loss of a batch, each head's sum divided by `counts`, and the sums without gradient."""
+        with torch.autocast(self.plan.device.type, self.plan.autocast, enabled=self.plan.autocast is not None):
+            sums = self.family.losses(self.model, batch).sums
+        terms = [self.weights.get(head, 1.0) * value.float() / counts[head] for head, value in sums.items()]
+        return torch.stack(terms).sum(), {head: value.detach().float() for head, value in sums.items()}
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the layers of a transformers model compute their activations anew in the backward pass."""
+    cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,236 @@
+"""The training loop: the only `backward()`, and a guard wherever training can be unreal."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from speechtune.lora.apply import trainable
+from speechtune.storage.verified_folder import prune
+from speechtune.tensors import checksums, rng_state, set_rng_state, whole
+from speechtune.training import guards
+from speechtune.training.batching import BatchPlan
+from speechtune.training.checkpoint import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, twice
+from speechtune.training.distributed import Engine, check_same_checkpoint, sum_heads, sum_over_ranks
+from speechtune.training.evaluator import Evaluator
+from speechtune.training.job import Job, Objective, TrainResult
+from speechtune.training.loader import Feed
+from speechtune.training.optimizer import learning_rate, make_optimizer
+from speechtune.training.signals import Interruption
+from speechtune.training.tracking import Record, Tracker, log, log_details
+from speechtune.types import Batch
+
+MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
+
+
+class Run:
+    """One run of the loop over one `Job`."""
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        config = job.config
+        self.job, self.accelerator, self.config = job, accelerator, config
+        objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
+        self.engine = Engine(objective, accelerator, config.speed.parallel, defer=config.lora.enabled)
+        self.parameters = trainable(job.model)
+        guards.check_trainable(self.parameters, lora=config.lora.enabled)
+        self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
+        self.feed = Feed(config, self.plan, job.train_set, accelerator.process_index, job.precision.device)
+        self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
+        self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
+        self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
+        self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
+        self.skipped = 0
+        self.saved_step = -1
+        self.unproven = True
+        self.spent = {f"{part}_seconds": 0.0 for part in ("data", "forward_backward", "optimizer", "checkpoint")}
+        # A full model is too large to copy for it; and PEFT, saving, makes FSDP take weights back that a pass is using.
+        self.saver = Saver(background=config.lora.enabled and config.speed.parallel == "ddp")
+
+    def train(self) -> TrainResult:
+        """Train to the last step, or to a signal; saves on the way and at the end."""
+        job, config = self.job, self.config
+        torch.manual_seed(config.train.seed + self.accelerator.process_index)
+        resumed = choose_checkpoint(config.output_dir, config.checkpoint.resume)
+        check_same_checkpoint(self.accelerator, resumed)
+        if resumed is not None:
+            identity, rank = self.state.identity, self.accelerator.process_index
+            parts = (job.model, self.optimizer, self.scaler, identity, rank)
+            state = restore(resumed, *parts, force=config.checkpoint.force)
+            self.state = replace(state, total_steps=self.total_steps, identity=identity)
+            self.unproven = False
+        tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
+        evaluator = Evaluator(job, self.accelerator, self.engine.plain, tracker)
+        evaluator.evaluate_base(self.state.step, self.total_steps)
+        job.model.train()
+        started, first_losses = time.monotonic(), {}
+        first_step = self.state.step
+        with self.saver, Interruption() as interruption:
+            for step in range(first_step, self.total_steps):
+                step_started = time.monotonic()
+                batches = self.feed.take(step)
+                waited = time.monotonic() - step_started
+                record = self._step(step, batches, step_started, waited, started, first_step)
+                first_losses = first_losses or record.losses
+                tracker.write(record, self.total_steps)
+                self.state = replace(self.state, step=step + 1, epoch=record.epoch, losses=dict(record.losses))
+                stop = self._any_rank(interruption.signal)
+                interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
+                last = stop or step + 1 == self.total_steps
+                due = last or (step + 1) % config.evaluate.every_steps == 0
+                if evaluator.wanted and due and not stop:  # who is asked to stop has no time to evaluate
+                    self.state = evaluator.evaluate(self.state, self.total_steps)
+                early = self.state.rounds_without_better >= (config.evaluate.patience or math.inf)
+                best = self.state.best_step == self.state.step
+                saving = time.monotonic()
+                if last or early or best or (step + 1) % config.checkpoint.every_steps == 0:
+                    self._save()
+                self.saver.poll()
+                self.spent["checkpoint_seconds"] += time.monotonic() - saving
+                if stop or early:
+                    break
+            self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        return self._result(evaluator, first_losses, time.monotonic() - started, interruption.signal or None)
+
+    def _result(
+        self, evaluator: Evaluator, first_losses: Mapping[str, float], seconds: float, number: int | None
+    ) -> TrainResult:
+        best = self._best()
+        final = self.state.best_step if self.config.checkpoint.final == "best" and best else self.state.step
+        scores = evaluator.scores.get(final or 0, {})
+        spent = {**self.spent, "evaluation_seconds": evaluator.spent, "total_seconds": seconds}
+        return TrainResult(self.state, first_losses, seconds, number, best, scores, spent)
+
+    def _step(
+        self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int
+    ) -> Record:
+        where = f"step {step + 1}"
+        for batch in batches:
+            guards.check_targets(batch, where)
+        heads = self.job.family.heads
+        counts = sum_heads(self.accelerator, [batch.target_counts for batch in batches], heads)
+        self.optimizer.zero_grad(set_to_none=True)
+        computing = time.monotonic()
+        batches, per_batch = self._forward_backward(step, batches, counts)
+        sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
+        losses = {head: value / counts[head] for head, value in sums.items()}
+        suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
+        ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
+        guards.check_losses(losses, where, ids)
+        log_details(self.config.tracking.detail_every_steps, step + 1, batches)
+        rate = learning_rate(step, self.total_steps, self.config.train)
+        updating = time.monotonic()
+        grad_norm = self._update(where, ids, rate)
+        sizes = self._sum([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
+        now = time.monotonic()
+        seconds = now - step_started
+        self.spent["data_seconds"] += waited
+        self.spent["forward_backward_seconds"] += updating - computing
+        self.spent["optimizer_seconds"] += now - updating
+        return Record(
+            step=step + 1,
+            epoch=self.plan.epoch_at(step + 1),
+            loss=self._weighted(losses),
+            losses=losses,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            audio_seconds_per_second=sizes["audio"] / seconds,
+            tokens_per_second=sizes["tokens"] / seconds,
+            data_wait_share=waited / seconds,
+            eta_seconds=(now - started) / (step + 1 - first_step) * (self.total_steps - step - 1),
+        )
+
+    def _forward_backward(
+        self, step: int, batches: Sequence[Batch], counts: Mapping[str, float]
+    ) -> tuple[Sequence[Batch], list[dict[str, torch.Tensor]]]:
+        """Gradients of a step, and each micro-batch's summed losses; cut finer and taken again when it does not fit."""
+        while True:
+            before = rng_state()
+            try:
+                where = f"step {step + 1}"
+                return batches, [self._backward(b, counts, where, last=b is batches[-1]) for b in batches]
+            except torch.OutOfMemoryError as error:
+                batches = self.feed.cut_finer(step, batches, error)
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(before)
+
+    def _backward(
+        self, batch: Batch, counts: Mapping[str, float], where: str, *, last: bool
+    ) -> dict[str, torch.Tensor]:
+        ranks = self.accelerator.num_processes
+        batch = batch.to(self.job.precision.device)
+        with self.engine.micro_batch(last=last):
+            loss, sums = self.engine.objective(batch, counts)
+            guards.check_attached(loss, where, batch.sample_ids)
+            self.scaler.scale(loss * ranks).backward()  # ranks average; the counts already span them
+        return sums
+
+    def _update(self, where: str, ids: Sequence[str], rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.parameters.values())
+        total_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = float(total_norm)
+        self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
+        if not self.skipped or self.skipped > MAX_SKIPPED_STEPS:
+            guards.check_gradients(self.parameters, norm, where, ids)
+        # After the guard: clipping by a norm of NaN makes every gradient NaN, and none could be named.
+        nn.utils.clip_grads_with_norm_(parameters, self.config.train.max_grad_norm, total_norm)
+        prove = self.unproven and not self.skipped  # the first step that the optimizer really takes
+        if prove and self.config.lora.enabled:
+            guards.check_reached(self.parameters, where)
+        before = checksums(self.parameters) if prove else {}
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        guards.check_finite(self.parameters, where, ids)
+        if prove:
+            guards.check_moved(before, checksums(self.parameters), where)
+            self.unproven = False
+        return norm
+
+    def _save(self) -> None:
+        if self.saved_step == self.state.step:
+            return
+        self.saved_step = self.state.step
+        states = gather_object([rng_state()])
+        job, step, best = self.job, self.state.step, self.state.best_step
+        directory = self._checkpoint(step)
+        parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
+        main, copy = self.accelerator.is_main_process, self.config.lora.enabled
+        publish = checkpoint_writer(directory, *parts, job.family.save_assets, job.notes, copy=copy, keep=main)
+        if not main:
+            return
+
+        def save() -> None:
+            twice(publish)
+            protected = [] if best is None else [self._checkpoint(best)]
+            prune(self.config.output_dir, self.config.checkpoint.keep_last, protected, up_to=step)
+            log.info("saved and verified %s", directory)
+
+        self.saver.submit(save)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.config.output_dir / f"checkpoint-{step}"
+
+    def _best(self) -> Path | None:
+        best = self.state.best_step
+        return self._checkpoint(best) if best is not None and self._checkpoint(best).is_dir() else None
+
+    def _any_rank(self, number: int) -> bool:
+        return bool(self._sum([{"signal": float(number)}])["signal"])
+
+    def _weighted(self, losses: Mapping[str, float]) -> float:
+        return sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
+
+    def _sum(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return sum_over_ranks(self.accelerator, values)

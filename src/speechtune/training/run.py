@@ -1,0 +1,139 @@
+"""A training run from its configuration: data, base, adapter, loop, and the proof of what was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+
+from speechtune import __version__
+from speechtune.config import RunConfig
+from speechtune.errors import TrainingError
+from speechtune.lora.apply import adapter_state, frozen, trainable
+from speechtune.lora.save import CARD_NAME, save_lora_adapters
+from speechtune.storage.verified_folder import STATE_NAME
+from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
+from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
+from speechtune.training.distributed import least_over_ranks, start_accelerator
+from speechtune.training.job import Job, TrainResult
+from speechtune.training.loop import Run
+from speechtune.training.memory_budget import settle_budget, settle_checkpointing
+from speechtune.training.prepare import prepare
+from speechtune.training.run_info import model_card
+from speechtune.training.tracking import add_warnings
+from speechtune.training.watchdog import Watchdog
+
+log = logging.getLogger("speechtune")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What shows that a run trained what it was to train, measured on the model in memory."""
+
+    lora_b_total: int
+    lora_b_moved: int
+    base_unchanged: bool
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: what the loop says, what was proven, and the trained model with all that belongs to it."""
+
+    result: TrainResult
+    proof: Proof
+    job: Job
+
+
+def run_training(config: RunConfig) -> Outcome:
+    """Train as configured, then save the adapter, prove it, and write the run's summary.
+
+    Raises:
+        SpeechtuneError: with the reason; checkpoints saved before it stay.
+    """
+    accelerator = start_accelerator(config)
+    with Watchdog(accelerator, config.output_dir) as watchdog:
+        outcome = _train(config, accelerator, watchdog)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return outcome
+
+
+def _train(config: RunConfig, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
+    job = prepare(config, accelerator)
+    for settle in (settle_checkpointing, settle_budget):
+        job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
+    frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
+    run = Run(job, accelerator)
+    watchdog.step = lambda: run.state.step
+    try:
+        result = run.train()
+    except TrainingError as error:
+        if accelerator.is_main_process:
+            add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
+        raise
+    proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
+    if result.signal is None:
+        weights = _final_weights(job, result, keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            finish(job, result, proof, weights)
+    return Outcome(result, proof, job)
+
+
+def lora_b_checksums(model: nn.Module) -> dict[str, str]:
+    """Checksum of every lora_B of the adapter that is trained; empty for a full model."""
+    state = adapter_state(model) if isinstance(model, PeftModel) else {}
+    return checksums({name: tensor for name, tensor in state.items() if "lora_B" in name})
+
+
+def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: bool) -> Proof:
+    """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step.
+
+    Raises:
+        TrainingError: the frozen base changed, or no lora_B moved.
+    """
+    after = lora_b_checksums(model)
+    moved = sum(adapter_before[name] != now for name, now in after.items())
+    if after and not moved:
+        raise TrainingError(f"all {len(after)} lora_B are after training what they were before: nothing was learnt")
+    if not base_unchanged:
+        raise TrainingError("the frozen base changed during training: the adapter would not fit the original base")
+    return Proof(len(after), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
+
+
+def _final_weights(job: Job, result: TrainResult, *, keep: bool) -> dict[str, torch.Tensor] | None:
+    """Put the adapter that the run ends with into the model; of a sharded model also return it whole."""
+    if not isinstance(job.model, PeftModel):
+        return None
+    if job.config.checkpoint.final == "best" and result.best_checkpoint is not None:
+        restore_weights(job.model, result.best_checkpoint)
+        best = result.best_checkpoint.name
+        log.info("lora_adapters holds the weights of %s, the best by %s", best, job.config.evaluate.best_metric)
+    return cpu_copy(weights_of(job.model), keep=keep) if is_sharded(job.model) else None
+
+
+def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Write `lora_adapters/` (with LoRA; `weights` as `save_lora_adapters` takes them) and the run's trainer state."""
+    output_dir = job.config.output_dir
+    if isinstance(job.model, PeftModel):
+        notes = {**job.notes, CARD_NAME: model_card(job.config, job.family, job.train_set, result.scores)}
+        directory = output_dir / "lora_adapters"
+        save_lora_adapters(job.model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
+    write_state(output_dir / STATE_NAME, result.state)
+    summary = {
+        "speechtune": __version__,
+        "first_losses": dict(result.first_losses),
+        "last_losses": dict(result.state.losses),
+        "seconds": result.seconds,
+        "proof": asdict(proof),
+        "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
+        "scores": dict(result.scores),
+        "time": dict(result.time),
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,218 @@
+"""What a run writes down: one `Record` per step into metrics.jsonl, a console line, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from speechtune.types import Audio, Batch, Output
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+log = logging.getLogger("speechtune")
+
+WARNINGS_NAME = "warnings.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Measurements of one optimizer step over all ranks.
+
+    `losses` are means over the step's targets, per head; rates count the real targets' audio and real positions.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    losses: Mapping[str, float]
+    learning_rate: float
+    grad_norm: float
+    audio_seconds_per_second: float
+    tokens_per_second: float
+    data_wait_share: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation after `step` steps: mean losses over the evaluation set, and scores of answers to some prompts.
+
+    `eval_loss` is None without evaluation data; `time_share` is evaluation's share of the run's time so far.
+    """
+
+    step: int
+    eval_loss: float | None
+    eval_losses: Mapping[str, float]
+    scores: Mapping[str, float]
+    eval_seconds: float
+    time_share: float
+
+
+class Tracker:
+    """Writes records on the main process; on other ranks it does nothing."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, log_every_steps: int, resume_step: int) -> None:
+        self.accelerator = accelerator
+        self.log_every_steps = log_every_steps
+        self.path = output_dir / "metrics.jsonl"
+        if accelerator.is_main_process:
+            keep_until(self.path, resume_step)
+            keep_until(output_dir / WARNINGS_NAME, resume_step)
+            self.path.touch()
+
+    def write(self, record: Record | EvaluationRecord, total_steps: int) -> None:
+        """Write one record everywhere it goes."""
+        if not self.accelerator.is_main_process:
+            return
+        values = asdict(record)
+        self._append(json.dumps(values) + "\n")
+        self.accelerator.log(flatten(values), step=record.step)
+        if isinstance(record, EvaluationRecord):
+            loss = "" if record.eval_loss is None else f"  loss {record.eval_loss:.4f} ({heads(record.eval_losses)})"
+            scores = f"  {heads(_shortened(record.scores))}" if record.scores else ""
+            cost = f"{record.eval_seconds:.1f} s, {record.time_share:.0%} of the run's time so far"
+            log.info("step %d evaluation:%s%s  (%s)", record.step, loss, scores, cost)
+        elif record.step % self.log_every_steps == 0 or record.step in (1, total_steps):
+            log.info(
+                "step %d/%d  loss %.4f (%s)  lr %.2e  grad %.3g  %.0f audio s/s  %s left",
+                record.step,
+                total_steps,
+                record.loss,
+                heads(record.losses),
+                record.learning_rate,
+                record.grad_norm,
+                record.audio_seconds_per_second,
+                duration(record.eta_seconds),
+            )
+
+    def _append(self, line: str) -> None:
+        if not self.path.exists():
+            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
+        for attempt in (1, 2):  # the folder may go between making it and opening the file
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+                return
+            except FileNotFoundError:
+                if attempt == 2:
+                    raise
+
+
+def log_answers(accelerator: Accelerator, outputs: Sequence[Output], step: int, group: str = "answers") -> None:
+    """Send what was said to TensorBoard, as sound and as log-mel picture; answers in text as text."""
+    if "tensorboard" not in {tracker.name for tracker in accelerator.trackers}:
+        return
+    board = cast(Any, accelerator.get_tracker("tensorboard", unwrap=True))
+    for output in outputs:
+        tag = f"{group}/{output.sample_id}"
+        if output.text is not None:
+            board.add_text(tag, output.text, step)
+        if output.audio is not None and len(output.audio.samples):
+            board.add_audio(tag, output.audio.samples[None], step, sample_rate=output.audio.sampling_rate)
+            board.add_image(f"{tag} (mel)", mel_picture(output.audio), step, dataformats="HW")
+
+
+def mel_picture(audio: Audio) -> np.ndarray:
+    """A log-mel picture, uint8 of shape (mel bins, frames), low tones at the bottom, 80 dB from black to white."""
+    window, hop, bins = 1024, 256, 80
+    filters = mel_filter_bank(window // 2 + 1, bins, 0.0, audio.sampling_rate / 2, audio.sampling_rate)
+    samples = np.pad(audio.samples.astype(np.float64), window // 2)
+    power = spectrogram(samples, window_function(window), window, hop, power=2.0, mel_filters=filters, center=False)
+    decibels = 10 * np.log10(np.maximum(power, 1e-10))
+    scaled = (decibels - decibels.max()) / 80 + 1
+    return (np.clip(scaled, 0, 1)[::-1] * 255).astype(np.uint8)
+
+
+def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
+    """Keep what looked wrong, or stopped the run ("guard"), for the report."""
+    lines = [json.dumps({"step": step, "kind": kind, "message": message}) + "\n" for message in messages]
+    with (output_dir / WARNINGS_NAME).open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+
+
+def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
+    """Every so many steps, name what a step is made of: positions, targets and samples of each micro-batch."""
+    if every is not None and step % every == 0:
+        for batch in batches:
+            counts = heads({head: float(count) for head, count in batch.target_counts.items()}, "%s %.0f")
+            log.info(
+                "step %d: %d positions, targets %s, %s", step, batch.num_tokens, counts, ", ".join(batch.sample_ids)
+            )
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a torn last line: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, object]]:
+    """All records of a metrics file, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def flatten(values: Mapping[str, object]) -> dict[str, object]:
+    """Nested mappings become `name/key`, which trackers show as a group."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}/{key}": inner for key, inner in value.items()})
+        elif name != "step":
+            flat[name] = value
+    return flat
+
+
+def heads(values: Mapping[str, float], form: str = "%s %.4f") -> str:
+    """Values per head for a console line."""
+    return " ".join(form % (head, value) for head, value in values.items())
+
+
+def _shortened(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores with those numbered `name_0`, `name_1` ... replaced by their mean."""
+    groups: dict[str, list[float]] = {}
+    for name, value in scores.items():
+        groups.setdefault(name.rstrip("0123456789").rstrip("_"), []).append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def configure_logging(main_process: bool = True) -> None:
+    """Send the `speechtune` logger to the console: plain lines, from the main process only.
+
+    Progress bars of libraries are left to terminals, and a notice about transformers' own attribute names to nobody.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if main_process else logging.ERROR)
+    log.propagate = False

@@ -1,0 +1,365 @@
+"""The verb lint: what it finds in a corpus of scripts, and that mended scripts train an adapter.
+
+A line of the corpus that ends in `# finds L1 fixable` must be found, as that, and no other line may be.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from speechtune.errors import ConfigError
+from speechtune.lint import fixes as lint_fixes
+from speechtune.lint import lint as lint_module
+from speechtune.commands.lint import run_lint
+from speechtune.lint.lint import Finding, fix, lint, lint_paths
+
+CORPUS = Path(__file__).with_name("lint_corpus")
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(CORPUS.glob("*.py"))
+TRAINABLE = sorted(script.stem for script in SCRIPTS if "LlamaForCausalLM(CONFIG)" in script.read_text("utf-8"))
+
+# Imports once, then runs each script in a process of its own: `script folder` pairs in, exit codes out.
+RUNNER = """
+import json, os, runpy, sys, traceback
+import accelerate, peft, torch, transformers
+codes = []
+for script, folder in json.loads(sys.argv[1]):
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            os.dup2(os.open("log.txt", os.O_CREAT | os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            runpy.run_path(script, run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes.append(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
+
+def script(folder: Path, text: str, name: str = "train.py") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def shown(findings: list[Finding]) -> dict[int, str]:
+    return {
+        found.line: found.code + " fixable" * found.fixable + " note" * (found.severity == "note") for found in findings
+    }
+
+
+def codes(folder: Path, text: str) -> list[str]:
+    return [found.code for found in lint(script(folder, text))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_corpus(path: Path) -> None:
+    lines = path.read_text("utf-8").splitlines()
+    marked = {number: line.partition("# finds ")[2] for number, line in enumerate(lines, 1) if "# finds " in line}
+    assert shown(lint(path)) == marked
+    assert bool(marked) is not path.stem.startswith("sound_")
+
+
+def test_corpus_is_varied() -> None:
+    found = {finding.code for finding in lint_paths([CORPUS])}
+    assert found == {"L1", "L2", "L3", "L4", "L5", "L6", "L7"}
+    assert sum(path.stem.startswith("sound_") for path in SCRIPTS) >= 7 and len(TRAINABLE) >= 7
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], tuple[int, Path]]:
+    """Exit code and folder of each trainable script, as it is (False) and mended (True)."""
+    jobs = {}
+    for name in TRAINABLE:
+        for mended in (False, True):
+            folder = tmp_path_factory.mktemp(name)
+            path = script(folder, (CORPUS / f"{name}.py").read_text("utf-8"))
+            if mended:
+                fix(path)
+            jobs[name, mended] = (str(path), str(folder))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUNNER, json.dumps(list(jobs.values()))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {key: (code, Path(job[1])) for (key, job), code in zip(jobs.items(), results, strict=True)}
+
+
+def trained_adapter(folder: Path) -> bool:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file) if file.exists() else {}
+    return any("lora_B" in name and bool(tensor.any()) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_mended_script_trains_an_adapter(name: str, runs: dict[tuple[str, bool], tuple[int, Path]]) -> None:
+    code, folder = runs[name, True]
+    assert code == 0, (folder / "log.txt").read_text()
+    assert trained_adapter(folder)
+    _, unmended = runs[name, False]
+    assert not trained_adapter(unmended), "the corpus script is not faulty"
+
+
+def cases(file: str) -> dict[str, str]:
+    """Short scripts of the corpus by name, each after a line `## name`."""
+    parts = [part.partition("\n") for part in (CORPUS / file).read_text("utf-8").split("## ")[1:]]
+    return {name: code for name, _, code in parts}
+
+
+IMPORTS = """
+import copy
+import torch
+from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, Trainer, TrainingArguments
+"""
+
+FAULTY = cases("faulty.txt")
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_faults(name: str, tmp_path: Path) -> None:
+    assert codes(tmp_path, IMPORTS + FAULTY[name]) == [name[:2]]
+
+
+SOUND = cases("sound.txt")
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_no_false_alarm(name: str, tmp_path: Path) -> None:
+    """With the line's `# else:` in its place, the fault is there, and is found."""
+    lines = [line.partition("  # else: ") for line in SOUND[name].splitlines()]
+    indents = [line[: len(line) - len(line.lstrip())] for line, _, _ in lines]
+    twin = [indent + other if mark else line for (line, mark, other), indent in zip(lines, indents, strict=True)]
+    assert codes(tmp_path, IMPORTS + "\n".join(line for line, _, _ in lines)) == []
+    assert codes(tmp_path, IMPORTS + "\n".join(twin)) == [name[:2]]
+
+
+STAYS = cases("left.txt")
+
+
+@pytest.mark.parametrize("reason", STAYS)
+def test_what_is_not_certain_is_left_with_its_reason(reason: str, tmp_path: Path) -> None:
+    imports = IMPORTS.replace(", get_peft_model", "") if reason == "something else" else IMPORTS
+    path = script(tmp_path, imports + STAYS[reason])
+    report = fix(path)
+    assert report.fixed == [] and report.backup is None and report.diff == ""
+    assert any(f"leaves this to you: {reason}" in f.message or reason in f.message for f in report.left), report.left
+    assert not any(found.fixable for found in report.left)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.py"] and path.read_text() == imports + STAYS[reason]
+
+
+MARKS = (("< ", "> "), ("> ", "< "))
+MENDED = cases("mended.txt")
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_mends(name: str, tmp_path: Path) -> None:
+    lines = MENDED[name].splitlines(keepends=True)  # "<" marks a line that goes, ">" one that comes
+    before, after = ("".join(line.removeprefix(mark) for line in lines if line[:2] != other) for mark, other in MARKS)
+    path = script(tmp_path, before)
+    assert len(fix(path).fixed) == 1
+    assert path.read_text() == after
+
+
+@pytest.mark.parametrize("kind", ["crlf", "bom", "latin-1", "tabs", "no newline at the end"])
+def test_a_mend_changes_nothing_else(kind: str, tmp_path: Path) -> None:
+    text = (CORPUS / "faulty_saves_base.py").read_text("utf-8").replace("# finds L2 fixable", "#  as  it   was ;")
+    original = {
+        "crlf": text.replace("\n", "\r\n").encode(),
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "latin-1": ("# -*- coding: latin-1 -*-\n" + text.replace("prompt", "prömpt")).encode("latin-1"),
+        "tabs": text.replace("    ", "\t").encode(),
+        "no newline at the end": text.rstrip().encode(),
+    }[kind]
+    path = tmp_path / "train.py"
+    path.write_bytes(original)
+    report = fix(path)
+    assert path.read_bytes() == original.replace(b"base_model.save_pretrained", b"model.save_pretrained")
+    changed = [line for line in report.diff.splitlines()[2:] if line.startswith(("+", "-"))]
+    assert len(changed) == 2 and report.left == []
+
+
+def test_inserted_lines_end_as_the_others_do(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_bytes((CORPUS / "faulty_config_unused.py").read_bytes().replace(b"\n", b"\r\n"))
+    assert fix(path).fixed
+    assert path.read_bytes().count(b"\n") == path.read_bytes().count(b"\r\n")
+
+
+def test_backups_are_kept_and_modes_too(tmp_path: Path) -> None:
+    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    path = script(tmp_path, text)
+    path.chmod(0o750)
+    link = tmp_path / "link.py"
+    link.symlink_to(path)
+    assert fix(link).backup == str(tmp_path / "train.py.bak") and link.is_symlink()
+    path.write_text(text, encoding="utf-8")
+    assert fix(path).backup == str(tmp_path / "train.py.bak1")
+    backups = [tmp_path / "train.py.bak", tmp_path / "train.py.bak1"]
+    assert all(backup.read_text("utf-8") == text for backup in backups)
+    assert {file.stat().st_mode & 0o777 for file in (path, *backups)} == {0o750}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.py", "train.py", "train.py.bak", "train.py.bak1"]
+    changed = [
+        line for line in difflib.ndiff(text.splitlines(), path.read_text("utf-8").splitlines()) if line[0] in "+-"
+    ]
+    assert changed == ["+ from peft import get_peft_model", "+ model = get_peft_model(model, lora_config)"]
+
+
+def test_a_full_disk_leaves_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    path = script(tmp_path, text)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        fix(path)
+    assert path.read_text("utf-8") == text and [file.name for file in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_without_a_backup_nothing_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    path = script(tmp_path, text)
+
+    def refuse(path: Path, original: bytes) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(lint_fixes, "_backup", refuse)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        fix(path)
+    assert path.read_text("utf-8") == text and [file.name for file in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_script_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = script(tmp_path, (CORPUS / "faulty_config_unused.py").read_text("utf-8"))
+    check = lint_module._check
+
+    def slow(*arguments):
+        path.write_text("# edited\n")
+        return check(*arguments)
+
+    monkeypatch.setattr(lint_module, "_check", slow)
+    with pytest.raises(ConfigError, match="changed while"):
+        fix(path)
+    assert path.read_text() == "# edited\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (b"x = 1\nif x:\ny = 2\n", 3),
+        (b"import os\nprint 'two'\n", 2),
+        (b"x = 1\x00\n", 1),
+        (b"# -*- coding: utf-8 -*-\nname = '\xff'\n", 2),
+    ],
+)
+def test_what_is_not_python(source: bytes, line: int, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_bytes(source)
+    for read in (lint, fix):
+        with pytest.raises(ConfigError, match=rf"broken\.py:{line}: not readable as Python"):
+            read(path)
+    assert path.read_bytes() == source
+
+
+@pytest.mark.parametrize("text", ["(" * 5000 + ")" * 5000, "+".join("1" * 5000), "-" * 20000 + "1"])
+def test_nesting_without_end(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.py.*nest"):
+        lint(script(tmp_path, f"LoraConfig = {text}\n"))
+
+
+def test_scripts_are_not_run(tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    path = script(tmp_path, f"open({str(witness)!r}, 'w').close()\n{text}")
+    assert fix(path).fixed and lint(path) == []
+    assert not witness.exists()
+
+
+def test_folders(tmp_path: Path) -> None:
+    for name in ("b.py", "sub/a.py", ".hidden/c.py", "lib/site-packages/d.py", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        script(tmp_path, FAULTY["L7 bare"], name)
+    assert [Path(found.path).name for found in lint_paths([tmp_path])] == ["b.py", "a.py"]
+    assert len(lint_paths([tmp_path / "notes.txt", tmp_path / "b.py", tmp_path])) == 3
+    with pytest.raises(ConfigError, match="no such file"):
+        lint_paths([tmp_path / "missing.py"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no \*\.py"):
+        lint_paths([tmp_path / "empty"])
+
+
+def test_all_unreadable_scripts_are_named_before_one_is_mended(tmp_path: Path) -> None:
+    good = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"), "a.py")
+    text = good.read_text("utf-8")
+    script(tmp_path, "if\n", "b.py")
+    script(tmp_path, "else\n", "c.py")
+    with pytest.raises(ConfigError, match=r"(?s)b\.py:1.*c\.py:1"):
+        run_lint([tmp_path], fix=True)
+    assert good.read_text("utf-8") == text
+
+
+def test_run_lint_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = script(tmp_path, (CORPUS / "faulty_config_and_save.py").read_text("utf-8"))
+    assert run_lint([path], as_json=True) == 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["num_files"] == 1 and values["fixed"] == [] and values["backups"] == {}
+    (found,) = values["findings"]
+    assert (found["code"], found["line"], found["column"], found["fixable"]) == ("L1", 23, 12, True)
+    assert run_lint([path], fix=True, as_json=True) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [found["code"] for found in values["fixed"]] == ["L1", "L2"] and values["findings"] == []
+    assert values["backups"] == {str(path): f"{path}.bak"}
+
+
+def test_notes_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_lint([CORPUS / "noted_fp16.py"]) == 0
+    assert "0 fault(s), 2 note(s)" in capsys.readouterr().out
+    assert run_lint([CORPUS / "faulty_labels.py"]) == 1
+
+
+def test_run_lint_prints_the_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lint_module, "Console", lambda: Console(width=200))
+    path = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"))
+    run_lint([path])
+    printed = capsys.readouterr().out
+    assert "train.py:32:5" in printed and "L2" in printed and "base_model is not what was trained" in printed
+    run_lint([path], fix=True)
+    printed = capsys.readouterr().out
+    assert "mended L2; the original is" in printed and "+    model.save_pretrained(" in printed
+
+
+def test_launcher(tmp_path: Path) -> None:
+    path = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"))
+    results = []
+    for flags in ([str(path)], [str(path), "--fix", "--json"], [str(path)], [str(tmp_path / "missing.py")]):
+        command = [sys.executable, str(ROOT / "fix_lora_training.py"), *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        results.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=False))
+    assert [result.returncode for result in results] == [1, 0, 0, 2]
+    assert len(json.loads(results[1].stdout)["fixed"]) == 1
+    assert (
+        "ConfigError" in results[3].stderr
+        and "missing.py" in results[3].stderr
+        and "Traceback" not in results[3].stderr
+    )

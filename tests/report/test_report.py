@@ -1,0 +1,352 @@
+"""Reports on run directories made without training: what is said, what is left out, and that data stays data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report_cases
+from helpers import DemoClip
+from report_cases import HIGGS, PHI4, make_bare_run, make_run, step_record, write_lines
+from speechtune.errors import ConfigError
+from speechtune.report.html import page
+from speechtune.report.markdown import markdown
+from speechtune.report.plots import Line, Panel, downsample, linear_ticks, log_ticks, make_scale, svg
+from speechtune.report.read_run import STOPPED, UNFINISHED, read_run
+from speechtune.report.sound import AudioBudget, encode_sound, log_mel, png, spread
+from speechtune.report.write import run_report
+from speechtune.types import Audio
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> [a](http://x) | `b`"
+MAX_PAGE_BYTES = 1_000_000
+"""A page without sound stays under this, however long the run."""
+
+
+def body_of(html: str) -> str:
+    return html[html.index("<body>") :]
+
+
+def test_a_finished_run_is_told_in_full(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    run = make_run(tmp_path / "voice", demo_clips[:2])
+    assert run_report([run]) == 0
+    html, text = ((run / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
+    for wanted in (
+        "finished",
+        "b" * 64,  # hashes of base and data
+        "d" * 64,
+        "abc123",  # revision
+        "torch 2.13.0",
+        "2 x NVIDIA H200",
+        "bf16 on cuda",
+        "en: 500, ru: 312",
+        "43,008",
+        "20 of 20",
+        "yes, bit for bit",
+        "stop_rate fell to 0",
+        "checkpoint-60",
+        "all bytes compared",
+        "forward and backward",
+        "train.seed=42",
+    ):
+        assert wanted in html, wanted
+        assert wanted in text or wanted in ("20 of 20", "finished"), wanted
+    assert html.count("<audio") == 2 * 5 and html.count("data:audio/") == html.count("data:image/png") == 2 * 5
+    assert "audio" not in re.findall(r"<(\w+)", text)
+    for title in (
+        "loss of the audio head",
+        "learning rate",
+        "gradient norm",
+        "word error rate",
+        "accuracy per codebook",
+    ):
+        assert f"<h3>{title}" in html
+    assert "zero-shot base 1.4" in html and "every file of a run was there" in html
+
+
+def test_a_pronunciation_run_needs_no_other_code(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "phones", kind=PHI4)
+    write_lines(run / "samples" / "prompts.jsonl", [{"id": "u1", "text": "hello", "speaker": "s1"}])
+    write_lines(run / "samples" / "step-60" / "scores.jsonl", [{"id": "u1", "heard": '{"accuracy": 8}', "per": 0.1}])
+    html = page([read_run(run)])
+    for wanted in ("PCC of accuracy", "F1 of mispronunciation", "share of answers that parse", "PER 0.1", "heard: {"):
+        assert wanted in html, wanted
+    assert "loss of the text head" in html and "all heads weighted" not in html
+    assert "no audio kept" not in html and "<audio" not in html
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_bare_run(tmp_path / "half", steps=30, total=60)
+    assert run_report([run]) == 0
+    report = read_run(run)
+    assert report.state == UNFINISHED and report.last_step == 30 and report.total_steps == 60
+    html, text, printed = page([report]), markdown([report]), capsys.readouterr().out
+    for name in ("run_info.json", "warnings.jsonl", "samples/prompts.jsonl", "summary.json", "zero-shot base"):
+        assert any(name in line for line in report.missing), name
+        assert name in html and name in text and name in printed
+    assert "No checkpoint in this folder" in html and "recorded no command" in html
+    assert f"speechtune train {run}/config.yaml" in html
+    assert "No guard fired" not in html  # nothing is known, which is another thing
+
+
+def test_a_run_stopped_by_a_guard(tmp_path: Path) -> None:
+    run = make_bare_run(tmp_path / "stopped")
+    write_lines(run / "warnings.jsonl", [{"step": 30, "kind": "guard", "message": "step 31: the audio loss is nan"}])
+    report = read_run(run)
+    assert report.state == STOPPED
+    for told in (page([report]), markdown([report])):
+        assert "stopped by a guard at step 30 of 60: step 31: the audio loss is nan" in told
+    write_lines(run / "metrics.jsonl", (step_record(step, 60, HIGGS["heads"]) for step in range(1, 45)))
+    assert read_run(run).state == UNFINISHED  # resumed, and past the place
+
+
+def test_not_a_number_is_shown_and_breaks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_bare_run(tmp_path / "broken")
+    bad = step_record(31, 60, HIGGS["heads"]) | {"loss": math.nan, "grad_norm": math.inf}
+    bad["losses"] = {"audio": math.nan, "text": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(bad) + '\n{"step": 32, "lo')  # and the line that was being written
+    assert run_report([run], as_json=True) == 0
+    facts = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in strict JSON"))
+    (told,) = facts["runs"]
+    assert told["non_finite_steps"] == 1 and told["last"]["loss"] is None and told["last_step"] == 31
+    assert any("metrics.jsonl: 1 line" in line for line in told["missing"])
+    html = Path(facts["html"]).read_text(encoding="utf-8")
+    assert "1 step(s) with a loss or norm not finite: 31" in html and "step 31, broken: NaN or infinite" in html
+    assert "nan" not in " ".join(re.findall(r' d="([^"]*)"', html))
+    assert "1 step(s)" in Path(facts["markdown"]).read_text(encoding="utf-8")
+
+
+def test_a_run_of_nothing_but_nan(tmp_path: Path) -> None:
+    run = make_bare_run(tmp_path / "nan", steps=1)
+    write_lines(
+        run / "metrics.jsonl", [step_record(1, 60, ("audio",)) | {"loss": math.nan, "losses": {"audio": math.nan}}]
+    )
+    assert "<svg" in page([read_run(run)]) and markdown([read_run(run)])
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "run_info.json", "summary.json", "trainer_state.json", "config.yaml"]
+)
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\x00{", b'{"step": {}, "losses": 3, "data": 7, "time": []}'])
+def test_broken_files_are_named_not_fatal(tmp_path: Path, name: str, content: bytes) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_bytes(content)
+    report = read_run(run)
+    assert page([report]) and markdown([report])
+    assert not content.startswith((b"[", b"\xff")) or any(line.startswith(name) for line in report.missing)
+
+
+def test_texts_from_data_stay_texts(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    evil = [replace(demo_clips[0], text=EVIL, speaker=EVIL, language="<b>")]
+    run = make_run(tmp_path / "<script>alert(3)<", evil)
+    write_lines(run / "warnings.jsonl", [{"step": 1, "kind": EVIL, "message": EVIL}])
+    write_lines(run / "samples" / "step-60" / "scores.jsonl", [{"id": "p0", "heard": EVIL + "\ud800", "wer": EVIL}])
+    info = report_cases.run_info()
+    info["hardware"]["name"] = info["data"]["languages"] = info["command"] = EVIL
+    info["parameters"] = [{"tower": EVIL, "total": EVIL, "trainable": 1}]
+    info["versions"] = {EVIL: EVIL}
+    report_cases.write_json(run / "run_info.json", info)
+    report_cases.write_json(run / "summary.json", report_cases.summary() | {"reproduce": EVIL})
+    record = step_record(61, 60, (EVIL,)) | {"losses": {EVIL: 1.0, "$title": 2.0}}
+    write_lines(run / "metrics.jsonl", [record, {"step": 61, "eval_loss": 1.0, "scores": {EVIL: 1.0}}])
+    for runs in ([run], [run, make_bare_run(tmp_path / "b")]):
+        assert run_report(runs, tmp_path / "x.html") == 0
+        html = (tmp_path / "x.html").read_text(encoding="utf-8")
+        body = body_of(html)
+        assert body.count("<script") == 1 and "<img src=x" not in html and "<b>" not in body
+        assert "&lt;script&gt;alert(1)" in body
+        text = (tmp_path / "x.md").read_text(encoding="utf-8")
+        prose = "\n".join(line for line in text.splitlines() if not line.startswith("    "))  # but for the command
+        assert "<script" not in prose and "<img" not in prose and "[a](" not in prose
+
+
+def test_nothing_can_be_loaded_and_no_other_script_can_run(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    html = page([read_run(make_run(tmp_path / "run", demo_clips[:1]))])
+    assert re.search(r"Content-Security-Policy\" content=\"default-src 'none'", html)
+    assert re.search(r"script-src 'sha256-[\w+/]+=*'", html)
+    assert all(link.startswith(("data:", "#")) for link in re.findall(r'(?:src|href)="([^"]*)"', html))
+    assert "url(" not in html and "@import" not in html and "http://" not in html and "https://" not in html
+
+
+def test_an_id_reaches_no_file_outside_the_samples(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    run = make_run(tmp_path / "run", demo_clips[:1])
+    (tmp_path / "secret.wav").write_bytes((run / "samples" / "reference" / "p0.wav").read_bytes())
+    (run / "samples" / "reference" / "link.wav").symlink_to(tmp_path / "secret.wav")
+    ids = ["../../../secret", "link", "a\0b", "x" * 5000, str(tmp_path / "secret")]
+    write_lines(run / "samples" / "prompts.jsonl", [{"id": name, "text": "t"} for name in ids])
+    assert "<audio" not in page([read_run(run)])
+
+
+def test_several_runs_are_laid_side_by_side(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    first = make_run(tmp_path / "a" / "run", demo_clips[:1])
+    second = make_run(tmp_path / "b" / "run", demo_clips[:1], seed=7)
+    third = make_bare_run(tmp_path / "c", learning_rate=5e-4)
+    assert run_report([first, second, third], tmp_path / "out" / "compared.html") == 0
+    html = (tmp_path / "out" / "compared.html").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "compared.md").read_text(encoding="utf-8")
+    assert "3 runs compared" in html and "a/run" in html and "b/run" in html
+    assert "| train.seed | 42 | 7 | 42 |" in text and "train.learning_rate" in text
+    assert "lora.rank" not in text  # the same in all
+    assert "1.4 → 0.12" in text
+    panel = html[html.index("loss of the audio head") :]
+    assert panel[: panel.index("</figure>")].count('class="line ') == 3
+    assert html.count("<h4>reference</h4>") == 1 and "b/run: step 60 (best)" in html
+    assert "compare their losses with care" not in html
+
+
+def test_runs_on_other_data_are_not_compared_silently(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    report_cases.write_json(second / "run_info.json", {"data": {"fingerprint": "e" * 64}})
+    reports = [read_run(first), read_run(second)]
+    for told in (page(reports), markdown(reports)):
+        assert re.search(r"differ in hash of the data: compare their losses with care", told)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_bare_run(tmp_path / name / "same") for name in "ab"]
+    assert run_report(runs, tmp_path / "r.html") == 0
+    assert str(runs[0]) in (tmp_path / "r.md").read_text() and str(runs[1]) in (tmp_path / "r.md").read_text()
+
+
+def test_damaged_checkpoints_are_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "checkpoint-20" / "adapter_model.safetensors").write_bytes(b"other")
+    (run / "checkpoint-60" / "MANIFEST.json").unlink()
+    report = read_run(run)
+    assert all(c.problem for c in report.checkpoints)
+    assert page([report]).count("DAMAGED") == 2 and markdown([report]).count("DAMAGED") == 2
+
+
+def test_a_checkpoint_that_cannot_be_checked_is_not_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    files = {"files": [{"name": "x" * 5000, "bytes": 1, "blake3": ""}]}
+    report_cases.write_json(run / "checkpoint-20" / "MANIFEST.json", files)
+    first, second = read_run(run).checkpoints
+    assert first.problem and "too long" in first.problem and second.problem is None
+
+
+def test_steps_no_plot_can_show_are_left_out(tmp_path: Path) -> None:
+    run = make_bare_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in ("1" + "0" * 400, -1, '"7"')))
+    report = read_run(run)
+    assert report.last_step == 2 and page([report])
+
+
+def test_the_best_is_named_even_if_it_is_gone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    state = json.loads((run / "trainer_state.json").read_text()) | {"best_step": 40}
+    report_cases.write_json(run / "trainer_state.json", state)
+    assert "Best: checkpoint-40, evaluation loss 1; it is not in the folder" in page([read_run(run)])
+    (run / "trainer_state.json").unlink()
+    assert read_run(run).best_step == 60
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        run_report([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match="neither config"):
+        run_report([tmp_path])
+    with pytest.raises(ConfigError, match="name a file that ends"):
+        run_report([make_bare_run(tmp_path / "run")], tmp_path / "report.pdf")
+
+
+def test_the_page_is_written_at_once(tmp_path: Path) -> None:
+    run = make_bare_run(tmp_path / "run")
+    assert run_report([run], tmp_path / "folder") == 0
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["report.html", "report.md"]
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    short = read_run(make_run(tmp_path / "run"))
+    records = [step_record(step, 100_000, HIGGS["heads"]) for step in range(1, 100_001)]
+    long = [replace(short, name=name, steps=records) for name in ("one", "two", "three")]
+    for reports in (long[:1], long):
+        assert len(page(reports).encode()) < MAX_PAGE_BYTES
+
+
+def test_sound_keeps_to_its_limit(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    report = read_run(make_run(tmp_path / "run", demo_clips[:3]))
+    everything = AudioBudget()
+    whole = page([report], everything)
+    assert whole.count("<audio") == 15 and not everything.left_out
+    budget = AudioBudget(limit=everything.used // 2)
+    half = page([report], budget)
+    assert budget.used <= budget.limit and budget.left_out
+    assert f"{len(budget.left_out)} clip(s) did not fit" in half
+    assert half.count("<audio") + len(budget.left_out) == 15 and half.count("not on this page") == len(budget.left_out)
+    card = half[half.index('<article class="prompt">') :]
+    assert card[: card.index("</article>")].count("<audio") >= 2  # references and base come first
+
+
+def test_broken_sound_is_named(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    run = make_run(tmp_path / "run", demo_clips[:1])
+    (run / "samples" / "step-60" / "p0.wav").write_bytes(b"RIFFnothing")
+    html = page([read_run(run)])
+    assert html.count("<audio") == 4 and "step-60/p0.wav: not audio" in html
+
+
+def test_downsampling_keeps_the_range() -> None:
+    curve = [(step, float(step == 777)) for step in range(10_000)]
+    points = downsample(curve, 100)
+    assert len(points) == 100 and max(p.high for p in points) == 1.0 and points[7].value == pytest.approx(0.01)
+    assert downsample([(1, None), (2, 3.0)])[0].value is None
+    assert all(p.value is None for p in downsample([(step, None) for step in range(1000)], 10))
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0], [-1.0, -1.0], [1e-300, 1e300], [0.0, 1e-9], [None], [1e6, 1e6 + 1]])
+def test_every_curve_has_axes(values: list[float | None]) -> None:
+    lines = [Line("x", 0, [(step, value) for step, value in enumerate(values)])]
+    for log in (False, True):
+        panel = Panel("t", "", lines, log)
+        drawn = svg(panel)
+        numbers = [float(n) for n in re.findall(r'[xyd12]+="M?([\d.-]+)', drawn)]
+        assert numbers and all(math.isfinite(n) for n in numbers) and "nan" not in drawn and drawn.count('"tick"') < 40
+        scale = make_scale(panel, [downsample(line.curve) for line in lines])
+        assert scale.low < scale.high
+
+
+def test_ticks_are_round() -> None:
+    assert linear_ticks(0, 97) == [0, 20, 40, 60, 80]
+    assert log_ticks(0.02, 500) == pytest.approx([0.1, 1, 10, 100])
+    assert log_ticks(3, 60) == pytest.approx([5, 10, 20, 50])
+
+
+def test_a_mel_picture_shows_the_pitch() -> None:
+    seconds = np.arange(24_000) / 24_000
+    low, high = (log_mel(Audio(np.sin(2 * np.pi * f * seconds).astype(np.float32), 24_000)) for f in (200, 4000))
+    assert low.shape[0] == 64 and abs(low.shape[1] - 100) <= 2
+    assert low[:, 50].argmax() > high[:, 50].argmax() + 20  # the low tone lies further down
+
+
+def test_the_png_can_be_read_back() -> None:
+    levels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    content = png(levels)
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content[16:24] == bytes([0, 0, 0, 4, 0, 0, 0, 3])
+    start = content.index(b"IDAT") + 4
+    rows = np.frombuffer(zlib.decompressobj().decompress(content[start:]), np.uint8).reshape(3, 5)
+    assert (rows[:, 0] == 0).all() and (rows[:, 1:] == levels).all()
+
+
+@pytest.mark.parametrize("sampling_rate", [8_000, 16_000, 24_000, 10_007])
+def test_sound_is_encoded_at_any_rate(sampling_rate: int, tmp_path: Path) -> None:
+    import soundfile
+
+    tone = np.sin(np.arange(sampling_rate) / 10).astype(np.float32)
+    head, _, content = encode_sound(Audio(tone, sampling_rate)).partition(",")
+    assert head in {"data:audio/mpeg;base64", "data:audio/wav;base64"}
+    (tmp_path / "x").write_bytes(base64.b64decode(content))
+    assert soundfile.info(tmp_path / "x").duration == pytest.approx(1.0, abs=0.15)
+
+
+def test_the_steps_that_earn_a_place() -> None:
+    assert spread([0, 10, 20, 30, 40], best=10) == [0, 40, 10, 30, 20]
+    assert spread([], None) == [] and spread([5], 5) == [5]
