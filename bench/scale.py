@@ -79,7 +79,7 @@ def run_validate(manifest: Path) -> None:
     from speechtune.config import DataConfig
 
     report = validate(manifest, DataConfig())
-    assert not report.faults, report.faults[:3]
+    assert not report.issues, report.issues[:3]
 
 
 def run_first_batch(manifest: Path) -> None:

@@ -117,11 +117,11 @@ def check_manners(modules: Modules) -> Iterator[str]:
     names = {part for name in modules if name.startswith("families.") for part in [name.split(".")[1]]} - {"layers"}
     for name, (_, tree) in modules.items():
         for node in ast.walk(tree):
-            for fault in faults_of(node, name, names):
-                yield f"{name}:{getattr(node, 'lineno', 0)}: {fault}"
+            for issue in issues_of(node, name, names):
+                yield f"{name}:{getattr(node, 'lineno', 0)}: {issue}"
 
 
-def faults_of(node: ast.AST, module: str, families: set[str]) -> Iterator[str]:
+def issues_of(node: ast.AST, module: str, families: set[str]) -> Iterator[str]:
     if isinstance(node, ast.ImportFrom):
         if node.level:
             yield "relative import; write the full name"
@@ -169,15 +169,15 @@ def names_family(node: ast.expr) -> bool:
 CHECKS = (check_imports, check_circles, check_size, check_manners)
 
 
-def all_faults(source: Path) -> list[str]:
+def all_issues(source: Path) -> list[str]:
     modules = read(source)
     assert modules, f"no source found under {source}"
-    return [fault for check in CHECKS for fault in check(modules)]
+    return [issue for check in CHECKS for issue in check(modules)]
 
 
 def test_the_rules_hold() -> None:
-    faults = all_faults(SOURCE)
-    assert not faults, "\n" + "\n".join(faults)
+    issues = all_issues(SOURCE)
+    assert not issues, "\n" + "\n".join(issues)
 
 
 PLANTED = {
@@ -232,7 +232,7 @@ def sound(tmp_path: Path) -> Path:
 
 
 def test_what_is_allowed_passes(sound: Path) -> None:
-    assert all_faults(sound) == []
+    assert all_issues(sound) == []
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -241,16 +241,16 @@ def test_every_rule_can_fail(name: str, sound: Path) -> None:
     path = sound / "speechtune" / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(code)
-    faults = all_faults(sound)
-    assert any(expected in fault for fault in faults), faults
+    issues = all_issues(sound)
+    assert any(expected in issue for issue in issues), issues
 
 
 def test_an_eleventh_file_at_the_top_is_too_many(sound: Path) -> None:
     for name in ("types", "tensors", "config", "precision", "audio", "family", "__main__", "__init__", "errors", "cli"):
         (sound / "speechtune" / f"{name}.py").touch()
-    assert all_faults(sound) == []
+    assert all_issues(sound) == []
     (sound / "speechtune" / "storage.py").touch()
-    assert any("files at the top" in fault for fault in all_faults(sound))
+    assert any("files at the top" in issue for issue in all_issues(sound))
 
 
 @pytest.mark.parametrize(

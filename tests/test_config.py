@@ -1,4 +1,4 @@
-"""Configuration: every shipped recipe loads, nothing unknown is swallowed, and a fault names the option and a cure."""
+"""Configuration: every shipped recipe loads, nothing unknown is swallowed, and an issue names the option and a cure."""
 
 from __future__ import annotations
 
@@ -148,17 +148,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(case: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_config({**SMALLEST, **values}, "recipe.yaml")
     message = str(caught.value)
-    assert message.startswith("recipe.yaml: 1 fault(s)") and f"{named}: no such option" in message
+    assert message.startswith("recipe.yaml: 1 issue(s)") and f"{named}: no such option" in message
     assert f"did you mean {nearest!r}?" in message if nearest else True
     assert caught.value.exit_code == 2
 
 
-def test_all_faults_are_reported_at_once() -> None:
+def test_all_issues_are_reported_at_once() -> None:
     values = {"family": "x", "train": {"epochs": -1, "batch_size": "many", "sede": 1}, "lora": {"rank": 0}}
     with pytest.raises(ConfigError) as caught:
         build_config(values, "recipe.yaml")
     message = str(caught.value)
-    assert "5 fault(s)" in message
+    assert "5 issue(s)" in message
     for part in ("model: required", "train.epochs", "train.batch_size", "'many'", "train.sede", "lora.rank"):
         assert part in message, message
 
@@ -261,8 +261,8 @@ def test_the_cache_lies_beside_the_run_unless_told(recipe: Path) -> None:
     assert load_config(recipe, ["output_dir=/runs/one", "data.cache_dir=/fast"]).cache_dir == Path("/fast")
 
 
-def test_an_option_of_two_types_has_one_fault() -> None:
-    """Guards against a fault per type, named after pydantic's inner workings ("batch.tokens.constrained-int")."""
+def test_an_option_of_two_types_has_one_issue() -> None:
+    """Guards against an issue per type, named after pydantic's inner workings ("batch.tokens.constrained-int")."""
     two_types = {
         (section, name)
         for section, info in RunConfig.model_fields.items()

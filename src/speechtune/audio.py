@@ -44,7 +44,7 @@ CLIPPING_SHARE = 1e-3
 _HASH_CHUNK_BYTES = 2**20
 
 
-class AudioFault(AudioError):
+class InvalidAudioError(AudioError):
     """An `AudioError` with a short `code` for tables, such as `missing_file` or `not_audio`."""
 
     def __init__(self, code: str, ref: AudioRef | Path, reason: str) -> None:
@@ -83,20 +83,20 @@ def segment_frames(ref: AudioRef, info: AudioInfo) -> tuple[int, int]:
     """
     start = round(ref.offset_seconds * info.sampling_rate)
     if ref.offset_seconds < 0:
-        raise AudioFault("bad_offset", ref, f"the offset {ref.offset_seconds:g} s is negative")
+        raise InvalidAudioError("bad_offset", ref, f"the offset {ref.offset_seconds:g} s is negative")
     if start >= info.num_frames:
         reason = f"the offset {ref.offset_seconds:g} s lies past the end of the file ({info.duration_seconds:.2f} s)"
-        raise AudioFault("bad_offset", ref, reason)
+        raise InvalidAudioError("bad_offset", ref, reason)
     available = info.num_frames - start
     if ref.duration_seconds is None:
         return start, available
     count = round(ref.duration_seconds * info.sampling_rate)
     if count <= 0:
-        raise AudioFault("bad_duration", ref, f"the segment is empty ({ref.duration_seconds:g} s)")
+        raise InvalidAudioError("bad_duration", ref, f"the segment is empty ({ref.duration_seconds:g} s)")
     if count - available > DURATION_TOLERANCE_SECONDS * info.sampling_rate:
         end = ref.offset_seconds + ref.duration_seconds
         reason = f"the segment ends at {end:.2f} s, but the file is {info.duration_seconds:.2f} s long"
-        raise AudioFault("duration_mismatch", ref, reason)
+        raise InvalidAudioError("duration_mismatch", ref, reason)
     return start, min(count, available)
 
 
@@ -116,18 +116,18 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
                 f"too large to decode: {count / info.sampling_rate:.0f} s in {info.num_channels} channel(s) exceed "
                 f"{MAX_DECODED_VALUES} values; cut it into shorter clips"
             )
-            raise AudioFault("too_large", ref, reason)
+            raise InvalidAudioError("too_large", ref, reason)
         try:
             file.seek(start)
             frames = file.read(count, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
-            raise AudioFault("not_audio", ref, f"cannot be decoded: {_libsndfile_reason(error)}") from None
+            raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_libsndfile_reason(error)}") from None
     if len(frames) < count:
         reason = f"truncated: the header promises {count} frames from {start} on, only {len(frames)} can be decoded"
-        raise AudioFault("truncated", ref, reason)
+        raise InvalidAudioError("truncated", ref, reason)
     samples = frames[:, 0] if info.num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
     if not np.isfinite(samples).all():
-        raise AudioFault("not_finite", ref, "holds NaN or infinite samples")
+        raise InvalidAudioError("not_finite", ref, "holds NaN or infinite samples")
     return resample(Audio(samples, info.sampling_rate), sampling_rate or info.sampling_rate)
 
 
@@ -154,7 +154,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
         with soundfile.SoundFile(path) as file:
             found = json.loads(file.comment or "null")
     except soundfile.SoundFileError as error:
-        raise AudioFault("unreadable", path, _libsndfile_reason(error)) from None
+        raise InvalidAudioError("unreadable", path, _libsndfile_reason(error)) from None
     except ValueError:
         return None
     return found if isinstance(found, dict) and "generated" in found else None
@@ -169,7 +169,7 @@ def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = N
         AudioError: the samples are not finite, or the file cannot be written.
     """
     if not np.isfinite(audio.samples).all():
-        raise AudioFault("not_finite", path, "not written: the samples hold NaN or infinite values")
+        raise InvalidAudioError("not_finite", path, "not written: the samples hold NaN or infinite values")
     try:
         rate = audio.sampling_rate
         with path.open("wb") as raw, soundfile.SoundFile(raw, "w", rate, 1, "PCM_16", format="WAV") as file:
@@ -178,9 +178,9 @@ def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = N
                 file.software = f"speechtune {__version__}"
             file.write(audio.samples)
     except OSError as error:
-        raise AudioFault("unwritable", path, f"cannot be written: {error.strerror}") from None
+        raise InvalidAudioError("unwritable", path, f"cannot be written: {error.strerror}") from None
     except soundfile.SoundFileError as error:
-        raise AudioFault("unwritable", path, f"cannot be written: {_libsndfile_reason(error)}") from None
+        raise InvalidAudioError("unwritable", path, f"cannot be written: {_libsndfile_reason(error)}") from None
 
 
 def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:
@@ -225,14 +225,16 @@ def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(source)
     except soundfile.SoundFileError as error:
-        raise AudioFault("not_audio", ref, f"not audio libsndfile can read: {_libsndfile_reason(error)}") from None
+        raise InvalidAudioError(
+            "not_audio", ref, f"not audio libsndfile can read: {_libsndfile_reason(error)}"
+        ) from None
     except TypeError:  # how soundfile refuses headerless *.raw
-        raise AudioFault("not_audio", ref, "not audio libsndfile can read: headerless raw samples") from None
+        raise InvalidAudioError("not_audio", ref, "not audio libsndfile can read: headerless raw samples") from None
 
 
 def _info(ref: AudioRef, file: soundfile.SoundFile) -> AudioInfo:
     if file.frames <= 0:
-        raise AudioFault("empty_audio", ref, "holds no audio frames")
+        raise InvalidAudioError("empty_audio", ref, "holds no audio frames")
     return AudioInfo(file.frames / file.samplerate, file.samplerate, file.frames, file.channels)
 
 
@@ -240,30 +242,32 @@ def _check_file(ref: AudioRef, path: str) -> None:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise AudioFault("missing_file", ref, "no such file") from None
+        raise InvalidAudioError("missing_file", ref, "no such file") from None
     except (OSError, ValueError) as error:
-        raise AudioFault("unreadable_file", ref, f"cannot be opened: {_os_reason(error)}") from None
+        raise InvalidAudioError("unreadable_file", ref, f"cannot be opened: {_os_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise AudioFault("unreadable_file", ref, "not a regular file")
+        raise InvalidAudioError("unreadable_file", ref, "not a regular file")
     if status.st_size == 0:
-        raise AudioFault("empty_file", ref, "the file is empty (0 bytes)")
+        raise InvalidAudioError("empty_file", ref, "the file is empty (0 bytes)")
     if status.st_size > MAX_FILE_BYTES:
-        raise AudioFault("too_large", ref, f"{status.st_size} bytes exceed the limit of {MAX_FILE_BYTES} bytes")
+        raise InvalidAudioError("too_large", ref, f"{status.st_size} bytes exceed the limit of {MAX_FILE_BYTES} bytes")
     if not os.access(path, os.R_OK):
-        raise AudioFault("unreadable_file", ref, "cannot be opened: Permission denied")
+        raise InvalidAudioError("unreadable_file", ref, "cannot be opened: Permission denied")
 
 
 def _bytes(ref: AudioRef, allow_urls: bool) -> bytes:
     if ref.data is not None:
         if not ref.data:
-            raise AudioFault("empty_file", ref, "no bytes")
+            raise InvalidAudioError("empty_file", ref, "no bytes")
         if len(ref.data) > MAX_INLINE_BYTES:
-            raise AudioFault("too_large", ref, f"exceeds the limit of {MAX_INLINE_BYTES} bytes for inline audio")
+            raise InvalidAudioError("too_large", ref, f"exceeds the limit of {MAX_INLINE_BYTES} bytes for inline audio")
         return ref.data
     if ref.url is None:
-        raise AudioFault("missing_file", ref, "names neither a path nor bytes nor a URL")
+        raise InvalidAudioError("missing_file", ref, "names neither a path nor bytes nor a URL")
     if not allow_urls:
-        raise AudioFault("url_refused", ref, "audio from URLs is refused; set data.allow_urls=true, or download it")
+        raise InvalidAudioError(
+            "url_refused", ref, "audio from URLs is refused; set data.allow_urls=true, or download it"
+        )
     return _download(ref, ref.url)
 
 
@@ -273,16 +277,16 @@ def _download(ref: AudioRef, url: str) -> bytes:
     except ValueError:
         scheme = ""
     if scheme not in ("http", "https"):
-        raise AudioFault("url_refused", ref, f"scheme {scheme!r} is refused; only http and https are fetched")
+        raise InvalidAudioError("url_refused", ref, f"scheme {scheme!r} is refused; only http and https are fetched")
     try:
         with _opener().open(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
             data = response.read(MAX_INLINE_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise AudioFault("download_failed", ref, f"download failed: {_os_reason(error)}") from None
+        raise InvalidAudioError("download_failed", ref, f"download failed: {_os_reason(error)}") from None
     if len(data) > MAX_INLINE_BYTES:
-        raise AudioFault("too_large", ref, f"the download exceeds the limit of {MAX_INLINE_BYTES} bytes")
+        raise InvalidAudioError("too_large", ref, f"the download exceeds the limit of {MAX_INLINE_BYTES} bytes")
     if not data:
-        raise AudioFault("empty_file", ref, "the download is empty (0 bytes)")
+        raise InvalidAudioError("empty_file", ref, "the download is empty (0 bytes)")
     return data
 
 
@@ -312,7 +316,7 @@ def _chunks(ref: AudioRef, allow_urls: bool) -> Iterator[bytes]:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 yield chunk
     except OSError as error:
-        raise AudioFault("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
+        raise InvalidAudioError("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
 
 
 def _os_reason(error: Exception) -> str:

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _sharing_verbs(verbs)
     _adapter_verbs(adapters.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
-    lint = verbs.add_parser("lint", help="find training scripts' faults around LoRA and loss, and mend the clear ones")
+    lint = verbs.add_parser("lint", help="find training scripts' issues around LoRA and loss, and mend the clear ones")
     lint.add_argument("paths", type=Path, nargs="+", help="scripts or folders")
     lint.add_argument("--fix", action="store_true", help="mend what can be mended, keeping a backup")
     _call(lint, "lint", "run_lint")
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _validate_verb(verbs: Any) -> None:
-    validate = verbs.add_parser("validate", help="list every fault of a data file with line and reason")
+    validate = verbs.add_parser("validate", help="list every issue of a data file with line and reason")
     validate.add_argument(
         "manifest", type=Path, help="ChatML JSON/JSONL, folder with metadata.json, wav/txt or Speechocean762 folder"
     )
@@ -178,12 +178,12 @@ def _adapter_verbs(actions: Any) -> None:
     verify.add_argument("path", type=Path, help="adapter folder")
     verify.add_argument("--base", help="load it onto this base too (hub id or folder) and prove an effect")
     verify.add_argument("--find-all", action="store_true", help="every adapter below the path")
-    verify.add_argument("--verbose", action="store_true", help="every check, not only the faults")
+    verify.add_argument("--verbose", action="store_true", help="every check, not only the issues")
     _call(verify, "adapters", "run_verify")
 
     find = actions.add_parser("find", help="list every adapter below a folder, by content")
     find.add_argument("root", type=Path, help="folder to search")
-    find.add_argument("--verbose", action="store_true", help="faults and details of each")
+    find.add_argument("--verbose", action="store_true", help="issues and details of each")
     _call(find, "adapters", "run_find")
 
     extract = actions.add_parser("extract", help="rescue LoRA weights out of a full checkpoint")

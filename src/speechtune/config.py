@@ -64,7 +64,7 @@ class DataConfig(Section):
     max_seconds: float = Field(default=60.0, gt=0.0)
     """Longest clip accepted."""
     on_error: Literal["fail", "quarantine"] = "fail"
-    """Stop at faulty rows, or write them to a quarantine file and train on the rest."""
+    """Stop at invalid rows, or write them to a quarantine file and train on the rest."""
     quarantine_limit: float = Field(default=0.05, ge=0.0, le=1.0)
     """Largest share of rows that quarantine may set aside before the run stops all the same."""
     cache_dir: Path | None = None
@@ -260,12 +260,12 @@ class RunConfig(Section):
 
 
 def build_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate nested `values`; every fault is listed in one ConfigError that starts with `where`."""
+    """Validate nested `values`; every issue is listed in one ConfigError that starts with `where`."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [f"  {_describe(item)}" for item in _one_an_option(error.errors(include_url=False))]
-        raise ConfigError(f"{where}: {len(lines)} fault(s) in the configuration\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{where}: {len(lines)} issue(s) in the configuration\n" + "\n".join(lines)) from None
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -320,7 +320,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """One fault where pydantic lists one for every type that an option may have."""
+    """One issue where pydantic lists one for every type that an option may have."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for item in items:
         place = tuple(item["loc"])

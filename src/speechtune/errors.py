@@ -3,6 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One thing that validation found.
+
+    Attributes:
+        source: where: "file:line", a file, a tensor, an option.
+        sample_id: the sample it concerns; "" for none.
+        code: short, stable name of its kind, such as "missing_audio".
+        message: what is wrong, and what to do about it.
+        row: number of the row, from 1; 0 where there are no rows.
+        severity: a "note" is nothing wrong by itself.
+    """
+
+    source: str
+    sample_id: str
+    code: str
+    message: str
+    row: int = 0
+    severity: Literal["error", "warning", "note"] = "error"
+
+    def __str__(self) -> str:
+        subject = f"{self.sample_id}: " if self.sample_id else ""
+        return f"{self.source}: {subject}{self.message} [{self.code}]"
 
 
 class SpeechtuneError(Exception):
@@ -20,15 +47,15 @@ class ConfigError(SpeechtuneError):
 
 
 class ManifestError(SpeechtuneError):
-    """Faults of a data file; all of them are collected and raised once.
+    """Issues of a data file; all of them are collected and raised once.
 
     Attributes:
-        faults: every fault found, in file order.
+        issues: every issue found, in file order.
     """
 
-    def __init__(self, message: str, faults: tuple[object, ...] = ()) -> None:
+    def __init__(self, message: str, issues: tuple[object, ...] = ()) -> None:
         super().__init__(message)
-        self.faults = faults
+        self.issues = issues
 
 
 class AudioError(SpeechtuneError):

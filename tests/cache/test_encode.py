@@ -181,8 +181,8 @@ def test_every_bad_clip_is_named_and_the_good_ones_are_kept(samples: list[Sample
     for number in (1, 2, 3):
         assert f"{number}.wav" in message and f"s{number} (train.jsonl:{number + 1})" in message
     assert "silence" in message and "0.wav" not in message
-    faults = cast(tuple[cache.ClipFault, ...], caught.value.faults)
-    assert sorted(fault.sample_ids for fault in faults) == [("s1",), ("s2",), ("s3",)]
+    issues = cast(tuple[cache.ClipIssue, ...], caught.value.issues)
+    assert sorted(issue.sample_ids for issue in issues) == [("s1",), ("s2",), ("s3",)]
 
     fake, family = make_family()
     assert len(encode(family, [samples[0], samples[4]], tmp_path / "cache")) == 2

@@ -88,7 +88,7 @@ def hashed_clips(root: Path) -> ClipHasher:
     ids=["index of the store", "remembered hashes"],
 )
 def test_bytes_of_an_entry(tmp_path: Path, make: Callable[[Path], Any], read: Callable[[Any], int], limit: int) -> None:
-    """Fault: an entry took 340 bytes in the index and 250 among the hashes, as text in dicts."""
+    """Issue: an entry took 340 bytes in the index and 250 among the hashes, as text in dicts."""
     made = make(tmp_path)
     tracemalloc.start()
     try:

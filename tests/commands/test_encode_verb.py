@@ -41,7 +41,7 @@ def encode(recipe: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tup
 
 
 def test_shards_make_one_set_and_a_missing_one_is_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault: two of three processes ran, and only training found out, clip by clip."""
+    """Issue: two of three processes ran, and only training found out, clip by clip."""
     left: dict[int, dict[str, int]] = {}
     for index in (0, 2, 1):
         code, out, _ = encode(recipe, capsys, "--shard", f"{index}/3", "--json")

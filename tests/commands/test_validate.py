@@ -81,22 +81,22 @@ def test_script_of_a_text(text: str, script: str) -> None:
 
 def test_sound_manifest(tmp_path: Path) -> None:
     report = validate(manifest(tmp_path, *(entry(n) for n in range(3))), DataConfig(), deep=True)
-    assert report.faults == [] and report.notes == []
+    assert report.issues == [] and report.notes == []
     assert report.statistics["hours"] == round(6 / 3600, 4) and report.statistics["with_reference"] == 3
-    assert "no faults" in shown(tmp_path) and "anna: 3" in shown(tmp_path)
+    assert "no issues" in shown(tmp_path) and "anna: 3" in shown(tmp_path)
 
 
-def test_faults_are_listed_in_row_order_and_not_counted_as_sound(tmp_path: Path) -> None:
+def test_issues_are_listed_in_row_order_and_not_counted_as_sound(tmp_path: Path) -> None:
     rows = [entry(0), entry(7), entry(1, text="<|eot_id|>"), entry(8), entry(2)]
     report = validate(manifest(tmp_path, *rows), DataConfig())
-    assert [(fault.row, fault.code) for fault in report.faults] == [
+    assert [(issue.row, issue.code) for issue in report.issues] == [
         (2, "missing_file"), (3, "special_token"), (4, "missing_file"),
     ]  # fmt: skip
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (5, 2)
     values = json.loads(report.to_json())
-    assert values["faults"][1]["sample_id"] == "id1" and values["statistics"] == report.statistics
+    assert values["issues"][1]["sample_id"] == "id1" and values["statistics"] == report.statistics
     output = shown(tmp_path)
-    assert "3 fault(s)" in output and "id7" in output and "no faults" not in output
+    assert "3 issue(s)" in output and "id7" in output and "no issues" not in output
 
 
 def test_markup_and_control_characters_are_shown_not_obeyed(tmp_path: Path) -> None:
@@ -106,17 +106,17 @@ def test_markup_and_control_characters_are_shown_not_obeyed(tmp_path: Path) -> N
     assert "\x1b" not in output and "\\x1b[2Jclear" in output
 
 
-def test_many_faults_are_cut_and_summed(tmp_path: Path) -> None:
+def test_many_issues_are_cut_and_summed(tmp_path: Path) -> None:
     output = shown(manifest(tmp_path, *(entry(n + 10) for n in range(60))))
-    assert "60 fault(s)" in output and "... and 10 more; in all: 60 missing_file" in output
+    assert "60 issue(s)" in output and "... and 10 more; in all: 60 missing_file" in output
 
 
 def test_urls_are_noted_when_not_fetched(tmp_path: Path) -> None:
     path = manifest(tmp_path, entry(0, audio_file="http://127.0.0.1:9/a.wav"))
     report = validate(path, DataConfig(allow_urls=True))
-    assert report.faults == [] and report.notes[-1].startswith("1 clip(s) given as URL were not fetched")
-    (fault,) = validate(path, DataConfig(allow_urls=True), deep=True).faults
-    assert fault.code == "download_failed"
+    assert report.issues == [] and report.notes[-1].startswith("1 clip(s) given as URL were not fetched")
+    (issue,) = validate(path, DataConfig(allow_urls=True), deep=True).issues
+    assert issue.code == "download_failed"
 
 
 def test_no_such_manifest(tmp_path: Path) -> None:
@@ -127,5 +127,5 @@ def test_no_such_manifest(tmp_path: Path) -> None:
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the demo clips are not in this tree")
 def test_the_shipped_example_is_sound() -> None:
     report = validate(EXAMPLE, DataConfig(), deep=True)
-    assert report.faults == [] and report.statistics["num_samples"] == 8
+    assert report.issues == [] and report.statistics["num_samples"] == 8
     assert len(report.statistics["speakers"]) == 4 and report.statistics["with_reference"] == 8

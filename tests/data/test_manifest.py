@@ -1,4 +1,4 @@
-"""Manifests: every format, every fault with its line, and texts that must survive."""
+"""Manifests: every format, every issue with its line, and texts that must survive."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from speechtune.config import DataConfig
 from speechtune.data import rows
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.manifest import load_samples, read_samples
-from speechtune.data.rows import Fault
 from speechtune.data.splits import split_samples
-from speechtune.errors import ManifestError
+from speechtune.errors import Issue, ManifestError
 from speechtune.types import AudioRef, Sample
 
 PREFIX = "Please generate speech for given text in reference audio's voice: "
@@ -77,23 +76,23 @@ def save(folder: Path, *rows: Any, name: str = "train.jsonl") -> Path:
 
 def one(path: Path, **options: Any) -> Sample:
     result = read_samples(path, DataConfig(**options))
-    assert result.faults == [] and len(result.samples) == result.num_rows == 1
+    assert result.issues == [] and len(result.samples) == result.num_rows == 1
     return result.samples[0]
 
 
-def faults(path: Path, deep: bool | None = None, **options: Any) -> list[Fault]:
-    """Faults of reading; with `deep` given, also those of the audio."""
+def issues(path: Path, deep: bool | None = None, **options: Any) -> list[Issue]:
+    """Issues of reading; with `deep` given, also those of the audio."""
     config = DataConfig(**options)
     result = read_samples(path, config)
-    found = result.faults
+    found = result.issues
     if deep is not None:
-        found = found + check_audio(result.samples, config, deep).faults
+        found = found + check_audio(result.samples, config, deep).issues
     return found
 
 
-def only(path: Path, code: str, message: str, **options: Any) -> Fault:
-    found = faults(path, **options)
-    assert [fault.code for fault in found] == [code], found
+def only(path: Path, code: str, message: str, **options: Any) -> Issue:
+    found = issues(path, **options)
+    assert [issue.code for issue in found] == [code], found
     assert message in found[0].message
     return found[0]
 
@@ -252,7 +251,7 @@ def test_metadata_folder(folder: Path) -> None:
     ]
     for path in (metadata(folder, *rows), folder / "metadata.json"):
         result = read_samples(path, DataConfig())
-        assert result.faults == []
+        assert result.issues == []
         first, second = result.samples
         assert first.references[0].text == "The reference." and first.references[0].audio.path == folder / "ref.wav"
         assert first.language == "it" and first.audio == AudioRef(path=folder / "target.wav")
@@ -283,7 +282,7 @@ def test_wav_txt_pairs(tmp_path: Path) -> None:
         write(tmp_path / "set" / name).with_suffix(".txt").write_text(f"Text {name}\n")
     (tmp_path / "set" / "README.txt").write_text("not a transcript")
     result = read_samples(tmp_path / "set", DataConfig())
-    assert result.faults == []
+    assert result.issues == []
     assert [(s.id, s.speaker, s.text) for s in result.samples] == [
         ("anna/1", "anna", "Text anna/1.wav"),
         ("anna/2", "anna", "Text anna/2.flac"),
@@ -295,7 +294,7 @@ def test_wav_txt_pairs(tmp_path: Path) -> None:
     write(tmp_path / "set/anna/3.wav")
     (tmp_path / "set/anna/4.txt").write_text("alone")
     write(tmp_path / "set/anna/2.wav")
-    found = {fault.sample_id: fault.code for fault in faults(tmp_path / "set" / "anna")}
+    found = {issue.sample_id: issue.code for issue in issues(tmp_path / "set" / "anna")}
     assert found == {"anna-2": "doubled_audio", "anna-3": "missing_text", "anna-4": "missing_audio"}
 
 
@@ -326,12 +325,12 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"no audio file has a \.txt"):
         read_samples(tmp_path, DataConfig())
     (tmp_path / "empty.json").write_text("[]")
-    assert [fault.code for fault in faults(tmp_path / "empty.json")] == ["empty_manifest"]
+    assert [issue.code for issue in issues(tmp_path / "empty.json")] == ["empty_manifest"]
     with pytest.raises(ManifestError, match="holds no rows"):
         load_samples(tmp_path / "empty.json", DataConfig(on_error="quarantine", quarantine_limit=1.0))
 
 
-# ---- faults of rows
+# ---- issues of rows
 
 
 def broken(kind: str) -> dict[str, Any]:
@@ -408,10 +407,10 @@ def broken(kind: str) -> dict[str, Any]:
         ("speaker_type", "bad_field", "'speaker' is not a text but ['anna']"),
     ],
 )
-def test_row_faults(folder: Path, kind: str, code: str, words: str) -> None:
-    fault = only(save(folder, cloning(id="good"), {"id": "bad"} | broken(kind)), code, words)
-    assert (fault.source, fault.row, fault.sample_id) == (f"{folder}/train.jsonl:2", 2, "bad")
-    assert str(fault).isprintable()
+def test_row_issues(folder: Path, kind: str, code: str, words: str) -> None:
+    issue = only(save(folder, cloning(id="good"), {"id": "bad"} | broken(kind)), code, words)
+    assert (issue.source, issue.row, issue.sample_id) == (f"{folder}/train.jsonl:2", 2, "bad")
+    assert str(issue).isprintable()
 
 
 def test_file_urls_stay_refused_when_urls_are_allowed(folder: Path) -> None:
@@ -419,19 +418,19 @@ def test_file_urls_stay_refused_when_urls_are_allowed(folder: Path) -> None:
     assert one(save(folder, broken("url")), allow_urls=True).audio == AudioRef(url="https://host/a.wav")
 
 
-def test_all_faults_of_all_rows_are_collected(folder: Path) -> None:
+def test_all_issues_of_all_rows_are_collected(folder: Path) -> None:
     bad = broken("eot")
     bad["messages"][0]["content"][0] = text("")
     path = save(folder, cloning(), bad, 3, {"sentence": "x", "path": "y"}, cloning())
-    found = [(fault.row, fault.code) for fault in faults(path)]
+    found = [(issue.row, issue.code) for issue in issues(path)]
     assert found == [
         (2, "no_reference_text"), (2, "special_token"), (3, "bad_row"), (4, "unknown_format"),
     ]  # fmt: skip
-    assert "its keys: 'sentence', 'path'" in faults(path)[3].message
+    assert "its keys: 'sentence', 'path'" in issues(path)[3].message
     assert [sample.id for sample in read_samples(path, DataConfig()).samples] == ["train-1", "train-5"]
 
 
-def test_absent_is_not_a_fault(folder: Path) -> None:
+def test_absent_is_not_a_issue(folder: Path) -> None:
     """Guards against None and NaN, which Arrow and pandas write for absent fields, read as values."""
     row = cloning(
         start_index=None, misc={"score": float("nan"), "language": None}, language=float("nan"), audios=None, id=None
@@ -448,18 +447,18 @@ def test_absent_is_not_a_fault(folder: Path) -> None:
 def test_misc_cannot_pose_as_our_own_notes(folder: Path) -> None:
     row = cloning(misc={"row": 9, "layout": "folder", "declared_seconds": ["x"], "reference_from": "y", "z": 1})
     row["messages"][0]["content"][1] = audio("missing.wav")
-    (fault,) = faults(save(folder, row), deep=False)
-    assert fault.code == "missing_file" and fault.row == 1
+    (issue,) = issues(save(folder, row), deep=False)
+    assert issue.code == "missing_file" and issue.row == 1
     assert read_samples(save(folder, row), DataConfig()).samples[0].extra == {"row": 1, "layout": "chatml", "z": 1}
 
 
 def test_duplicate_ids(folder: Path) -> None:
     path = save(folder, cloning(id="x"), cloning(misc={"id": 7}), cloning(id="x"), cloning(id=7))
-    assert [(f.row, f.code) for f in faults(path)] == [(3, "duplicate_id"), (4, "duplicate_id")]
-    assert "already taken by row 1" in faults(path)[0].message
+    assert [(f.row, f.code) for f in issues(path)] == [(3, "duplicate_id"), (4, "duplicate_id")]
+    assert "already taken by row 1" in issues(path)[0].message
 
 
-def test_transcript_faults(folder: Path) -> None:
+def test_transcript_issues(folder: Path) -> None:
     (folder / "latin1.txt").write_bytes(b"caf\xe9")
     (folder / "big.txt").write_bytes(b"x" * (2**20 + 1))
     rows = [
@@ -471,7 +470,7 @@ def test_transcript_faults(folder: Path) -> None:
         entry("6", ref_audio_file="ref.wav"),
         {"id": "7", "audio_file": None, "text": "no audio"},
     ]
-    found = [(fault.sample_id, fault.code) for fault in faults(metadata(folder, *rows))]
+    found = [(issue.sample_id, issue.code) for issue in issues(metadata(folder, *rows))]
     codes = ["empty_text", "missing_text", "bad_unicode", "bad_transcript", "empty_text", "no_reference_text"]
     assert found == [*zip("123456", codes, strict=True), ("7", "missing_audio")]
 
@@ -485,12 +484,12 @@ def test_lines_are_where_rows_start(folder: Path, monkeypatch: pytest.MonkeyPatc
     pretty = [json.dumps(broken("eot"), indent=3, ensure_ascii=False) for _ in range(3)]
     (folder / "list.json").write_text("\n[\n\n" + "\n,\n".join(pretty) + "\n]\n")
     height = pretty[0].count("\n") + 1
-    lines = [int(fault.source.rpartition(":")[2]) for fault in faults(folder / "list.json")]
+    lines = [int(issue.source.rpartition(":")[2]) for issue in issues(folder / "list.json")]
     assert lines == [4, 4 + height + 1, 4 + 2 * (height + 1)]
     (folder / "rows.jsonl").write_text(f"\n{json.dumps(broken('eot'))}\n\n\n{json.dumps(broken('eot'))}")
-    assert [fault.source for fault in faults(folder / "rows.jsonl")] == [f"{folder}/rows.jsonl:{n}" for n in (2, 5)]
+    assert [issue.source for issue in issues(folder / "rows.jsonl")] == [f"{folder}/rows.jsonl:{n}" for n in (2, 5)]
     (folder / "metadata.json").write_text('{"samples":\n[\n{"audio_file": "a.wav"},\n\n{"audio_file": "b.wav"}]}')
-    assert [fault.source for fault in faults(folder)] == [f"{folder}/metadata.json:{n}" for n in (3, 5)]
+    assert [issue.source for issue in issues(folder)] == [f"{folder}/metadata.json:{n}" for n in (3, 5)]
 
 
 def test_a_broken_jsonl_line_costs_only_itself(folder: Path) -> None:
@@ -498,13 +497,13 @@ def test_a_broken_jsonl_line_costs_only_itself(folder: Path) -> None:
     deep = "[" * 100_000
     path = folder / "train.jsonl"
     path.write_bytes(f"{good}\n{good[:-5]}\n{deep}\n{good}\n".encode() + good.encode().replace(b"Hello", b"\xff"))
-    found = [(fault.row, fault.code) for fault in faults(path)]
+    found = [(issue.row, issue.code) for issue in issues(path)]
     assert found == [(2, "invalid_json"), (3, "invalid_json"), (5, "bad_unicode")]
 
 
 @pytest.mark.parametrize("ending", ["", ",", ",]", "]x", "] []", ' {"id": 1}]', ",\n{'id': 1}]", ", {]"])
 @pytest.mark.parametrize("chunk", [64, 2**20])
-def test_a_broken_list_is_a_fault_with_its_line(
+def test_a_broken_list_is_a_issue_with_its_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
 ) -> None:
     monkeypatch.setattr(rows, "_CHUNK_CHARS", chunk)
@@ -512,8 +511,8 @@ def test_a_broken_list_is_a_fault_with_its_line(
     path.write_text("[" + ",\n".join(json.dumps(cloning()) for _ in range(3)) + ending)
     result = read_samples(path, DataConfig())
     assert len(result.samples) == 3
-    assert [(fault.code, fault.row) for fault in result.faults] == [("unreadable_rest", 4)]
-    assert result.faults[0].source == f"{path}:{4 if ending.startswith(',' + chr(10)) else 3}"
+    assert [(issue.code, issue.row) for issue in result.issues] == [("unreadable_rest", 4)]
+    assert result.issues[0].source == f"{path}:{4 if ending.startswith(',' + chr(10)) else 3}"
     with pytest.raises(ManifestError, match="the file breaks off"):
         load_samples(path, DataConfig(on_error="quarantine", quarantine_limit=1.0), folder)
 
@@ -521,7 +520,7 @@ def test_a_broken_list_is_a_fault_with_its_line(
 def test_values_are_not_torn_at_a_chunk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_CHUNK_CHARS", 64)
     (folder / "train.json").write_text(f"[{'1' * 1000}, {'2' * 1000}]")
-    assert [(fault.row, fault.code) for fault in faults(folder / "train.json")] == [(1, "bad_row"), (2, "bad_row")]
+    assert [(issue.row, issue.code) for issue in issues(folder / "train.json")] == [(1, "bad_row"), (2, "bad_row")]
 
 
 # ---- containment
@@ -539,8 +538,8 @@ def test_paths_are_confined_to_audio_root(folder: Path, tmp_path_factory: pytest
     for url in refused:
         row = cloning()
         row["messages"][1]["content"][1]["audio_url"] = url
-        fault = only(save(folder, row), "outside_root", "outside data.audio_root", audio_root=folder)
-        assert str(folder) in fault.message
+        issue = only(save(folder, row), "outside_root", "outside data.audio_root", audio_root=folder)
+        assert str(folder) in issue.message
     for url in ("inner/../other.wav", str(folder / "other.wav"), "inner_link.wav"):
         row["messages"][1]["content"][1]["audio_url"] = url
         assert one(save(folder, row), audio_root=folder).audio == AudioRef(path=folder / "other.wav")
@@ -565,7 +564,7 @@ def test_target_equal_to_reference_is_seen_through_links(folder: Path) -> None:
     row["messages"][0]["content"][1] = audio("link.wav")
     only(save(folder, row), "target_is_reference", "own reference")
     row["messages"][0]["content"][1] = audio("link.wav", offset=0.2)
-    assert faults(save(folder, row)) == []
+    assert issues(save(folder, row)) == []
 
 
 # ---- audio
@@ -576,7 +575,7 @@ def test_inline_audio(folder: Path) -> None:
     row = cloning()
     row["messages"][1]["content"][1] = audio("placeholder", raw_audio=base64.b64encode(content).decode())
     path = save(folder, row)
-    assert one(path).audio == AudioRef(data=content) and faults(path, deep=True) == []
+    assert one(path).audio == AudioRef(data=content) and issues(path, deep=True) == []
 
 
 def test_segments_and_declared_durations(folder: Path) -> None:
@@ -585,17 +584,17 @@ def test_segments_and_declared_durations(folder: Path) -> None:
     part = row["messages"][1]["content"][1]
     part["duration"] = 2.7
     sample = one(save(folder, row))
-    assert sample.audio == AudioRef(path=folder / "target.wav") and faults(save(folder, row), deep=False) == []
+    assert sample.audio == AudioRef(path=folder / "target.wav") and issues(save(folder, row), deep=False) == []
     part["duration"] = 2.4
-    (fault,) = faults(save(folder, row), deep=False)
-    assert fault.code == "duration_mismatch" and "declared as 2.40 s, but the file is 3.00 s long" in fault.message
+    (issue,) = issues(save(folder, row), deep=False)
+    assert issue.code == "duration_mismatch" and "declared as 2.40 s, but the file is 3.00 s long" in issue.message
     part["offset"] = 0.5
     sample = one(save(folder, row))
     assert sample.audio == AudioRef(path=folder / "target.wav", offset_seconds=0.5, duration_seconds=2.4)
-    assert faults(save(folder, row), deep=False) == []
+    assert issues(save(folder, row), deep=False) == []
 
 
-def audio_fault(folder: Path, kind: str) -> dict[str, Any]:
+def audio_issue(folder: Path, kind: str) -> dict[str, Any]:
     part: dict[str, Any] = audio("bad.wav")
     path, noise = folder / "bad.wav", np.random.default_rng(9).normal(0, 0.3, RATE).astype(np.float32)
     if kind == "empty":
@@ -649,13 +648,13 @@ def audio_fault(folder: Path, kind: str) -> dict[str, Any]:
         ("cut", True, "", ""),
     ],
 )
-def test_audio_faults(folder: Path, kind: str, deep: bool, code: str, words: str) -> None:
-    path = save(folder, cloning(), audio_fault(folder, kind))
-    (fault,) = faults(path, deep=True, max_seconds=2.0)
-    assert fault.code == code or (not code and fault.code in ("truncated", "not_audio"))
-    assert words in fault.message and (fault.row, fault.sample_id) == (2, "bad")
-    assert str(folder) in fault.message or kind in ("copy", "recoded")
-    assert len(faults(path, deep=False, max_seconds=2.0)) == (0 if deep else 1)
+def test_audio_issues(folder: Path, kind: str, deep: bool, code: str, words: str) -> None:
+    path = save(folder, cloning(), audio_issue(folder, kind))
+    (issue,) = issues(path, deep=True, max_seconds=2.0)
+    assert issue.code == code or (not code and issue.code in ("truncated", "not_audio"))
+    assert words in issue.message and (issue.row, issue.sample_id) == (2, "bad")
+    assert str(folder) in issue.message or kind in ("copy", "recoded")
+    assert len(issues(path, deep=False, max_seconds=2.0)) == (0 if deep else 1)
 
 
 def test_each_clip_is_inspected_once_and_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,26 +666,26 @@ def test_each_clip_is_inspected_once_and_progress_is_told(folder: Path, monkeypa
     samples = read_samples(save(folder, *(cloning(id=n) for n in range(50))), DataConfig()).samples
     steps: list[tuple[int, int]] = []
     check = check_audio(samples, DataConfig(), progress=lambda done, total: steps.append((done, total)))
-    assert check.faults == [] and len(opened) == 2 and steps == [(2, 2)]
+    assert check.issues == [] and len(opened) == 2 and steps == [(2, 2)]
     assert check.durations == {AudioRef(path=folder / n): 0.5 for n in ("ref.wav", "target.wav")}
 
 
-def test_a_bad_lender_faults_only_its_own_row(folder: Path) -> None:
+def test_a_bad_lender_issues_only_its_own_row(folder: Path) -> None:
     rows = [entry("target"), entry("missing"), entry("other")]
-    found = faults(metadata(folder, *rows), deep=False)
-    assert [(fault.sample_id, fault.code) for fault in found] == [("missing", "missing_file")]
+    found = issues(metadata(folder, *rows), deep=False)
+    assert [(issue.sample_id, issue.code) for issue in found] == [("missing", "missing_file")]
 
 
 # ---- loading and quarantine
 
 
-def test_load_raises_once_with_all_faults(folder: Path) -> None:
-    path = save(folder, audio_fault(folder, "missing"), *(broken("eot") for _ in range(30)), cloning())
+def test_load_raises_once_with_all_issues(folder: Path) -> None:
+    path = save(folder, audio_issue(folder, "missing"), *(broken("eot") for _ in range(30)), cloning())
     with pytest.raises(ManifestError) as caught:
         load_samples(path, DataConfig())
     lines = str(caught.value).splitlines()
-    assert "31 fault(s) in 31 of 32 rows" in lines[0] and len(lines) == 22 and "and 11 more" in lines[-1]
-    assert f"{path}:1: bad: " in lines[1] and f"{path}:2: train-2: " in lines[2] and len(caught.value.faults) == 31
+    assert "31 issue(s) in 31 of 32 rows" in lines[0] and len(lines) == 22 and "and 11 more" in lines[-1]
+    assert f"{path}:1: bad: " in lines[1] and f"{path}:2: train-2: " in lines[2] and len(caught.value.issues) == 31
 
 
 def test_load_gives_sound_samples(folder: Path) -> None:
@@ -696,18 +695,18 @@ def test_load_gives_sound_samples(folder: Path) -> None:
 
 def test_quarantine_sets_bad_rows_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Guards against bad samples skipped in silence by going to idx+1."""
-    bad = [broken("eot"), audio_fault(folder, "missing"), broken("surrogate")]
+    bad = [broken("eot"), audio_issue(folder, "missing"), broken("surrogate")]
     path = folder / "train.json"
     path.write_text(json.dumps([*bad, *(cloning() for _ in range(7))]))  # all on one line
     config = DataConfig(on_error="quarantine", quarantine_limit=0.3)
     with caplog.at_level(logging.WARNING, "speechtune"):
         samples = load_samples(path, config, folder / "run")
     assert [sample.id for sample in samples] == [f"train-{n}" for n in range(4, 11)]
-    assert "3 fault(s) in 3 of 10 rows" in caplog.text and "7 samples are left" in caplog.text
+    assert "3 issue(s) in 3 of 10 rows" in caplog.text and "7 samples are left" in caplog.text
     file = folder / "run" / "quarantine-train.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [record["content"] for record in records] == bad
-    codes = [record["faults"][0]["code"] for record in records]
+    codes = [record["issues"][0]["code"] for record in records]
     assert codes == ["special_token", "missing_file", "bad_unicode"] and records[1]["id"] == "bad"
     load_samples(path, config, folder / "run")
     assert len(file.read_text().splitlines()) == 3  # a rerun adds nothing
@@ -782,7 +781,7 @@ report = validate(Path(sys.argv[1]), DataConfig())
 status = Path("/proc/self/status").read_text().splitlines()
 peak = int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1024
 times = [time.perf_counter() - start, time.process_time()]
-print(json.dumps([report.statistics["num_samples"], len(report.faults), *times, peak]))
+print(json.dumps([report.statistics["num_samples"], len(report.issues), *times, peak]))
 """
 
 
@@ -800,8 +799,8 @@ def test_200_000_rows_validate_in_a_minute_and_a_gigabyte(tmp_path: Path) -> Non
         file.write("]")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "train.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    num_samples, num_faults, wall_seconds, cpu_seconds, mebibytes = json.loads(done.stdout)
+    num_samples, num_issues, wall_seconds, cpu_seconds, mebibytes = json.loads(done.stdout)
     print(f"{wall_seconds:.1f} s, of the processor {cpu_seconds:.1f} s, {mebibytes:.0f} MiB")
     shutil.rmtree(tmp_path)
-    assert (num_samples, num_faults) == (200_000, 0)
+    assert (num_samples, num_issues) == (200_000, 0)
     assert cpu_seconds < 60 and mebibytes < 1024  # processor time: others may use this machine, too

@@ -1,4 +1,4 @@
-"""Rows of pronunciation data: the hub's copy of Speechocean762 equals the folder, and every fault of a row."""
+"""Rows of pronunciation data: the hub's copy of Speechocean762 equals the folder, and every issue of a row."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from speechtune.types import AudioRef, Sample
 def test_the_copy_equals_the_folder(tmp_path: Path, split: Any, star_policy: Any) -> None:
     folder = read_speechocean(write_folder(tmp_path / "folder"), split, DataConfig(), star_policy)
     hub = read_hub_copy(write_hub(tmp_path / "hub"), split, DataConfig(), star_policy)
-    assert (hub.faults, hub.notes, hub.num_rows) == ([], [], len(SPEAKERS[split]))
+    assert (hub.issues, hub.notes, hub.num_rows) == ([], [], len(SPEAKERS[split]))
     assert list(map(bare, hub.samples)) == list(map(bare, folder.samples))
     for one, other in zip(hub.samples, folder.samples, strict=True):
         assert json.dumps(one.extra["labels"]) == json.dumps(other.extra["labels"])  # ints and floats, too
@@ -84,7 +84,7 @@ def test_other_forms_of_a_row() -> None:
         word["phones"] = " ".join(word["phones"])
     row["words"] = {name: [word[name] for word in row["words"]] for name in HI}
     result = read_hub_rows([row], "train", DataConfig())
-    assert result.faults == []
+    assert result.issues == []
     assert result.samples == usual
 
 
@@ -129,7 +129,7 @@ def error(**fields: Any) -> dict[str, Any]:
     return word(mispronunciations=[entry | {name.replace("_", "-"): value for name, value in fields.items()}])
 
 
-HUB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
+HUB_ISSUES: list[tuple[dict[str, Any], str, str]] = [
     ({"accuracy": 11}, "bad_score", "'accuracy' is 11, outside 0 to 10"),
     ({"total": None}, "missing_score", "'total' is missing"),
     ({"fluency": math.nan}, "bad_score", "'fluency' is nan, outside 0 to 10"),
@@ -160,39 +160,39 @@ HUB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "code", "message"), HUB_FAULTS, ids=[str(n) for n in range(len(HUB_FAULTS))])
-def test_faults_of_the_copy(tmp_path: Path, fields: dict[str, Any], code: str, message: str) -> None:
+@pytest.mark.parametrize(("fields", "code", "message"), HUB_ISSUES, ids=[str(n) for n in range(len(HUB_ISSUES))])
+def test_issues_of_the_copy(tmp_path: Path, fields: dict[str, Any], code: str, message: str) -> None:
     rows = [hub_row("u1"), hub_row(**fields), hub_row("u3")]
     config = DataConfig(audio_root=tmp_path)
     result = read_hub_rows(rows, "train", config, folder=tmp_path, source="x.parquet")
-    assert [fault.code for fault in result.faults] == [code], list(map(str, result.faults))
-    (fault,) = result.faults
-    assert message in fault.message
-    assert (fault.source, fault.row) == ("x.parquet:2", 2)
+    assert [issue.code for issue in result.issues] == [code], list(map(str, result.issues))
+    (issue,) = result.issues
+    assert message in issue.message
+    assert (issue.source, issue.row) == ("x.parquet:2", 2)
     assert ([sample.id for sample in result.samples], result.num_rows) == (["u1", "u3"], 3)
 
 
-def test_every_fault_of_a_row_is_listed() -> None:
+def test_every_issue_of_a_row_is_listed() -> None:
     row = hub_row(total=12, gender="x", audio=None, **word(phones="L Q"))
-    codes = [fault.code for fault in read_hub_rows([row], "train", DataConfig()).faults]
+    codes = [issue.code for issue in read_hub_rows([row], "train", DataConfig()).issues]
     assert codes == ["missing_audio", "bad_field", "bad_score", "unknown_phone"]
 
 
 def test_too_large_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("speechtune.data.pronunciation_rows.MAX_INLINE_BYTES", 100)
-    (fault,) = read_hub_rows([hub_row()], "train", DataConfig()).faults
-    assert (fault.code, fault.sample_id) == ("too_large", "u2")
+    (issue,) = read_hub_rows([hub_row()], "train", DataConfig()).issues
+    assert (issue.code, issue.sample_id) == ("too_large", "u2")
 
 
 def test_doubled_ids_no_rows_and_no_objects() -> None:
     result = read_hub_rows([hub_row("u1"), hub_row("u1")], "train", DataConfig())
-    (fault,) = result.faults
-    assert (fault.code, fault.row, result.num_rows) == ("duplicate_id", 2, 2)
-    (fault,) = read_hub_rows([], "train", DataConfig(), source="x").faults
-    assert (fault.code, fault.source, fault.row) == ("empty_manifest", "x:1", 0)
+    (issue,) = result.issues
+    assert (issue.code, issue.row, result.num_rows) == ("duplicate_id", 2, 2)
+    (issue,) = read_hub_rows([], "train", DataConfig(), source="x").issues
+    assert (issue.code, issue.source, issue.row) == ("empty_manifest", "x:1", 0)
     rows: list[Any] = ["u1"]
-    (fault,) = read_hub_rows(rows, "train", DataConfig()).faults
-    assert (fault.code, fault.message) == ("bad_row", "a row is an object, found str")
+    (issue,) = read_hub_rows(rows, "train", DataConfig()).issues
+    assert (issue.code, issue.message) == ("bad_row", "a row is an object, found str")
 
 
 def test_several_files_of_a_split(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def read_jsonl(folder: Path, *rows: Any, **options: Any) -> ReadResult:
 def test_sound_rows_of_tasks(tmp_path: Path) -> None:
     rows = [task_row(), task_row("MDD", id="m", speaker="anna", age="30", gender="M", target=json.dumps(MDD))]
     result = read_jsonl(tmp_path, *rows)
-    assert (result.faults, result.notes, result.num_rows) == ([], [], 2)
+    assert (result.issues, result.notes, result.num_rows) == ([], [], 2)
     audio = AudioRef(path=(tmp_path / "a.wav").resolve())
     apa, mdd = result.samples
     assert apa == Sample(
@@ -273,7 +273,7 @@ def test_segments_and_declared_durations(tmp_path: Path) -> None:
     assert declared.extra["declared_seconds"] == (2.0,)
 
 
-JSONL_FAULTS: list[tuple[Any, str, str]] = [
+JSONL_ISSUES: list[tuple[Any, str, str]] = [
     (task_row("XYZ"), "unknown_task", "'task' 'XYZ' is none of APA, MDD"),
     ({**task_row(), "task": ["APA"]}, "unknown_task", "'task' ['APA'] is none of APA, MDD"),
     (task_row(text=" "), "empty_text", "the text is empty"),
@@ -310,21 +310,21 @@ JSONL_FAULTS: list[tuple[Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("row", "code", "message"), JSONL_FAULTS, ids=[str(n) for n in range(len(JSONL_FAULTS))])
-def test_faults_of_task_rows(tmp_path: Path, row: Any, code: str, message: str) -> None:
+@pytest.mark.parametrize(("row", "code", "message"), JSONL_ISSUES, ids=[str(n) for n in range(len(JSONL_ISSUES))])
+def test_issues_of_task_rows(tmp_path: Path, row: Any, code: str, message: str) -> None:
     result = read_jsonl(tmp_path, task_row(id="a1"), row, task_row("MDD", id="a2"), audio_root=tmp_path)
-    assert [fault.code for fault in result.faults] == [code], list(map(str, result.faults))
-    (fault,) = result.faults
-    assert message in fault.message
-    assert (fault.source, fault.row) == (f"{tmp_path / 'tasks.jsonl'}:2", 2)
+    assert [issue.code for issue in result.issues] == [code], list(map(str, result.issues))
+    (issue,) = result.issues
+    assert message in issue.message
+    assert (issue.source, issue.row) == (f"{tmp_path / 'tasks.jsonl'}:2", 2)
     assert [sample.id for sample in result.samples] == ["a1", "a2"]
 
 
-def test_every_fault_of_a_task_row_is_listed(tmp_path: Path) -> None:
+def test_every_issue_of_a_task_row_is_listed(tmp_path: Path) -> None:
     target = {"accuracy": 11, "fluency": -1, "total": 3, "x": 1}
     result = read_jsonl(tmp_path, task_row(text="", audio="data:x", age="?", target=target))
     codes = ["empty_text", "url_refused", "bad_field", "missing_key", "unknown_key", "bad_score", "bad_score"]
-    assert [fault.code for fault in result.faults] == codes
+    assert [issue.code for issue in result.issues] == codes
 
 
 def test_a_json_list_works_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from speechtune.config import DataConfig
 from speechtune.commands.validate import validate
 report = validate(Path(sys.argv[1]), DataConfig())
-assert not report.faults, report.faults[:3]
+assert not report.issues, report.issues[:3]
 assert report.statistics["num_samples"] == int(sys.argv[2])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -55,7 +55,7 @@ def write_manifest(folder: Path, num_rows: int) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_of_a_row(tmp_path: Path) -> None:
-    """Fault: 200,000 rows took 577 MiB, a Path and its parts twice a row, and the same text twice."""
+    """Issue: 200,000 rows took 577 MiB, a Path and its parts twice a row, and the same text twice."""
     peaks = []
     for size in SIZES:
         (folder := tmp_path / str(size)).mkdir()

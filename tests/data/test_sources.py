@@ -175,11 +175,11 @@ def test_clips_that_cannot_be_used(
     path = spoil(tmp_path / "data", clip())
     with pytest.raises(ManifestError) as caught:
         load_samples(path, DataConfig())
-    (fault,) = caught.value.faults
-    assert isinstance(fault, manifest.Fault)
-    assert (fault.sample_id, fault.row) == ("u2", 2)
-    assert fault.code == code and message in fault.message
-    assert "1 fault(s) in 1 of 3 rows; mend them, or set data.on_error=quarantine" in str(caught.value)
+    (issue,) = caught.value.issues
+    assert isinstance(issue, manifest.Issue)
+    assert (issue.sample_id, issue.row) == ("u2", 2)
+    assert issue.code == code and message in issue.message
+    assert "1 issue(s) in 1 of 3 rows; mend them, or set data.on_error=quarantine" in str(caught.value)
     config = DataConfig(on_error="quarantine", quarantine_limit=0.5)
     assert ids(load_samples(path, config, tmp_path / "run")) == ["u1", "u3"]
 
@@ -194,12 +194,12 @@ def test_silent_and_clipped_clips_are_for_quarantine(tmp_path: Path, spoil: Call
     assert ids(load_samples(path, config, tmp_path / "run")) == ["u1", "u3"]
 
 
-def test_all_faults_in_one_error(tmp_path: Path) -> None:
+def test_all_issues_in_one_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, task_row("X"), task_row(), task_row(text=""))
     with pytest.raises(ManifestError) as caught:
         load_samples(path, DataConfig())
-    assert [str(fault).partition(": ")[0] for fault in caught.value.faults] == [f"{path}:{n}" for n in (1, 2, 3)]
-    assert "3 fault(s) in 3 of 3 rows" in str(caught.value)
+    assert [str(issue).partition(": ")[0] for issue in caught.value.issues] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert "3 issue(s) in 3 of 3 rows" in str(caught.value)
 
 
 # ---- quarantine
@@ -222,8 +222,8 @@ def test_quarantine_of_task_rows_keeps_their_content(tmp_path: Path, caplog: pyt
             samples, records = quarantine(path, tmp_path / "run")
         assert ids(samples) == ["tasks-1", "tasks-4"]
         assert [record["content"] for record in records] == [bad, "{broken"]
-        assert [record["faults"][0]["code"] for record in records] == ["unknown_task", "invalid_json"]
-    assert "2 fault(s) in 2 of 4 rows; 2 samples are left" in caplog.text
+        assert [record["issues"][0]["code"] for record in records] == ["unknown_task", "invalid_json"]
+    assert "2 issue(s) in 2 of 4 rows; 2 samples are left" in caplog.text
 
 
 @pytest.mark.parametrize("spoil", [spoil_folder, spoil_hub])
@@ -233,11 +233,11 @@ def test_quarantine_of_a_corpus_names_the_place(tmp_path: Path, spoil: Callable[
     assert ids(samples) == ["u1", "u3"]
     assert (record["row"], record["id"], record["content"]) == (2, "u2", "")
     assert record["source"].endswith((".parquet:2", "train/text:2"))
-    assert record["faults"][0]["code"] == "not_audio"
+    assert record["issues"][0]["code"] == "not_audio"
 
 
 def test_quarantine_of_lines_of_the_tables(tmp_path: Path) -> None:
-    """An utterance without sample counts as set aside, though its fault belongs to no row."""
+    """An utterance without sample counts as set aside, though its issue belongs to no row."""
     path = write_folder(tmp_path / "data")
     with (path / "train" / "text").open("a") as file:
         file.write("u2\tHI LISA\n")
@@ -245,9 +245,9 @@ def test_quarantine_of_lines_of_the_tables(tmp_path: Path) -> None:
     samples, records = quarantine(path, tmp_path / "run")
     assert ids(samples) == ["u1", "u3"]
     assert "age" not in samples[0].extra
-    places = {(Path(record["source"]).name, record["row"], record["faults"][0]["code"]) for record in records}
+    places = {(Path(record["source"]).name, record["row"], record["issues"][0]["code"]) for record in records}
     assert places == {("text:4", 0, "duplicate_id"), ("spk2age:1", 0, "bad_field")}
-    with pytest.raises(ManifestError, match=r"2 fault\(s\) in 1 of 3 rows; 33\.3% exceeds data\.quarantine_limit"):
+    with pytest.raises(ManifestError, match=r"2 issue\(s\) in 1 of 3 rows; 33\.3% exceeds data\.quarantine_limit"):
         quarantine(path, tmp_path / "run", 0.3)
 
 
@@ -327,7 +327,7 @@ def test_splits_that_cannot_be_made() -> None:
 
 def test_validate_covers_both_splits_or_the_one_named(corpus: Path) -> None:
     report = validate(corpus, DataConfig(), deep=True)
-    assert report.faults == []
+    assert report.issues == []
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (4, 4)
     labels = report.statistics["pronunciation"]
     assert {split: values["phones"] for split, values in labels.items()} == {"train": 18, "test": 6}
@@ -339,25 +339,25 @@ def test_validate_covers_both_splits_or_the_one_named(corpus: Path) -> None:
 
 def test_validate_finds_overlaps_in_the_copy(tmp_path: Path) -> None:
     path = write_hub(tmp_path, test=[hub_row("t1", "01"), hub_row("u1", "09")])
-    faults = validate(path, DataConfig()).faults
-    assert [(fault.code, fault.message.split(" also")[0]) for fault in faults] == [
+    issues = validate(path, DataConfig()).issues
+    assert [(issue.code, issue.message.split(" also")[0]) for issue in issues] == [
         ("split_overlap", "the speaker 01"),
         ("split_overlap", "the utterance"),
     ]
-    assert validate(path / "test", DataConfig()).faults == []
+    assert validate(path / "test", DataConfig()).issues == []
 
 
 @pytest.mark.parametrize("spoil", SPOIL)
-def test_validate_lists_faults(tmp_path: Path, spoil: Callable[..., Path]) -> None:
+def test_validate_lists_issues(tmp_path: Path, spoil: Callable[..., Path]) -> None:
     report = validate(spoil(tmp_path / "data", wav(41)), DataConfig())
-    assert [(fault.sample_id, fault.code) for fault in report.faults] == [("u2", "too_long")]
+    assert [(issue.sample_id, issue.code) for issue in report.issues] == [("u2", "too_long")]
 
 
 def test_validate_counts_tasks(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(wav())
     path = write_jsonl(tmp_path, task_row(), task_row("MDD"), task_row("MDD"), task_row("X"))
     report = validate(path, DataConfig())
-    assert [fault.code for fault in report.faults] == ["unknown_task"]
+    assert [issue.code for issue in report.issues] == ["unknown_task"]
     assert report.statistics["tasks"] == {"APA": 1, "MDD": 2}
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (4, 3)
     console = Console(file=io.StringIO(), width=200)

@@ -1,4 +1,4 @@
-"""Speechocean762 folders: labels, every fault with its message, held-out speakers, and the verb validate on them."""
+"""Speechocean762 folders: labels, every issue with its message, held-out speakers, and the verb validate on them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import MAX_CLIP_SECONDS
 from speechtune.data.quarantine import ReadResult
-from speechtune.data.rows import Fault
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.data.splits import split_speakers
-from speechtune.errors import ManifestError
+from speechtune.errors import Issue, ManifestError
 from speechtune.tasks.pronunciation.phones import PHONES, StarPolicy
 from speechtune.types import Sample
 
@@ -98,7 +97,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 def test_a_sound_corpus(corpus: Corpus) -> None:
     result = corpus.read()
-    assert (result.faults, result.notes, result.num_rows) == ([], [], 3)
+    assert (result.issues, result.notes, result.num_rows) == ([], [], 3)
     first = result.samples[0]
     assert [sample.id for sample in result.samples] == ["u1", "u2", "u3"]
     assert (first.text, first.speaker, first.language) == ("HI LISA", "01", "en")
@@ -137,7 +136,7 @@ def test_tabs_and_blanks(corpus: Corpus, separator: str) -> None:
         for lines in tables.values():
             lines[:] = [line.replace("\t", separator) for line in lines] + [""]
     assert [sample.text for sample in corpus.read().samples] == ["HI LISA"] * 3
-    assert corpus.read().faults == []
+    assert corpus.read().issues == []
 
 
 def test_accents_by_policy(corpus: Corpus) -> None:
@@ -151,14 +150,14 @@ def test_paths_relative_to_the_current_folder(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (corpus.folder / "WAVE").rename(elsewhere / "WAVE")
-    assert [fault.code for fault in corpus.read().faults] == ["missing_file"] * 3
+    assert [issue.code for issue in corpus.read().issues] == ["missing_file"] * 3
     monkeypatch.chdir(elsewhere)
     result = corpus.read()
-    assert result.faults == []
+    assert result.issues == []
     assert result.samples[0].audio is not None
     assert result.samples[0].audio.path == (elsewhere / "WAVE/SPEAKER01/u1.WAV").resolve()
     # confined to the dataset's folder, the clip elsewhere does not count
-    assert [fault.code for fault in corpus.read(audio_root=corpus.folder).faults] == ["missing_file"] * 3
+    assert [issue.code for issue in corpus.read(audio_root=corpus.folder).issues] == ["missing_file"] * 3
 
 
 def test_optional_fields_are_notes_with_counts(corpus: Corpus) -> None:
@@ -169,7 +168,7 @@ def test_optional_fields_are_notes_with_counts(corpus: Corpus) -> None:
     corpus.tables["train"]["spk2age"].pop()
     del corpus.tables["train"]["spk2gender"]
     result = corpus.read()
-    assert result.faults == []
+    assert result.issues == []
     assert set(result.notes) == {
         "train: utterances without 'completeness' (2)",
         "train: words without 'stress' (2)",
@@ -200,7 +199,7 @@ def test_scores_of_single_raters(corpus: Corpus) -> None:
     assert raters(corpus.read()) == [None] * 3  # and no note: copies lack the file
     entry = {**FIVE, "text": "hi  lisa", "words": []}
     result = detailed(corpus, u1=entry, u2=FIVE, u3=entry, t1=entry)
-    assert (result.faults, result.notes) == ([], [])
+    assert (result.issues, result.notes) == ([], [])
     wanted = {name: FIVE[name] for name in ("accuracy", "fluency", "prosodic", "total")}
     assert raters(result) == [wanted] * 3
     assert json.loads(json.dumps(dict(result.samples[0].extra))) == result.samples[0].extra
@@ -212,7 +211,7 @@ def test_scores_of_single_raters(corpus: Corpus) -> None:
 )
 def test_damaged_scores_of_single_raters_are_left_out(corpus: Corpus, values: Any) -> None:
     result = detailed(corpus, u1={**FIVE, "fluency": values}, u2=FIVE, u3={**FIVE, "text": "HI LIZ"})
-    assert result.faults == []
+    assert result.issues == []
     first, second, third = raters(result)
     assert list(first) == ["accuracy", "prosodic", "total"] and len(second) == 4 and third is None
     assert set(result.notes) == {
@@ -238,7 +237,7 @@ def test_missing_entries_of_single_raters_are_noted(corpus: Corpus) -> None:
 def test_a_damaged_file_of_single_raters_is_noted(corpus: Corpus, text: str, note: str) -> None:
     (corpus.write() / "resource" / "scores-detail.json").write_text(text)
     result = corpus.read()
-    assert (raters(result), result.faults) == ([None] * 3, [])
+    assert (raters(result), result.issues) == ([None] * 3, [])
     (found,) = result.notes
     assert found.startswith("no scores of single raters: ") and note in found and found.endswith("(1)")
 
@@ -280,7 +279,7 @@ def said(**fields: Any) -> Callable[[Corpus], None]:
 
 
 ENTRY = {"canonical-phone": "L", "index": 0, "pronounced-phone": "D"}
-FAULTS: list[tuple[Callable[[Corpus], None], str, str, str]] = [
+ISSUES: list[tuple[Callable[[Corpus], None], str, str, str]] = [
     (lambda c: c.scores.pop("u2"), "missing_scores", "resource/scores.json:1", "no object for this utterance"),
     (edit("fluency", ...), "missing_score", "scores.json:", "'fluency' is missing"),
     (edit("total", None), "missing_score", "scores.json:", "'total' is missing"),
@@ -324,27 +323,27 @@ FAULTS: list[tuple[Callable[[Corpus], None], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "code", "place", "message"), FAULTS, ids=[row[3] for row in FAULTS])
-def test_faults(corpus: Corpus, spoil: Callable[[Corpus], None], code: str, place: str, message: str) -> None:
+@pytest.mark.parametrize(("spoil", "code", "place", "message"), ISSUES, ids=[row[3] for row in ISSUES])
+def test_issues(corpus: Corpus, spoil: Callable[[Corpus], None], code: str, place: str, message: str) -> None:
     spoil(corpus)
     result = corpus.read()
-    assert [fault.code for fault in result.faults] == [code], list(map(str, result.faults))
-    fault = result.faults[0]
-    assert fault.sample_id == "u2"
-    assert place in fault.source
-    assert message in fault.message
+    assert [issue.code for issue in result.issues] == [code], list(map(str, result.issues))
+    issue = result.issues[0]
+    assert issue.sample_id == "u2"
+    assert place in issue.source
+    assert message in issue.message
     assert [sample.id for sample in result.samples] == ["u1", "u3"]
 
 
 def test_the_line_in_scores_json(corpus: Corpus) -> None:
     edit("total", 11)(corpus)
-    (fault,) = corpus.read().faults
-    number = int(fault.source.rpartition(":")[2])
+    (issue,) = corpus.read().issues
+    number = int(issue.source.rpartition(":")[2])
     text = (corpus.folder / "resource" / "scores.json").read_text().split("\n")[number - 1]
     assert text.strip().startswith('"u2"')
 
 
-FILE_FAULTS: list[tuple[Callable[[Corpus], None], str, str, str]] = [
+FILE_ISSUES: list[tuple[Callable[[Corpus], None], str, str, str]] = [
     (line("text", "u2\tHI LISA", "u2\tHI LISA"), "duplicate_id", "train/text:3", "already stands in line 2"),
     (line("wav.scp", "u2\ta.WAV", "u2\tb.WAV"), "duplicate_id", "train/wav.scp:3", "already stands in line 2"),
     (line("text", "u2"), "bad_line", "train/text:2", "a line is an id, a tab or blank, and a value"),
@@ -353,14 +352,14 @@ FILE_FAULTS: list[tuple[Callable[[Corpus], None], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "code", "place", "message"), FILE_FAULTS, ids=[row[2] for row in FILE_FAULTS])
-def test_faults_of_lines(corpus: Corpus, spoil: Callable[[Corpus], None], code: str, place: str, message: str) -> None:
+@pytest.mark.parametrize(("spoil", "code", "place", "message"), FILE_ISSUES, ids=[row[2] for row in FILE_ISSUES])
+def test_issues_of_lines(corpus: Corpus, spoil: Callable[[Corpus], None], code: str, place: str, message: str) -> None:
     spoil(corpus)
     result = corpus.read()
-    fault = result.faults[0]
-    assert (fault.code, fault.sample_id) == (code, "u2")
-    assert place in fault.source
-    assert message in fault.message
+    issue = result.issues[0]
+    assert (issue.code, issue.sample_id) == (code, "u2")
+    assert place in issue.source
+    assert message in issue.message
     assert [sample.id for sample in result.samples] == ["u1", "u3"]
 
 
@@ -372,40 +371,40 @@ def test_faults_of_lines(corpus: Corpus, spoil: Callable[[Corpus], None], code: 
         ("spk2gender", "x", "gender 'x' is not m or f"),
     ],
 )
-def test_faults_of_speakers(corpus: Corpus, name: str, value: str, message: str) -> None:
+def test_issues_of_speakers(corpus: Corpus, name: str, value: str, message: str) -> None:
     corpus.tables["train"][name][1] = f"02\t{value}"
-    (fault,) = corpus.read().faults
-    assert (fault.code, fault.message) == ("bad_field", f"speaker 02: {message}")
-    assert fault.source.endswith(f"train/{name}:2")
+    (issue,) = corpus.read().issues
+    assert (issue.code, issue.message) == ("bad_field", f"speaker 02: {message}")
+    assert issue.source.endswith(f"train/{name}:2")
 
 
 @pytest.mark.parametrize("name", ["text", "wav.scp", "utt2spk"])
 def test_missing_tables(corpus: Corpus, name: str) -> None:
     del corpus.tables["train"][name]
     result = corpus.read()
-    assert (result.faults[0].code, result.faults[0].message) == (
+    assert (result.issues[0].code, result.issues[0].message) == (
         "missing_table",
         "no such file; every split needs it",
     )
-    assert len(result.faults) == 4  # and each utterance by name
+    assert len(result.issues) == 4  # and each utterance by name
     assert result.samples == []
 
 
 def test_an_empty_split(corpus: Corpus) -> None:
     for lines in corpus.tables["train"].values():
         lines.clear()
-    assert [(fault.code, fault.message) for fault in corpus.read().faults] == [
+    assert [(issue.code, issue.message) for issue in corpus.read().issues] == [
         ("empty_manifest", "holds no utterances")
     ]
 
 
-def test_every_fault_of_an_utterance_is_listed(corpus: Corpus) -> None:
+def test_every_issue_of_an_utterance_is_listed(corpus: Corpus) -> None:
     edit("total", 11)(corpus)
     edit("words.0.phones-accuracy", [3, -1])(corpus)
     edit("words.1.phones.0", "Q")(corpus)
     line("wav.scp")(corpus)
     corpus.scores["u3"]["fluency"] = None
-    found = [(fault.sample_id, fault.code) for fault in corpus.read().faults]
+    found = [(issue.sample_id, issue.code) for issue in corpus.read().issues]
     expected = [("u2", code) for code in ("missing_audio", "bad_score", "bad_score", "bad_score", "unknown_phone")]
     assert found == [*expected, ("u3", "missing_score")]
 
@@ -415,12 +414,12 @@ def test_outside_the_root(corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
     (corpus.folder / "WAVE/SPEAKER01/u2.WAV").rename(outside / "u2.WAV")
     (corpus.folder / "WAVE/SPEAKER01/u2.WAV").symlink_to(outside / "u2.WAV")
     line("wav.scp", f"u2\t../{outside.name}/u2.WAV")(corpus)
-    assert corpus.read().faults == []
+    assert corpus.read().issues == []
     for place in (f"../{outside.name}/u2.WAV", "WAVE/SPEAKER01/u2.WAV", str(outside / "u2.WAV")):
         corpus.tables["train"]["wav.scp"][1] = f"u2\t{place}"
-        (fault,) = corpus.read(audio_root=corpus.folder).faults
-        assert (fault.code, fault.sample_id) == ("outside_root", "u2")
-        assert "outside data.audio_root" in fault.message
+        (issue,) = corpus.read(audio_root=corpus.folder).issues
+        assert (issue.code, issue.sample_id) == ("outside_root", "u2")
+        assert "outside data.audio_root" in issue.message
 
 
 def test_clips_over_the_limit(corpus: Corpus) -> None:
@@ -428,25 +427,25 @@ def test_clips_over_the_limit(corpus: Corpus) -> None:
     corpus.sound("WAVE/SPEAKER01/u2.WAV", MAX_CLIP_SECONDS + 0.1)
     corpus.sound("WAVE/SPEAKER02/u3.WAV", 61)
     result = corpus.read()
-    assert [(fault.sample_id, fault.code) for fault in result.faults] == [("u3", "too_long"), ("u2", "too_long")]
-    assert "40.1 s is longer than 40 s; cut it" in result.faults[1].message
+    assert [(issue.sample_id, issue.code) for issue in result.issues] == [("u3", "too_long"), ("u2", "too_long")]
+    assert "40.1 s is longer than 40 s; cut it" in result.issues[1].message
     assert [sample.id for sample in result.samples] == ["u1"]
     unopened = read_speechocean(corpus.folder, "train", DataConfig(), headers=False)
-    assert (len(unopened.samples), unopened.faults) == (3, [])
+    assert (len(unopened.samples), unopened.issues) == (3, [])
 
 
 def test_doubled_keys_in_scores_json(corpus: Corpus) -> None:
     entry = json.dumps(corpus.scores["u2"])
     others = f'"u1": {json.dumps(corpus.scores["u1"])}, "u3": {json.dumps(corpus.scores["u3"])}'
     folder = corpus.write(f'{{"u2": {entry},\n"u2": {entry},\n{others}}}')
-    (fault,) = read_speechocean(folder, "train", DataConfig()).faults
-    assert (fault.sample_id, fault.code) == ("u2", "duplicate_id")
-    assert fault.message == "scores.json holds this utterance twice"
+    (issue,) = read_speechocean(folder, "train", DataConfig()).issues
+    assert (issue.sample_id, issue.code) == ("u2", "duplicate_id")
+    assert issue.message == "scores.json holds this utterance twice"
     folder = corpus.write(
         f'{{"u2": {entry.replace("{", chr(123) + chr(34) + "total" + chr(34) + ": 3, ", 1)},\n{others}}}'
     )
-    (fault,) = read_speechocean(folder, "train", DataConfig()).faults
-    assert (fault.code, fault.message) == ("duplicate_key", "an object holds the key 'total' twice")
+    (issue,) = read_speechocean(folder, "train", DataConfig()).issues
+    assert (issue.code, issue.message) == ("duplicate_key", "an object holds the key 'total' twice")
 
 
 @pytest.mark.parametrize(
@@ -504,7 +503,7 @@ def shown(folder: Path, **options: Any) -> str:
 
 def test_validate_shows_statistics(corpus: Corpus) -> None:
     report = validate(corpus.write(), DataConfig(), deep=True)
-    assert report.faults == []
+    assert report.issues == []
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (4, 4)
     train = report.statistics["pronunciation"]["train"]
     counts = {name: train[name] for name in ("utterances", "speakers", "words", "phones", "mispronounced")}
@@ -516,16 +515,16 @@ def test_validate_shows_statistics(corpus: Corpus) -> None:
     assert train["phone_counts"]["AY"] == 3
     assert json.loads(report.to_json())["statistics"]["pronunciation"]["test"]["phones"] == 6
     text = shown(corpus.folder)
-    for wanted in ("mispronounced phones: 3 of 18 (16.67%)", "ages  6: 1  7: 1", "prosodic  7: 3", "no faults"):
+    for wanted in ("mispronounced phones: 3 of 18 (16.67%)", "ages  6: 1  7: 1", "prosodic  7: 3", "no issues"):
         assert wanted in text, wanted
 
 
-def test_validate_lists_the_faults_of_both_splits(corpus: Corpus) -> None:
+def test_validate_lists_the_issues_of_both_splits(corpus: Corpus) -> None:
     corpus.scores["u2"]["total"] = 11
     corpus.scores["t1"]["total"] = 12
     corpus.sound("WAVE/SPEAKER01/u1.WAV", 41)
     report = validate(corpus.write(), DataConfig())
-    assert [(fault.sample_id, fault.code) for fault in report.faults] == [
+    assert [(issue.sample_id, issue.code) for issue in report.issues] == [
         ("u2", "bad_score"),
         ("t1", "bad_score"),
         ("u1", "too_long"),
@@ -541,17 +540,17 @@ def test_validate_finds_overlapping_splits(corpus: Corpus, speaker: str, utteran
     tables["wav.scp"] = [f"{utterance} WAVE/SPEAKER09/t1.WAV"]
     tables["utt2spk"] = [f"{utterance} {speaker}"]
     tables["spk2age"], tables["spk2gender"] = [f"{speaker} 6"], [f"{speaker} f"]
-    (fault,) = validate(corpus.write(), DataConfig()).faults
-    assert isinstance(fault, Fault)
-    assert (fault.code, fault.message) == ("split_overlap", f"the {what} also stands in the training split")
-    assert fault.source.endswith("test/text:1")
+    (issue,) = validate(corpus.write(), DataConfig()).issues
+    assert isinstance(issue, Issue)
+    assert (issue.code, issue.message) == ("split_overlap", f"the {what} also stands in the training split")
+    assert issue.source.endswith("test/text:1")
 
 
 @mini
 def test_the_real_mini_set() -> None:
     results = {split: read_speechocean(MINI, split, DataConfig()) for split in ("train", "test")}
     assert {split: len(result.samples) for split, result in results.items()} == {"train": 600, "test": 300}
-    assert [fault for result in results.values() for fault in result.faults] == []
+    assert [issue for result in results.values() for issue in result.issues] == []
     speakers = {split: {sample.speaker for sample in result.samples} for split, result in results.items()}
     assert {split: len(names) for split, names in speakers.items()} == {"train": 30, "test": 15}
     assert not speakers["train"] & speakers["test"]
@@ -574,7 +573,7 @@ def test_the_real_mini_set() -> None:
 @mini
 def test_validate_the_real_mini_set() -> None:
     report = validate(MINI, DataConfig())
-    assert report.faults == []
+    assert report.issues == []
     values = report.statistics["pronunciation"]
     assert (values["train"]["phones"], values["test"]["phones"]) == (11492, 5697)
     # 3.6 % of the whole corpus; these speakers were not drawn by their errors

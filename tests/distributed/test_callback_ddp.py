@@ -33,7 +33,7 @@ from speechtune.integrations.transformers import LoRACheckpointCallback
 what, rank = sys.argv[1], int(os.environ["RANK"])
 
 class Behind(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):  # the fault: DDP never sees the forward pass
+    def compute_loss(self, model, inputs, *args, **kwargs):  # the issue: DDP never sees the forward pass
         return super().compute_loss(model.module, inputs, *args, **kwargs)
 
 class Plant(TrainerCallback):
@@ -87,7 +87,7 @@ def test_two_processes_leave_one_verified_adapter(tmp_path: Path) -> None:
         ("nan", "step 3: after the optimizer step 1 of 8 trainable parameters hold NaN"),
     ],
 )
-def test_a_fault_ends_both_processes_and_leaves_no_such_adapter(what: str, message: str, tmp_path: Path) -> None:
+def test_a_issue_ends_both_processes_and_leaves_no_such_adapter(what: str, message: str, tmp_path: Path) -> None:
     began = time.monotonic()
     done = launch(tmp_path, what)
     assert done.returncode != 0 and message in done.stderr and time.monotonic() - began < 120

@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: a tiny Phi-4-multimodal with real speech, and recipes on it."""
+"""Fixtures of the issue tests: a tiny Phi-4-multimodal with real speech, and recipes on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHONES = {"word_transcript": "one", "phoneme_transcript": "W AH N"}
 @pytest.fixture(scope="session")
 def phi4_base(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoClip]) -> Path:
     """A tiny Phi-4-multimodal with a speech LoRA of rank 4; do not write to it."""
-    folder = tmp_path_factory.mktemp("phi4-faults") / "base"
+    folder = tmp_path_factory.mktemp("phi4-issues") / "base"
     tiny_phi4.make_model(folder, [clip.text for clip in demo_clips[:8]], output_scale=10.0, speech_lora_rank=4)
     return folder
 
@@ -48,7 +48,7 @@ def phi4_rows(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoCli
         for number, clip in enumerate(demo_clips[:4])
         for task, target in (("APA", SCORES), ("MDD", PHONES))
     ]
-    path = tmp_path_factory.mktemp("phi4-fault-data") / "rows.jsonl"
+    path = tmp_path_factory.mktemp("phi4-issue-data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -154,7 +154,7 @@ def test_the_best_adapters_are_the_final_ones(make_trainer: Callable[..., Traine
     assert equal(load_file(best), load_file(final)) and equal(load_file(final), state_of(trainer.model))  # pyright: ignore
 
 
-def test_a_warm_up_from_zero_is_no_fault(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_warm_up_from_zero_is_no_issue(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     """The first step's learning rate is 0 then: nothing moves, and the first checkpoint is untrained."""
     trainer = make_trainer(
         make_model(), LoRACheckpointCallback(), lr_scheduler_type="linear", warmup_steps=2, save_steps=1, max_steps=3
@@ -237,7 +237,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> l
     return lines
 
 
-# -- faults while training --------------------------------------------------------------------------------------------
+# -- issues while training --------------------------------------------------------------------------------------------
 
 
 class WithLoss(Trainer):
@@ -265,7 +265,7 @@ def frozen() -> PeftModel:
     return model
 
 
-FAULTS: dict[str, tuple[Callable[[], nn.Module], list[TrainerCallback], type[Trainer], str]] = {
+ISSUES: dict[str, tuple[Callable[[], nn.Module], list[TrainerCallback], type[Trainer], str]] = {
     "everything frozen": (frozen, [], Trainer, "before step 1: nothing is trainable"),
     "base trainable": (lambda: unfreeze("lm_head"), [], Trainer, "before step 1: 1 parameters of the base.*lm_head"),
     "NaN in an adapter": (
@@ -310,11 +310,11 @@ def zero_lora_b(model: nn.Module) -> None:
                 parameter.zero_()
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_stops_the_training_at_its_step(
+@pytest.mark.parametrize("name", ISSUES)
+def test_a_issue_stops_the_training_at_its_step(
     name: str, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    make, planted, kind, message = FAULTS[name]
+    make, planted, kind, message = ISSUES[name]
     trainer = make_trainer(
         make(), *planted, LoRACheckpointCallback(), kind=kind, eval_strategy="steps", eval_steps=2, save_steps=3
     )
@@ -367,7 +367,7 @@ def test_warned_only_another_object_s_adapter_is_never_saved_as_trained(
         make_trainer(model, LoRACheckpointCallback("warn"), optimizer=optimizer, save_strategy="no").train()
     assert any("the optimizer step changed none of the 4 trainable parameters" in line for line in said)
     assert sum("changed none" in line for line in said) == 3  # then only the count at the end
-    assert "the training had 6 faults of the kind check_moved" in said
+    assert "the training had 6 issues of the kind check_moved" in said
     assert not (tmp_path / "output" / "lora_adapters").exists()
 
 
@@ -405,6 +405,6 @@ def test_overflow_under_a_loss_scaler_is_left_to_it() -> None:
         callback.on_pre_optimizer_step(args, state, control, optimizer=SimpleNamespace(param_groups=groups))
 
 
-def test_another_word_for_on_fault_is_refused() -> None:
-    with pytest.raises(ConfigError, match="on_fault='ignore'"):
+def test_another_word_for_on_issue_is_refused() -> None:
+    with pytest.raises(ConfigError, match="on_issue='ignore'"):
         LoRACheckpointCallback("ignore")  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""`speechtune doctor` and the check of model files: each fault is found before anything is loaded, with its cure."""
+"""`speechtune doctor` and the check of model files: each issue is found before anything is loaded, with its cure."""
 
 from __future__ import annotations
 

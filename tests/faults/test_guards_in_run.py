@@ -1,6 +1,6 @@
 """Every guard provoked in a real run: it stops with exit code 4, names what it saw, and leaves no sign of success.
 
-The faults are put where they come from in life: into the model, the loss, the data or the configuration, never into the
+The issues are put where they come from in life: into the model, the loss, the data or the configuration, never into the
 guard. Where no configuration can cause one, a thin wrapper around the real family or around `apply_lora` does.
 """
 
@@ -95,20 +95,20 @@ def use_after_lora(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module]
     monkeypatch.setattr(speechtune.training.run, "apply_lora", apply_and_change)
 
 
-class FaultyLoss(HiggsAudioV2Family):
-    """The real losses, changed by `fault` from the step `first_step` on (one forward pass a step)."""
+class InvalidLoss(HiggsAudioV2Family):
+    """The real losses, changed by `issue` from the step `first_step` on (one forward pass a step)."""
 
     def __init__(
-        self, config: RunConfig, fault: Callable[[nn.Module, torch.Tensor], torch.Tensor], first_step: int = 1
+        self, config: RunConfig, issue: Callable[[nn.Module, torch.Tensor], torch.Tensor], first_step: int = 1
     ):
         super().__init__(config)
-        self.fault, self.passes_left = fault, first_step - 1
+        self.issue, self.passes_left = issue, first_step - 1
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         sums = dict(super().losses(model, batch).sums)
         self.passes_left -= 1
         if self.passes_left < 0:
-            sums = {head: self.fault(model, value) for head, value in sums.items()}
+            sums = {head: self.issue(model, value) for head, value in sums.items()}
         return Losses(sums)
 
 
@@ -194,7 +194,7 @@ def test_a_nan_in_the_base_names_the_samples_it_meets(
 def test_a_nan_in_a_later_step_leaves_the_checkpoints_before(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_family(monkeypatch, lambda config: FaultyLoss(config, lambda model, value: value * float("nan"), first_step=3))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value * float("nan"), first_step=3))
     stopped(configure(), "step 3: the audio loss is nan", "train-", checkpoints=[1, 2])
 
 
@@ -211,7 +211,7 @@ def test_a_nan_in_evaluation_only(configure: Callable[..., RunConfig], monkeypat
 
 def test_a_loss_of_exactly_zero(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """The original pipeline answered every exception with a loss of zero, and trained on."""
-    use_family(monkeypatch, lambda config: FaultyLoss(config, lambda model, value: value * 0.0))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value * 0.0))
     stopped(configure(), "step 1: the audio and text loss is exactly 0.0", "train-")
 
 
@@ -220,7 +220,7 @@ def test_a_loss_of_exactly_zero(configure: Callable[..., RunConfig], monkeypatch
 
 def test_a_loss_cut_off_from_the_model(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Detached: the loss is real, looks well, and teaches nothing."""
-    use_family(monkeypatch, lambda config: FaultyLoss(config, lambda model, value: value.detach()))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value.detach()))
     stopped(configure(), "step 1", "carries no gradient: it does not reach any trainable", "train-")
 
 
@@ -228,7 +228,7 @@ def test_gradients_of_zero(configure: Callable[..., RunConfig], monkeypatch: pyt
     def detached(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
         return value.detach() + 0.0 * torch.stack([p.sum() for p in trainable(model).values()]).sum()
 
-    use_family(monkeypatch, lambda config: FaultyLoss(config, detached, first_step=2))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, detached, first_step=2))
     stopped(configure(), "step 2: all gradients are zero", "train-", checkpoints=[1])
 
 
@@ -241,7 +241,7 @@ def test_a_finite_loss_with_gradients_that_are_not(
         (weight,) = (p for name, p in trainable(model).items() if "layers.1.self_attn.v_proj.lora_B" in name)
         return value + weight.square().sum().sqrt()
 
-    use_family(monkeypatch, lambda config: FaultyLoss(config, add_norm))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, add_norm))
     message = stopped(configure(), "step 1: the gradient norm is nan", "in 1 parameters", "train-")
     assert "layers.1.self_attn.v_proj.lora_B.default.weight" in message
 
@@ -286,7 +286,7 @@ def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig], mo
         plain_model(model).model.norm.weight.data[0] += 1e-3
         return value
 
-    use_family(monkeypatch, lambda config: FaultyLoss(config, write))
+    use_family(monkeypatch, lambda config: InvalidLoss(config, write))
     stopped(configure(), "the frozen base changed during training", checkpoints=[1, 2, 3])
 
 

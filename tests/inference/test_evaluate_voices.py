@@ -132,7 +132,7 @@ def test_two_adapters_of_one_name_are_refused(
     assert "name each once" in capsys.readouterr().err
 
 
-def test_planted_faults_of_a_training_are_seen(
+def test_planted_issues_of_a_training_are_seen(
     make_config: Callable[..., RunConfig],
     prompts: Path,
     cache_dir: Path,

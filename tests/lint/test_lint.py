@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from speechtune.commands.lint import run_lint
 from speechtune.errors import ConfigError
 from speechtune.lint import fixes as lint_fixes
 from speechtune.lint import lint as lint_module
-from speechtune.commands.lint import run_lint
 from speechtune.lint.lint import Finding, fix, lint, lint_paths
 
 CORPUS = Path(__file__).with_name("lint_corpus")

@@ -1,4 +1,4 @@
-"""Checkpoints on their own: nothing torn is ever published, nothing damaged is ever trusted, and faults name a cure."""
+"""Checkpoints on their own: nothing torn is ever published, nothing damaged is ever trusted, and issues name a cure."""
 
 from __future__ import annotations
 

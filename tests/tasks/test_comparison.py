@@ -156,14 +156,14 @@ def test_a_seed_list(seed_folder: Path) -> None:
     assert read_seed_list(path, language="de")[0].language == "de"
 
 
-def test_every_fault_of_a_seed_list_is_listed(seed_folder: Path, tmp_path: Path) -> None:
+def test_every_issue_of_a_seed_list_is_listed(seed_folder: Path, tmp_path: Path) -> None:
     path = seed_folder / "meta.lst"
     lines = ["u1|x|wavs/gone.wav|y", "u2|x|wavs/a.wav", "u3||wavs/a.wav|y", "u4|x|wavs/a.wav|y|wavs/lost.wav"]
     lines += ["u5|x|wavs/a.wav|y", "u5|x|wavs/a.wav|y", "u6|x|/etc/hostname|y"]
     path.write_text("\n".join(lines))
     with pytest.raises(ManifestError) as error:
         read_seed_list(path, DataConfig(audio_root=tmp_path))
-    codes = [(fault.row, fault.code) for fault in error.value.faults]  # type: ignore[attr-defined]
+    codes = [(issue.row, issue.code) for issue in error.value.issues]  # type: ignore[attr-defined]
     assert codes == [
         (1, "missing_file"),
         (2, "bad_row"),

@@ -42,7 +42,7 @@ def test_stress_digits_are_stripped(label: str, base: str) -> None:
 
 
 @pytest.mark.parametrize("label", ["AX", "W0", "AH3", "ah", "", "0", "<unk>", "<DEL>", "D*", "AH00", " D", "D Z"])
-def test_unknown_labels_are_faults(label: str) -> None:
+def test_unknown_labels_are_issues(label: str) -> None:
     with pytest.raises(PhoneError, match="none of the 39 ARPAbet phones") as caught:
         base_phone(label)
     assert caught.value.code == "unknown_phone"
@@ -141,7 +141,7 @@ def test_an_entry_is_read(canonical: str) -> None:
         (entry(canonical="R"), "phone_mismatch", "'canonical-phone' 'R' is not the phone at index 0, which is 'L'"),
     ],
 )
-def test_faults_of_an_entry(value: object, code: str, message: str) -> None:
+def test_issues_of_an_entry(value: object, code: str, message: str) -> None:
     with pytest.raises(PhoneError) as caught:
         read_mispronunciation(value, LISA)
     assert caught.value.code == code

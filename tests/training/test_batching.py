@@ -150,7 +150,7 @@ def test_a_budget_takes_few_and_even_parts() -> None:
 
 
 def test_padding_counts_in_a_padded_budget() -> None:
-    """Faults: a budget of real positions, which one long sample among short ones exceeds many times over."""
+    """Issues: a budget of real positions, which one long sample among short ones exceeds many times over."""
     lengths = np.array([1000, *[10] * 7])
     padded = cut_by_tokens(range(8), lengths, 1200, 1, packed=False)
     assert sorted(len(part) for part in padded) == [1, 7]

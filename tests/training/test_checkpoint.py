@@ -121,7 +121,7 @@ def test_a_checkpoint_verifies_and_holds_what_is_trained(
 
 @pytest.mark.parametrize("copy", [True, False])
 def test_buffers_of_a_module_trained_in_full_are_saved(copy: bool, tmp_path: Path) -> None:
-    """Fault: they were missing from what a save was given, and the module came back with the statistics of the base."""
+    """Issue: they were missing from what a save was given, and the module came back with the statistics of the base."""
     stack = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model = get_peft_model(cast(Any, stack), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     model.train()(torch.randn(8, 4))

@@ -1,6 +1,6 @@
 """Guards on their own: what each refuses, what it lets pass, and that its message names step, parameter and samples.
 
-`tests/faults/test_guards_in_run.py` provokes the same faults in real runs.
+`tests/faults/test_guards_in_run.py` provokes the same issues in real runs.
 """
 
 from __future__ import annotations

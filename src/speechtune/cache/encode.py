@@ -30,7 +30,7 @@ from speechtune.errors import AudioError, ManifestError
 from speechtune.family import Family
 from speechtune.types import Audio, AudioRef, Sample
 
-__all__ = ["ClipFault", "ClipHasher", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
+__all__ = ["ClipHasher", "ClipIssue", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
 
 LOG_SECONDS = 10.0
 READERS = 2
@@ -39,7 +39,7 @@ logger = logging.getLogger("speechtune")
 
 
 @dataclass(frozen=True, slots=True)
-class ClipFault:
+class ClipIssue:
     """A clip that could not be read or encoded, and the samples that need it (`sources` are "file:line")."""
 
     clip: str
@@ -122,9 +122,9 @@ def encode_samples(
         store.refresh()
         left = Counter(_shard_of(key, shard[1]) for key in map(keys.key, missing) if key not in store) if shard else {}
     if reasons:
-        faults = _faults(family, samples, keys, reasons)
-        lines = "\n".join(f"  {fault}" for fault in faults)
-        raise ManifestError(f"{len(faults)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(faults))
+        issues = _issues(family, samples, keys, reasons)
+        lines = "\n".join(f"  {issue}" for issue in issues)
+        raise ManifestError(f"{len(issues)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(issues))
     elapsed = time.monotonic() - started
     report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
     return EncodedSet(family, samples, store, keys, report)
@@ -159,9 +159,9 @@ def _number_clips(family: Family, samples: Sequence[Sample]) -> tuple[list[Audio
     return list(numbers), uses, ends
 
 
-def _faults(
+def _issues(
     family: Family, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
-) -> list[ClipFault]:
+) -> list[ClipIssue]:
     """The clips that failed, each with the samples that need it."""
     users: dict[str | AudioRef, dict[str, str]] = {clip.key or clip.ref: {} for clip in reasons}
     for sample, sample_keys in zip(samples, keys, strict=True):
@@ -169,7 +169,7 @@ def _faults(
             if (key or ref) in users:
                 users[key or ref][sample.id] = sample.source
     found = [(clip, reason, users[clip.key or clip.ref]) for clip, reason in reasons.items()]
-    return [ClipFault(str(clip.ref), tuple(who), tuple(who.values()), reason) for clip, reason, who in found]
+    return [ClipIssue(str(clip.ref), tuple(who), tuple(who.values()), reason) for clip, reason, who in found]
 
 
 def _size_hint(ref: AudioRef) -> float:
@@ -231,17 +231,17 @@ def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]
         if len(audios) > 1:
             return [result for audio in audios for result in _features(family, [audio])]
         if "out of memory" in str(error).lower():
-            raise  # a fault of the machine, not of the clip
+            raise  # an issue of the machine, not of the clip
         return [f"cannot be encoded: {error}"]
     assert len(arrays) == len(audios), f"{family.name}: {len(arrays)} features for {len(audios)} clips"
-    return [_fault_of(array) or array for array in arrays]
+    return [_issue_of(array) or array for array in arrays]
 
 
 def _reason(error: AudioError, ref: AudioRef) -> str:
     return str(error).removeprefix(f"{ref}: ")
 
 
-def _fault_of(array: np.ndarray) -> str:
+def _issue_of(array: np.ndarray) -> str:
     if array.size == 0:
         return f"encodes to nothing (shape {array.shape}): too short"
     return "" if np.isfinite(array).all() else "encodes to NaN or infinity"

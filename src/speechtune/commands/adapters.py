@@ -21,7 +21,7 @@ from speechtune.families.higgs_audio_v2.boson import Layout
 from speechtune.inference.load import model_config
 from speechtune.lora.files import adapter_folder, read_tensors
 
-COLORS = {"ok": "green", "fault": "red", "warning": "yellow", "unchecked": "dim"}
+COLORS = {"ok": "green", "issue": "red", "warning": "yellow", "unchecked": "dim"}
 
 
 def run_verify(
@@ -85,7 +85,7 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
     if adapters:
         console.print(table)
     for one in adapters:
-        shown = one.checks if verbose else [check for check in one.checks if check.status == "fault"]
+        shown = one.checks if verbose else [check for check in one.checks if check.status == "issue"]
         for check in shown:
             console.print(f"{one.path}: {check.name}: {check.status}: {check.detail}", markup=False, soft_wrap=True)
     for path in checkpoints:

@@ -57,7 +57,7 @@ def run_demo_voice(directory: Path) -> int:
         console.rule("1. validate")
         report = validate(manifest, DataConfig(), deep=True)
         print_report(report, console)
-        if report.faults:
+        if report.issues:
             return 2
         console.rule("2. encode and train")
         config = demo_config(make_base(assets / "demo-voices", directory / "base"), manifest, directory)

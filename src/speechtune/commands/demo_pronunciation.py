@@ -37,7 +37,7 @@ def run_demo_pronunciation(directory: Path) -> int:
         console.rule("1. validate")
         report = validate(data, DataConfig(), deep=True)
         print_report(report, console)
-        if report.faults:
+        if report.issues:
             return ConfigError.exit_code
         console.rule("2. train")
         config = demo_config(data, directory)

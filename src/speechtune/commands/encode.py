@@ -35,7 +35,7 @@ def run_encode(
 
     Raises:
         ConfigError: flags that do not go together, a shard that does not exist, or Ray is not installed.
-        ManifestError: faults of the data.
+        ManifestError: issues of the data.
     """
     config = load_config(recipe, overrides)
     if engine == "ray":

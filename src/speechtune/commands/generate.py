@@ -44,7 +44,8 @@ def run_generate(
         assert manifest is not None
         if reference is not None:
             raise ConfigError("--reference goes with --text; a manifest names its own references")
-        given = {name: value for name, value in (("system", system), ("scene", scene)) if value is not None}
+        given: dict[str, Any] = {"system": system, "scene": scene}
+        given = {name: value for name, value in given.items() if value is not None}
         samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
     else:
         clips = (Clip(AudioRef(reference), reference_text),) if reference else ()

@@ -30,7 +30,7 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
 
     Raises:
         ConfigError: neither, or both.
-        ManifestError: faults in the manifest or the recordings.
+        ManifestError: issues in the manifest or the recordings.
     """
     if bool(audio) == (manifest is not None):
         raise ConfigError("name audio files, or one manifest with --manifest")
@@ -54,11 +54,11 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
 def _sound(where: str, samples: list[Sample]) -> list[Sample]:
     silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
     check = check_audio(samples, DataConfig(), deep=True)
-    faults = [fault for fault in check.faults if fault.code not in _BEARABLE]
-    faults += find_long_clips(samples, check.durations, DataConfig())
-    if lines := [*silent, *map(str, faults)]:
+    issues = [issue for issue in check.issues if issue.code not in _BEARABLE]
+    issues += find_long_clips(samples, check.durations, DataConfig())
+    if lines := [*silent, *map(str, issues)]:
         listed = "\n".join(f"  {line}" for line in lines)
-        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(faults))
+        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))
     return samples
 
 

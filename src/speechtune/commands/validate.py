@@ -1,4 +1,4 @@
-"""The verb `validate`: all faults of a manifest and what it holds, as tables or JSON."""
+"""The verb `validate`: all issues of a manifest and what it holds, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from rich.text import Text
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import Progress, check_audio, find_long_clips
 from speechtune.data.manifest import read_samples
-from speechtune.data.rows import Fault
 from speechtune.data.sources import Source, find_source, read_source
 from speechtune.data.speechocean_labels import SCORE_FIELDS, Split
-from speechtune.errors import printable
+from speechtune.errors import Issue, printable
 from speechtune.types import AudioRef, Sample
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
 """Lower edges of the duration histogram; the last bin is open."""
 
-_FAULTS_SHOWN = 50
+_ISSUES_SHOWN = 50
 _GROUPS_SHOWN = 20
 _SCRIPT_NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
 
@@ -38,15 +37,15 @@ class Report:
     """What `validate` found; `faults` empty means that training accepts the manifest."""
 
     path: Path
-    faults: list[Fault]
+    issues: list[Issue]
     statistics: dict[str, Any]
     notes: list[str]
 
     def to_json(self) -> str:
-        """The report as one JSON object with all faults."""
+        """The report as one JSON object with all issues."""
         values = {
             "path": str(self.path),
-            "faults": [asdict(fault) for fault in self.faults],
+            "issues": [asdict(issue) for issue in self.issues],
             "statistics": self.statistics,
             "notes": self.notes,
         }
@@ -65,14 +64,14 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
         return _validate_pronunciation(path, source, config, deep, progress)
     result = read_samples(path, config)
     check = check_audio(result.samples, config, deep, progress)
-    faults = sorted(result.faults + check.faults, key=lambda fault: fault.row)
+    issues = sorted(result.issues + check.issues, key=lambda issue: issue.row)
     notes = list(result.notes)
     urls = {ref for sample in result.samples for ref in _clips(sample) if ref.url is not None}
     if urls and not deep:
         notes.append(f"{len(urls)} clip(s) given as URL were not fetched; a deep check fetches them")
-    bad_rows = {fault.row for fault in faults}
+    bad_rows = {issue.row for issue in issues}
     sound = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
-    return Report(path, faults, statistics(sound, check.durations) | {"num_rows": result.num_rows}, notes)
+    return Report(path, issues, statistics(sound, check.durations) | {"num_rows": result.num_rows}, notes)
 
 
 def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def guess_script(text: str) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print notes, statistics and faults as tables."""
+    """Print notes, statistics and issues as tables."""
     values = report.statistics
     console.print(Text(str(report.path)))
     table = Table("what", "value")
@@ -153,18 +152,18 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     for note in report.notes:
         console.print(Text(f"note: {note}"))
-    if not report.faults:
-        console.print("no faults", style="green")
+    if not report.issues:
+        console.print("no issues", style="green")
         return
-    console.print(f"{len(report.faults)} fault(s)", style="bold red")
-    faults = Table("where", "sample", "fault", "message")
-    for fault in report.faults[:_FAULTS_SHOWN]:
-        faults.add_row(*map(Text, (fault.source, fault.sample_id, fault.code, fault.message)))
-    console.print(faults)
-    if len(report.faults) > _FAULTS_SHOWN:
-        kinds = Counter(fault.code for fault in report.faults).most_common()
+    console.print(f"{len(report.issues)} issue(s)", style="bold red")
+    issues = Table("where", "sample", "issue", "message")
+    for issue in report.issues[:_ISSUES_SHOWN]:
+        issues.add_row(*map(Text, (issue.source, issue.sample_id, issue.code, issue.message)))
+    console.print(issues)
+    if len(report.issues) > _ISSUES_SHOWN:
+        kinds = Counter(issue.code for issue in report.issues).most_common()
         counts = ", ".join(f"{count} {code}" for code, count in kinds)
-        console.print(Text(f"... and {len(report.faults) - _FAULTS_SHOWN} more; in all: {counts}"))
+        console.print(Text(f"... and {len(report.issues) - _ISSUES_SHOWN} more; in all: {counts}"))
 
 
 def _validate_pronunciation(
@@ -175,11 +174,11 @@ def _validate_pronunciation(
     results = {split: read_source(source, split, config) for split in splits}
     samples = [sample for result in results.values() for sample in result.samples]
     check = check_audio(samples, config, deep, progress)
-    faults = [fault for result in results.values() for fault in result.faults] + check.faults
-    faults += find_long_clips(samples, check.durations, config)
+    issues = [issue for result in results.values() for issue in result.issues] + check.issues
+    issues += find_long_clips(samples, check.durations, config)
     if "train" in results and "test" in results:
-        faults += _overlaps(results["train"].samples, results["test"].samples)
-    bad = {(fault.source, fault.sample_id) for fault in faults}
+        issues += _overlaps(results["train"].samples, results["test"].samples)
+    bad = {(issue.source, issue.sample_id) for issue in issues}
     sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
     values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
     if source.format == "jsonl":
@@ -188,19 +187,19 @@ def _validate_pronunciation(
         values["pronunciation"] = {
             split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in results
         }
-    return Report(path, faults, values, [note for result in results.values() for note in result.notes])
+    return Report(path, issues, values, [note for result in results.values() for note in result.notes])
 
 
-def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Fault]:
-    """Faults of test utterances whose id or speaker also stands in the training split: no test of unseen voices."""
+def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Issue]:
+    """Issues of test utterances whose id or speaker also stands in the training split: no test of unseen voices."""
     ids, speakers = {sample.id for sample in train}, {sample.speaker for sample in train}
-    faults: list[Fault] = []
+    issues: list[Issue] = []
     for sample in test:
         what = "utterance" if sample.id in ids else f"speaker {sample.speaker}" if sample.speaker in speakers else ""
         if what:
             reason = f"the {what} also stands in the training split"
-            faults.append(Fault(sample.source, sample.id, "split_overlap", printable(reason), sample.extra["row"]))
-    return faults
+            issues.append(Issue(sample.source, sample.id, "split_overlap", printable(reason), sample.extra["row"]))
+    return issues
 
 
 def _label_lines(values: Mapping[str, Any]) -> list[str]:
@@ -233,7 +232,7 @@ def _script(character: str) -> str:
 
 
 def run_validate(manifest: Path, *, metadata_only: bool = False, as_json: bool = False, **limits: Any) -> int:
-    """Validate a data file, and print what was found; 0, or 2 where a row is faulty.
+    """Validate a data file, and print what was found; 0, or 2 where a row is invalid.
 
     Args:
         manifest: file or folder.
@@ -246,4 +245,4 @@ def run_validate(manifest: Path, *, metadata_only: bool = False, as_json: bool =
         print(report.to_json())
     else:
         print_report(report, Console())
-    return 2 if report.faults else 0
+    return 2 if report.issues else 0

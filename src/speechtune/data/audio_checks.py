@@ -10,16 +10,15 @@ from functools import lru_cache
 
 from speechtune.audio import (
     DURATION_TOLERANCE_SECONDS,
-    AudioFault,
     AudioInfo,
+    InvalidAudioError,
     audio_info,
     find_defects,
     read_audio,
     segment_frames,
 )
 from speechtune.config import DataConfig
-from speechtune.data.rows import Fault
-from speechtune.errors import printable
+from speechtune.errors import Issue, printable
 from speechtune.types import AudioRef, Sample
 
 Progress = Callable[[int, int], None]
@@ -33,9 +32,9 @@ _HEADERS_KEPT = 4096  # of files that rows cut many segments out of
 
 @dataclass(frozen=True, slots=True)
 class AudioCheck:
-    """Faults of the clips of some samples, and the duration in seconds of every clip that was read."""
+    """Issues of the clips of some samples, and the duration in seconds of every clip that was read."""
 
-    faults: list[Fault]
+    issues: list[Issue]
     durations: dict[AudioRef, float]
 
 
@@ -44,7 +43,7 @@ class _Finding:
     duration_seconds: float | None = None
     file_seconds: float | None = None
     digest: bytes = b""
-    faults: tuple[tuple[str, str], ...] = ()
+    issues: tuple[tuple[str, str], ...] = ()
 
 
 def check_audio(
@@ -72,12 +71,12 @@ def check_audio(
             for ref, finding in zip(task, found, strict=True):
                 if finding.duration_seconds is not None:
                     durations[ref] = finding.duration_seconds
-                if finding.faults or finding.digest:
+                if finding.issues or finding.digest:
                     special[ref] = finding
             num_done += len(task)
             if progress is not None:
                 progress(num_done, len(refs))
-    faults: list[Fault] = []
+    issues: list[Issue] = []
     for sample in samples:
         declared = sample.extra.get("declared_seconds") or ()
         own = _own_clips(sample)
@@ -86,18 +85,18 @@ def check_audio(
             finding = special.get(ref)
             if finding is None and seconds is not None:
                 finding = _Finding(durations.get(ref), durations.get(ref))
-            for code, reason in _clip_faults(finding, seconds) if finding else ():
+            for code, reason in _clip_issues(finding, seconds) if finding else ():
                 role = "target" if index == 0 else f"reference {index}"
-                faults.append(_fault(sample, code, f"{role} {ref}: {reason}"))
+                issues.append(_issue(sample, code, f"{role} {ref}: {reason}"))
         digests = [special[ref].digest for ref in own if ref in special]
         if len(digests) == len(own) > 1 and digests[0] and digests[0] in digests[1:]:
             reason = "the target's audio is identical to its reference's: the model would copy it"
-            faults.append(_fault(sample, "target_is_reference", reason))
-    return AudioCheck(faults, durations)
+            issues.append(_issue(sample, "target_is_reference", reason))
+    return AudioCheck(issues, durations)
 
 
 def _own_clips(sample: Sample) -> list[AudioRef]:
-    # a borrowed reference is the lender's target: its faults are counted there, once
+    # a borrowed reference is the lender's target: its issues are counted there, once
     references = () if "reference_from" in sample.extra else sample.references
     target = [] if sample.audio is None else [sample.audio]
     return target + [clip.audio for clip in references]
@@ -112,45 +111,45 @@ def _inspect(ref: AudioRef, config: DataConfig, deep: bool, header: Callable[[st
         finding.file_seconds = info.duration_seconds
         finding.duration_seconds = segment_frames(ref, info)[1] / info.sampling_rate
         _check_length(finding, finding.duration_seconds, config)
-        if deep and not finding.faults:
+        if deep and not finding.issues:
             audio = read_audio(ref, allow_urls=config.allow_urls)
             finding.digest = hashlib.sha256(audio.samples.tobytes()).digest()
-            finding.faults += tuple(find_defects(audio))
-    except AudioFault as error:
-        finding.faults += ((error.code, error.reason),)
+            finding.issues += tuple(find_defects(audio))
+    except InvalidAudioError as error:
+        finding.issues += ((error.code, error.reason),)
     return finding
 
 
 def _check_length(finding: _Finding, seconds: float, config: DataConfig) -> None:
     if seconds < config.min_seconds:
         reason = f"{seconds:.3f} s is shorter than data.min_seconds ({config.min_seconds:g} s)"
-        finding.faults += (("too_short", reason),)
+        finding.issues += (("too_short", reason),)
     elif seconds > config.max_seconds:
         reason = f"{seconds:.1f} s is longer than data.max_seconds ({config.max_seconds:g} s)"
-        finding.faults += (("too_long", reason),)
+        finding.issues += (("too_long", reason),)
 
 
-def _clip_faults(finding: _Finding, declared: float | None) -> Iterable[tuple[str, str]]:
-    yield from finding.faults
+def _clip_issues(finding: _Finding, declared: float | None) -> Iterable[tuple[str, str]]:
+    yield from finding.issues
     actual = finding.file_seconds
     if declared is not None and actual is not None and abs(declared - actual) > DURATION_TOLERANCE_SECONDS:
         yield "duration_mismatch", f"declared as {declared:.2f} s, but the file is {actual:.2f} s long"
 
 
-def _fault(sample: Sample, code: str, message: str) -> Fault:
-    return Fault(sample.source, sample.id, code, printable(message), sample.extra.get("row", 0))
+def _issue(sample: Sample, code: str, message: str) -> Issue:
+    return Issue(sample.source, sample.id, code, printable(message), sample.extra.get("row", 0))
 
 
 MAX_CLIP_SECONDS = 40.0
 """Longest clip: a padded batch with a longer one crashes in the speech encoder that hears these clips."""
 
 
-def find_long_clips(samples: Sequence[Sample], durations: Mapping[AudioRef, float], config: DataConfig) -> list[Fault]:
-    """Faults of clips over `MAX_CLIP_SECONDS` that `config.max_seconds` lets pass; `durations` from `check_audio`."""
-    faults: list[Fault] = []
+def find_long_clips(samples: Sequence[Sample], durations: Mapping[AudioRef, float], config: DataConfig) -> list[Issue]:
+    """Issues of clips over `MAX_CLIP_SECONDS` that `config.max_seconds` lets pass; `durations` from `check_audio`."""
+    issues: list[Issue] = []
     for sample in samples:
         seconds = durations.get(sample.audio, 0.0) if sample.audio is not None else 0.0
         if MAX_CLIP_SECONDS < seconds <= config.max_seconds:
             reason = f"{sample.audio}: {seconds:.1f} s is longer than {MAX_CLIP_SECONDS:g} s; cut it"
-            faults.append(Fault(sample.source, sample.id, "too_long", printable(reason), sample.extra["row"]))
-    return faults
+            issues.append(Issue(sample.source, sample.id, "too_long", printable(reason), sample.extra["row"]))
+    return issues

@@ -1,4 +1,4 @@
-"""Rows -> `Sample`: one reader per format; every fault of a row goes to the row's context, none is raised."""
+"""Rows -> `Sample`: one reader per format; every issue of a row goes to the row's context, none is raised."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _Spoken = tuple[AudioRef, float | None, str]  # clip, declared duration in secon
 
 
 def read_row(context: Context) -> Sample | None:
-    """Turn a row into a sample; None, with faults in the context, where it cannot be."""
+    """Turn a row into a sample; None, with issues in the context, where it cannot be."""
     row, value = context.row, context.row.value
     if row.problem:
-        context.fault(row.code, row.problem)
+        context.issue(row.code, row.problem)
         return None
     if not isinstance(value, dict):
-        context.fault("bad_row", f"a row is an object, found {type(value).__name__}")
+        context.issue("bad_row", f"a row is an object, found {type(value).__name__}")
         return None
     if value.get("messages") is not None:
         return chatml_sample(context, value)
     if "audio_file" in value:
         return metadata_sample(context, value)
     keys = ", ".join(map(repr, list(value)[:8])) or "none"
-    context.fault("unknown_format", f"holds neither 'messages' (ChatML, ms-swift) nor 'audio_file'; its keys: {keys}")
+    context.issue("unknown_format", f"holds neither 'messages' (ChatML, ms-swift) nor 'audio_file'; its keys: {keys}")
     return None
 
 
@@ -61,7 +61,7 @@ def metadata_sample(context: Context, value: dict[str, Any]) -> Sample | None:
         text = _transcript(context, value, "the reference's text", "no_reference_text", keys, "ref_transcript_file")
         if (named := context.audio({"audio_url": value["ref_audio_file"]})) is not None:
             clips.append((*named, text))
-    if context.faults:
+    if context.issues:
         return None
     extra = {key: item for key, item in value.items() if item is not None and key not in _METADATA_KEYS}
     return _sample(context, clips, value, extra, "folder")
@@ -71,13 +71,13 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
     """Read a ChatML row of the original pipeline, a native user/assistant row, or an ms-swift row."""
     messages, misc = value["messages"], value.get("misc")
     if not isinstance(messages, list) or not messages:
-        context.fault("bad_row", "'messages' is not a list of messages")
+        context.issue("bad_row", "'messages' is not a list of messages")
         return None
     if misc is not None and misc == misc and not isinstance(misc, dict):
-        context.fault("bad_field", f"'misc' is not an object but {misc!r:.60}")
+        context.issue("bad_field", f"'misc' is not an object but {misc!r:.60}")
     misc = misc if isinstance(misc, dict) else {}
     turns = _turns(context, messages, value.get("audios"))
-    if context.faults:
+    if context.issues:
         return None
     system, scene = None, None
     if turns[0].role == "system":
@@ -86,13 +86,13 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
     roles = [turn.role for turn in body]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         found = ", ".join(turn.role for turn in turns[:12])
-        context.fault("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {found}")
+        context.issue("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {found}")
         return None
     _check_start_index(context, value, len(messages) - 1)
     clips: list[_Spoken] = []
     for index in range(0, len(body), 2):
         clips += _pair(context, body[index], body[index + 1], misc if index == len(body) - 2 else {})
-    if context.faults:
+    if context.issues:
         return None
     extra = {k: item for k, item in misc.items() if item is not None and not k.endswith("_transcript") and k != "id"}
     return _sample(context, [clips[-1], *clips[:-1]], value, extra, "chatml", system, scene)
@@ -122,13 +122,13 @@ def _turns(context: Context, messages: list[Any], audios: Any) -> list[_Turn]:
         tags = sum(len(_AUDIO_TAG.findall(content)) for content in contents if isinstance(content, str))
         if tags != len(paths):
             # never pair them up all the same: every later clip would sit under the wrong text
-            context.fault("audio_count", f"{tags} <audio> tag(s) in the messages, but {len(paths)} entries in 'audios'")
+            context.issue("audio_count", f"{tags} <audio> tag(s) in the messages, but {len(paths)} entries in 'audios'")
             return turns
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
-            context.fault("wrong_roles", f"{where}: role {role!r:.40}; expected system, user or assistant")
+            context.issue("wrong_roles", f"{where}: role {role!r:.40}; expected system, user or assistant")
             continue
         turns.append(turn := _Turn(role, where))
         content = message.get("content")
@@ -152,14 +152,14 @@ def _add_part(context: Context, turn: _Turn, part: Any) -> None:
         if (clip := context.audio(part)) is not None:
             turn.parts.append(clip)
     elif part is None or kind == "text":
-        context.fault("bad_part", f"{turn.where}: holds no text")
+        context.issue("bad_part", f"{turn.where}: holds no text")
     else:
-        context.fault("bad_part", f"{turn.where}: a part is a text or has type 'text' or 'audio'; found {part!r:.60}")
+        context.issue("bad_part", f"{turn.where}: a part is a text or has type 'text' or 'audio'; found {part!r:.60}")
 
 
 def _system(context: Context, turn: _Turn) -> tuple[str | None, str | None]:
     if turn.audios:
-        context.fault("bad_part", f"{turn.where}: audio in the system message is not supported; give it as reference")
+        context.issue("bad_part", f"{turn.where}: audio in the system message is not supported; give it as reference")
     text, scene = turn.text, None
     if found := _SCENE.search(text):
         scene = context.text(found[1], "the scene")
@@ -172,14 +172,14 @@ def _check_start_index(context: Context, value: dict[str, Any], last: int) -> No
     start = context.number(value, "start_index")
     if start is not None and start > last:
         reason = f"'start_index' {start:g} points past messages[{last}], the last assistant message, which is trained"
-        context.fault("bad_start_index", reason)
+        context.issue("bad_start_index", reason)
 
 
 def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]) -> list[_Spoken]:
     """References of the user's message, then the assistant's clip with the text spoken in it."""
     if len(assistant.audios) != 1:
         found = f"{len(assistant.audios)} audio parts, expected one" if assistant.audios else "holds no audio part"
-        context.fault("missing_audio", f"{assistant.where} (assistant): {found}")
+        context.issue("missing_audio", f"{assistant.where} (assistant): {found}")
         return []
     target = context.optional_text(misc, "target_transcript")
     spoken = target or (assistant.text if assistant.text.strip() else None)
@@ -203,7 +203,7 @@ def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, An
             context.notes.append("target text taken as it stands after the reference audio, without the instruction")
     elif not references and target is None and asked.strip() != spoken.strip():
         reason = f"the user's text {asked!r:.50} and the assistant's text {spoken!r:.50} differ: which one is spoken?"
-        context.fault("text_conflict", f"{user.where}: {reason}")
+        context.issue("text_conflict", f"{user.where}: {reason}")
     for _, _, text in references:
         context.text(text, f"{user.where}: the reference's text", "no_reference_text")
     context.text(spoken, f"{assistant.where}: the text spoken in the audio")
@@ -222,13 +222,13 @@ def _sample(
     """Build the sample out of (audio, declared duration, text), the target first."""
     audio, _, text = clips[0]
     if any(ref == audio for ref, _, _ in clips[1:]):
-        context.fault("target_is_reference", f"the target is its own reference ({audio}): the model would copy it")
+        context.issue("target_is_reference", f"the target is its own reference ({audio}): the model would copy it")
     speaker = context.optional_text(value, "speaker", "speaker_id") or _text(extra, "speaker", "speaker_id")
     language = context.optional_text(value, "language") or _text(extra, "language")
     for name, given in (("speaker", speaker), ("language", language)):
         if given is not None and _NOT_TEXT.search(given):
-            context.fault("bad_unicode", f"{name!r} holds lone surrogates or NUL")
-    if context.faults:
+            context.issue("bad_unicode", f"{name!r} holds lone surrogates or NUL")
+    if context.issues:
         return None
     one = context.shared
     alike: dict[str, Any] = {key: item for key, item in extra.items() if key not in _RESERVED} | {"layout": layout}
@@ -249,24 +249,24 @@ def _text(values: Mapping[str, Any], *names: str) -> str | None:
 def _transcript(
     context: Context, value: dict[str, Any], what: str, code: str, inline: tuple[str, ...], file_key: str
 ) -> str:
-    """The text given inline or in a file, checked; after a fault what is returned does not matter."""
+    """The text given inline or in a file, checked; after an issue what is returned does not matter."""
     if (text := context.optional_text(value, *inline)) is not None:
         return context.text(text, what, code)
     if (name := context.optional_text(value, file_key)) is None:
-        context.fault(code, f"{what} is missing: expected {file_key!r} or {' or '.join(map(repr, inline))}")
+        context.issue(code, f"{what} is missing: expected {file_key!r} or {' or '.join(map(repr, inline))}")
         return ""
     if (path := context.path(name, context.folder)) is None:
         return ""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_TRANSCRIPT_BYTES:
-            context.fault("bad_transcript", f"{path}: not a text file of at most {MAX_TRANSCRIPT_BYTES} bytes")
+            context.issue("bad_transcript", f"{path}: not a text file of at most {MAX_TRANSCRIPT_BYTES} bytes")
             return ""
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        context.fault("missing_text", f"{path}: cannot be read: {error.strerror}")
+        context.issue("missing_text", f"{path}: cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
-        context.fault("bad_unicode", f"{path}: not UTF-8 at byte {error.start}")
+        context.issue("bad_unicode", f"{path}: not UTF-8 at byte {error.start}")
     else:
         # the line end closes the file, it is not spoken
         return context.text(re.sub(r"\r?\n\Z", "", text), f"{what} in {path}", code)

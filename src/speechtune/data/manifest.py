@@ -1,4 +1,4 @@
-"""Manifests: files -> validated samples; every fault is collected, and raised once."""
+"""Manifests: files -> validated samples; every issue is collected, and raised once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from speechtune.data.audio_checks import check_audio
 from speechtune.data.chatml import read_row
 from speechtune.data.quarantine import ReadResult, keep_sound
 from speechtune.data.row_parser import Context
-from speechtune.data.rows import Fault, Row, Shared, iterate_rows
-from speechtune.errors import printable
+from speechtune.data.rows import Row, Shared, iterate_rows
+from speechtune.errors import Issue, printable
 from speechtune.types import Clip, Sample
 
 logger = logging.getLogger("speechtune")
 
 
 def read_samples(path: Path, config: DataConfig) -> ReadResult:
-    """Read a manifest without touching its audio; rows with faults give no sample.
+    """Read a manifest without touching its audio; rows with issues give no sample.
 
     Samples without a named reference in folder layouts borrow one of the same speaker, see `borrow_references`.
     `Sample.extra` holds `row` (from 1) and `layout`; where they apply, `declared_seconds` (target first) and
@@ -33,7 +33,7 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     folder = path if path.is_dir() else path.parent
     stem = path.resolve().name if path.is_dir() else path.stem
     samples: list[Sample] = []
-    faults: list[Fault] = []
+    issues: list[Issue] = []
     notes: Counter[str] = Counter()
     first_row: dict[str, int] = {}
     num_rows, shared = 0, Shared()
@@ -43,13 +43,13 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
         sample = read_row(context)
         first = first_row.setdefault(context.sample_id, row.number)
         if first != row.number:
-            context.fault("duplicate_id", f"the id is already taken by row {first}")
-        faults += context.faults
+            context.issue("duplicate_id", f"the id is already taken by row {first}")
+        issues += context.issues
         notes.update(context.notes)
-        if sample is not None and not context.faults:
+        if sample is not None and not context.issues:
             samples.append(sample)
     if num_rows == 0:
-        faults.append(Fault(f"{path}:1", "-", "empty_manifest", "holds no rows"))
+        issues.append(Issue(f"{path}:1", "-", "empty_manifest", "holds no rows"))
     texts = [f"{text} ({count} rows)" for text, count in notes.items()]
     if any(map(_may_borrow, samples)):
         samples = borrow_references(samples)
@@ -57,7 +57,7 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
         if alone:
             some = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
             texts.append(f"{len(alone)} sample(s) without reference, their speaker has no other utterance: {some}")
-    return ReadResult(samples, faults, texts, num_rows)
+    return ReadResult(samples, issues, texts, num_rows)
 
 
 def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
@@ -93,16 +93,16 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
 def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = None) -> list[Sample]:
     """Samples of a manifest ready for encoding, with the headers of their audio checked.
 
-    With `config.on_error` "quarantine", faulty rows are appended to `quarantine-<stem>.jsonl` in `quarantine_dir`
+    With `config.on_error` "quarantine", invalid rows are appended to `quarantine-<stem>.jsonl` in `quarantine_dir`
     (None: beside the manifest) and the other samples are returned.
 
     Raises:
-        ManifestError: the manifest has faults, or quarantine would set aside more than `config.quarantine_limit`.
+        ManifestError: the manifest has issues, or quarantine would set aside more than `config.quarantine_limit`.
     """
     result = read_samples(path, config)
     deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding
-    faults = check_audio(result.samples, config, deep=deep).faults
-    return borrow_references(keep_sound(path, result, faults, config, quarantine_dir, iterate_rows(path)))
+    issues = check_audio(result.samples, config, deep=deep).issues
+    return borrow_references(keep_sound(path, result, issues, config, quarantine_dir, iterate_rows(path)))
 
 
 def row_id(row: Row, stem: str) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speechtune.audio import AudioFault, audio_info
+from speechtune.audio import InvalidAudioError, audio_info
 from speechtune.config import DataConfig
 from speechtune.data.chatml import read_row
 from speechtune.data.row_parser import Context
-from speechtune.data.rows import Fault, Row, iterate_rows
-from speechtune.errors import ManifestError, printable
+from speechtune.data.rows import Row, iterate_rows
+from speechtune.errors import Issue, ManifestError, printable
 from speechtune.types import AudioRef, Clip, Sample
 
 
@@ -19,7 +19,7 @@ def read_prompts(path: Path, config: DataConfig) -> list[Sample]:
     """Read rows {"id"?, "text", "reference"?, "reference_text"?, "system"?, "scene"?}, or a training manifest's rows.
 
     Raises:
-        ManifestError: every fault, with file and line.
+        ManifestError: every issue, with file and line.
     """
     return _read(path, config, "text", _prompt)
 
@@ -28,25 +28,25 @@ def read_recordings(path: Path, config: DataConfig) -> list[Sample]:
     """Read rows {"audio", "text"?, "id"?, "offset"?, "duration"?}, or a training manifest's rows with their targets.
 
     Raises:
-        ManifestError: every fault, with file and line.
+        ManifestError: every issue, with file and line.
     """
     return _read(path, config, None, _recording)
 
 
 def _read(path: Path, config: DataConfig, key: str | None, read_plain: Callable[..., Sample]) -> list[Sample]:
     folder = path if path.is_dir() else path.parent
-    samples, faults = [], []
+    samples, issues = [], []
     for row in iterate_rows(path):
         context = Context(row, f"{printable(path.stem)}-{row.number}", folder, config)
         value = row.value
         plain = isinstance(value, dict) and not {"messages", "audio_file"} & value.keys() and key in {None, *value}
         sample = read_plain(context, value) if plain else read_row(context)
-        faults += context.faults
-        if sample is not None and not context.faults:
+        issues += context.issues
+        if sample is not None and not context.issues:
             samples.append(sample)
-    if faults or not samples:
-        lines = "\n".join(f"  {fault}" for fault in faults) or "  holds no rows"
-        raise ManifestError(f"{path}: {len(faults)} fault(s) in its rows\n{lines}", tuple(faults))
+    if issues or not samples:
+        lines = "\n".join(f"  {issue}" for issue in issues) or "  holds no rows"
+        raise ManifestError(f"{path}: {len(issues)} issue(s) in its rows\n{lines}", tuple(issues))
     return samples
 
 
@@ -93,7 +93,7 @@ def read_seed_list(path: Path, config: DataConfig | None = None, language: str |
         language: of the texts; None takes the folder's name where that is "en" or "zh".
 
     Raises:
-        ManifestError: every fault, with file and line: malformed lines, doubled ids, wavs that cannot be opened.
+        ManifestError: every issue, with file and line: malformed lines, doubled ids, wavs that cannot be opened.
     """
     config = config or DataConfig()
     folder = path.resolve().parent
@@ -104,34 +104,34 @@ def read_seed_list(path: Path, config: DataConfig | None = None, language: str |
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     samples: dict[str, Sample] = {}
-    faults: list[Fault] = []
+    issues: list[Issue] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         context = Context(Row(number, f"{path}:{number}"), f"{printable(path.stem)}-{number}", folder, config)
         sample = _sample(context, line.strip(), language)
         if sample is not None and sample.id in samples:
-            context.fault("doubled_id", f"the id {sample.id!r} stands in {samples[sample.id].source} already")
-        faults += context.faults
-        if sample is not None and not context.faults:
+            context.issue("doubled_id", f"the id {sample.id!r} stands in {samples[sample.id].source} already")
+        issues += context.issues
+        if sample is not None and not context.issues:
             samples[sample.id] = sample
-    if faults or not samples:
-        listed = "\n".join(f"  {fault}" for fault in faults) or "  holds no lines"
-        raise ManifestError(f"{path}: {len(faults)} fault(s) in its lines\n{listed}", tuple(faults))
+    if issues or not samples:
+        listed = "\n".join(f"  {issue}" for issue in issues) or "  holds no lines"
+        raise ManifestError(f"{path}: {len(issues)} issue(s) in its lines\n{listed}", tuple(issues))
     return list(samples.values())
 
 
 def _sample(context: Context, line: str, language: str | None) -> Sample | None:
     fields = [part.strip() for part in line.split("|")]
     if len(fields) not in (4, 5) or not fields[0]:
-        context.fault("bad_row", f"{len(fields)} fields; expected {FIELDS}")
+        context.issue("bad_row", f"{len(fields)} fields; expected {FIELDS}")
         return None
     name, prompt_text, prompt_wav, text = fields[:4]
     reference = _clip(context, prompt_wav)
     target = _clip(context, fields[4]) if len(fields) == 5 else None
     context.text(prompt_text, "the prompt's text")
     context.text(text, "the target's text")
-    if context.faults or reference is None:
+    if context.issues or reference is None:
         return None
     clips = (Clip(reference, prompt_text),)
     extra = {"row": context.row.number}
@@ -145,6 +145,6 @@ def _clip(context: Context, place: str) -> AudioRef | None:
     ref = AudioRef(Path(path))
     try:
         audio_info(ref)
-    except AudioFault as fault:
-        context.fault(fault.code, str(fault))
+    except InvalidAudioError as issue:
+        context.issue(issue.code, str(issue))
     return ref

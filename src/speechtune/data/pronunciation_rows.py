@@ -1,6 +1,6 @@
 """Pronunciation data by the row: the hub's copy of Speechocean762, and plain JSONL that names task and answer.
 
-Rows become `Sample`s as `speechtune.tasks.pronunciation.targets` wants them; every fault is collected, none is raised.
+Rows become `Sample`s as `speechtune.tasks.pronunciation.targets` wants them; every issue is collected, none is raised.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from speechtune.config import DataConfig
 from speechtune.data.manifest import row_id
 from speechtune.data.quarantine import ReadResult
 from speechtune.data.row_parser import Context
-from speechtune.data.rows import Fault, Row, iterate_rows
+from speechtune.data.rows import Row, iterate_rows
 from speechtune.data.speechocean_labels import AGE, GENDERS, SPLITS, LabelReader, Split, check_score
-from speechtune.errors import ManifestError, printable
+from speechtune.errors import Issue, ManifestError, printable
 from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN, StarPolicy
 from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
 from speechtune.types import AudioRef, Sample
@@ -125,7 +125,7 @@ def _collect(rows: Iterable[tuple[Row, str]], whole: Context, read: _Read) -> Re
     """Read all rows; `whole` is the context of the file itself."""
     num_rows = 0
     samples: list[Sample] = []
-    faults: list[Fault] = []
+    issues: list[Issue] = []
     notes: Counter[str] = Counter()
     first_row: dict[str, int] = {}
     for row, name in rows:
@@ -134,20 +134,20 @@ def _collect(rows: Iterable[tuple[Row, str]], whole: Context, read: _Read) -> Re
         sample = _problem(context) if row.problem or not isinstance(row.value, dict) else read(context)
         first = first_row.setdefault(context.sample_id, row.number)
         if first != row.number:
-            context.fault("duplicate_id", f"the id is already taken by row {first}")
-        faults += context.faults
-        if sample is not None and not context.faults:
+            context.issue("duplicate_id", f"the id is already taken by row {first}")
+        issues += context.issues
+        if sample is not None and not context.issues:
             samples.append(sample)
             notes.update(context.notes)
     if num_rows == 0:
-        whole.fault("empty_manifest", "holds no rows")
+        whole.issue("empty_manifest", "holds no rows")
     texts = [f"{text} ({count})" for text, count in notes.items()]
-    return ReadResult(samples, whole.faults + faults, texts, num_rows)
+    return ReadResult(samples, whole.issues + issues, texts, num_rows)
 
 
 def _problem(context: Context) -> None:
     row = context.row
-    context.fault(row.code or "bad_row", row.problem or f"a row is an object, found {type(row.value).__name__}")
+    context.issue(row.code or "bad_row", row.problem or f"a row is an object, found {type(row.value).__name__}")
 
 
 def _parquet_rows(files: Iterable[Path]) -> Iterator[Row]:
@@ -197,7 +197,7 @@ def _hub_sample(context: Context, split: Split, star_policy: StarPolicy) -> Samp
     if words is not None:
         entry = {**value, "words": [_word(context, word) for word in words]}
         labels = LabelReader(context, star_policy, split, "the row").read(entry, text)
-    if context.faults or labels is None:
+    if context.issues or labels is None:
         return None
     extra = {"labels": labels, **person, "split": split, "layout": HUB_LAYOUT, "row": row.number}
     return Sample(context.sample_id, text, audio, speaker=speaker, language="en", source=row.source, extra=extra)
@@ -209,27 +209,27 @@ def _hub_audio(context: Context, audio: object) -> AudioRef | None:
             audio = {"path": audio}
         else:
             reason = f"'audio' holds neither 'bytes' nor 'path' but {type(audio).__name__}"
-            context.fault("missing_audio", f"{reason}; cast the column with Audio(decode=False)")
+            context.issue("missing_audio", f"{reason}; cast the column with Audio(decode=False)")
             return None
     data = audio.get("bytes")
     if data is None:
         path = audio.get("path")
         if not isinstance(path, str) or not path:
-            context.fault("missing_audio", "'audio' holds neither bytes nor a path")
+            context.issue("missing_audio", "'audio' holds neither bytes nor a path")
             return None
         named = context.audio({"audio_url": path})
         return None if named is None else named[0]
     if not isinstance(data, bytes):
-        context.fault("bad_field", f"'bytes' of the audio is not bytes but {type(data).__name__}")
+        context.issue("bad_field", f"'bytes' of the audio is not bytes but {type(data).__name__}")
     elif len(data) > MAX_INLINE_BYTES:
-        context.fault("too_large", f"the audio exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
+        context.issue("too_large", f"the audio exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
     else:
         return AudioRef(data=data)
     return None
 
 
 def _listed(context: Context, value: Any, what: str) -> list[Any] | None:
-    """A list of objects, also where `datasets` made one object of lists out of it; None, with a fault, if that fails.
+    """A list of objects, also where `datasets` made one object of lists out of it; None, with an issue, if that fails.
 
     What is neither counts as empty, which the reader of labels tells.
     """
@@ -237,7 +237,7 @@ def _listed(context: Context, value: Any, what: str) -> list[Any] | None:
         return value if isinstance(value, list) else []
     lengths = {len(column) if isinstance(column, list) else -1 for column in value.values()}
     if len(lengths) != 1 or -1 in lengths:
-        context.fault("bad_field", f"{what!r} is neither a list nor an object of lists of one length")
+        context.issue("bad_field", f"{what!r} is neither a list nor an object of lists of one length")
         return None
     return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
 
@@ -260,12 +260,12 @@ def _person(context: Context, value: Mapping[str, Any]) -> dict[str, Any]:
         if AGE.fullmatch(text):
             person["age"] = int(text)
         else:
-            context.fault("bad_field", f"age {age!r:.40} is not a number of years")
+            context.issue("bad_field", f"age {age!r:.40} is not a number of years")
     if gender not in (None, ""):
         if isinstance(gender, str) and gender.lower() in GENDERS:
             person["gender"] = gender.lower()
         else:
-            context.fault("bad_field", f"gender {gender!r:.40} is not m or f")
+            context.issue("bad_field", f"gender {gender!r:.40} is not m or f")
     return person
 
 
@@ -279,10 +279,10 @@ def _task_row(context: Context) -> Sample | None:
     person = _person(context, value)
     task: Task | None = next((task for task in TASKS if task == value.get("task")), None)
     if task is None:
-        context.fault("unknown_task", f"'task' {value.get('task')!r:.40} is none of {', '.join(TASKS)}")
+        context.issue("unknown_task", f"'task' {value.get('task')!r:.40} is none of {', '.join(TASKS)}")
         return None
     target = _target(context, task, value.get("target"))
-    if context.faults or named is None:
+    if context.issues or named is None:
         return None
     extra = {"task": task, "target": target, **person, "layout": JSONL_LAYOUT, "row": row.number}
     if named[1] is not None:
@@ -291,21 +291,21 @@ def _task_row(context: Context) -> Sample | None:
 
 
 def _target(context: Context, task: Task, target: object) -> dict[str, Any]:
-    """The answer of a row, checked; after a fault what is returned does not matter."""
+    """The answer of a row, checked; after an issue what is returned does not matter."""
     if isinstance(target, str):
         try:
             target = json.loads(target)
         except (ValueError, RecursionError) as error:
-            context.fault("bad_target", f"'target' is a text, but not valid JSON: {error}")
+            context.issue("bad_target", f"'target' is a text, but not valid JSON: {error}")
             return {}
     if not isinstance(target, dict):
-        context.fault("bad_target", f"'target' is neither an object nor its JSON text but {target!r:.60}")
+        context.issue("bad_target", f"'target' is neither an object nor its JSON text but {target!r:.60}")
         return {}
     fields = FIELDS[task]
     if absent := [name for name in fields if name not in target]:
-        context.fault("missing_key", f"'target' of {task} lacks {', '.join(map(repr, absent))}")
+        context.issue("missing_key", f"'target' of {task} lacks {', '.join(map(repr, absent))}")
     if more := [name for name in target if name not in fields]:
-        context.fault("unknown_key", f"'target' of {task} has the key(s) {', '.join(map(repr, more)):.100} too many")
+        context.issue("unknown_key", f"'target' of {task} has the key(s) {', '.join(map(repr, more)):.100} too many")
     given = {name: target[name] for name in fields if name in target}
     if task == "APA":
         scores = {name: check_score(context, f"{name!r} of the target", item) for name, item in given.items()}
@@ -316,7 +316,7 @@ def _target(context: Context, task: Task, target: object) -> dict[str, Any]:
 def _transcript(context: Context, name: str, value: object) -> str:
     what = f"{name!r} of the target"
     if not isinstance(value, str):
-        context.fault("bad_target", f"{what} is not a text but {value!r:.60}")
+        context.issue("bad_target", f"{what} is not a text but {value!r:.60}")
         return ""
     context.text(value, what)
     if name != "phoneme_transcript":
@@ -325,5 +325,5 @@ def _transcript(context: Context, name: str, value: object) -> str:
     for label in dict.fromkeys(labels):
         if label not in PHONES and label != UNKNOWN:
             reason = f"{label!r:.40} is neither one of the 39 ARPAbet phones without stress digit nor {UNKNOWN}"
-            context.fault("unknown_phone", f"{what}: {reason}")
+            context.issue("unknown_phone", f"{what}: {reason}")
     return " ".join(labels)

@@ -1,4 +1,4 @@
-"""What happens to faulty rows: the run stops, or they are set aside in a file and the rest is used."""
+"""What happens to invalid rows: the run stops, or they are set aside in a file and the rest is used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from speechtune.config import DataConfig
-from speechtune.data.rows import UNREADABLE_REST, Fault, Row
-from speechtune.errors import ManifestError
+from speechtune.data.rows import UNREADABLE_REST, Row
+from speechtune.errors import Issue, ManifestError
 from speechtune.types import Sample
 
 logger = logging.getLogger("speechtune")
 
-_FAULTS_SHOWN = 20
+_ISSUES_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """What a manifest holds: sound samples, the faults of the other rows, notes for the reader."""
+    """What a manifest holds: sound samples, the issues of the other rows, notes for the reader."""
 
     samples: list[Sample]
-    faults: list[Fault]
+    issues: list[Issue]
     notes: list[str]
     num_rows: int
 
@@ -34,60 +34,60 @@ class ReadResult:
 def keep_sound(
     path: Path,
     result: ReadResult,
-    audio_faults: Sequence[Fault],
+    audio_issues: Sequence[Issue],
     config: DataConfig,
     quarantine_dir: Path | None,
     rows: Iterable[Row],
 ) -> list[Sample]:
-    """The samples without faults: all of them, or with `config.on_error` "quarantine" what is left of them.
+    """The samples without issues: all of them, or with `config.on_error` "quarantine" what is left of them.
 
-    The quarantine file gets the contents of the faulty ones among `rows`, which are read only when there are any;
-    a fault of no row is looked up by its source.
+    The quarantine file gets the contents of the invalid ones among `rows`, which are read only when there are any;
+    an issue of no row is looked up by its source.
 
     Raises:
         ManifestError: as `load_samples`.
     """
-    faults = sorted([*result.faults, *audio_faults], key=lambda fault: fault.row)
+    issues = sorted([*result.issues, *audio_issues], key=lambda issue: issue.row)
     for note in result.notes:
         logger.warning("%s: %s", path, note)
-    if not faults:
+    if not issues:
         return result.samples
-    bad_rows = {fault.row for fault in faults if fault.row}
+    bad_rows = {issue.row for issue in issues if issue.row}
     kept = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
     num_bad = result.num_rows - len(kept)
-    head = f"{path}: {len(faults)} fault(s) in {num_bad} of {result.num_rows} rows"
+    head = f"{path}: {len(issues)} issue(s) in {num_bad} of {result.num_rows} rows"
     if config.on_error == "fail":
-        raise _error(f"{head}; mend them, or set data.on_error=quarantine", faults)
+        raise _error(f"{head}; mend them, or set data.on_error=quarantine", issues)
     folder = quarantine_dir or (path if path.is_dir() else path.parent)
     target = folder / f"quarantine-{path.resolve().stem}.jsonl"
     try:
-        _write_quarantine(target, rows, faults)
+        _write_quarantine(target, rows, issues)
     except OSError as error:
-        raise _error(f"{head}; the quarantine file {target} cannot be written: {error.strerror}", faults) from None
-    if any(fault.code == UNREADABLE_REST for fault in faults):
-        raise _error(f"{head}; the file breaks off, so the number of rows is unknown", faults)
+        raise _error(f"{head}; the quarantine file {target} cannot be written: {error.strerror}", issues) from None
+    if any(issue.code == UNREADABLE_REST for issue in issues):
+        raise _error(f"{head}; the file breaks off, so the number of rows is unknown", issues)
     share = num_bad / max(result.num_rows, 1)
     if share > config.quarantine_limit:
         limit = f"{share:.1%} exceeds data.quarantine_limit ({config.quarantine_limit:.1%})"
-        raise _error(f"{head}; {limit}; see {target}", faults)
+        raise _error(f"{head}; {limit}; see {target}", issues)
     if not kept:
-        raise _error(f"{head}; no sample is left; see {target}", faults)
+        raise _error(f"{head}; no sample is left; see {target}", issues)
     logger.warning("QUARANTINE: %s; %d samples are left; see %s", head, len(kept), target)
     return kept
 
 
-def _error(head: str, faults: list[Fault]) -> ManifestError:
-    lines = [f"  {fault}" for fault in faults[:_FAULTS_SHOWN]]
-    if len(faults) > _FAULTS_SHOWN:
-        lines.append(f"  ... and {len(faults) - _FAULTS_SHOWN} more; `speechtune validate` lists all of them")
-    return ManifestError("\n".join([head, *lines]), tuple(faults))
+def _error(head: str, issues: list[Issue]) -> ManifestError:
+    lines = [f"  {issue}" for issue in issues[:_ISSUES_SHOWN]]
+    if len(issues) > _ISSUES_SHOWN:
+        lines.append(f"  ... and {len(issues) - _ISSUES_SHOWN} more; `speechtune validate` lists all of them")
+    return ManifestError("\n".join([head, *lines]), tuple(issues))
 
 
-def _write_quarantine(target: Path, rows: Iterable[Row], faults: list[Fault]) -> None:
-    """Append the faulty rows as they stand in the manifest; a rerun adds only what is new."""
-    by_row: defaultdict[int | str, list[Fault]] = defaultdict(list)
-    for fault in faults:
-        by_row[fault.row or fault.source].append(fault)
+def _write_quarantine(target: Path, rows: Iterable[Row], issues: list[Issue]) -> None:
+    """Append the invalid rows as they stand in the manifest; a rerun adds only what is new."""
+    by_row: defaultdict[int | str, list[Issue]] = defaultdict(list)
+    for issue in issues:
+        by_row[issue.row or issue.source].append(issue)
     target.parent.mkdir(parents=True, exist_ok=True)
     known = set(target.read_text(encoding="utf-8").splitlines()) if target.exists() else set()
     lines: list[str] = []
@@ -96,7 +96,7 @@ def _write_quarantine(target: Path, rows: Iterable[Row], faults: list[Fault]) ->
         if not found:
             continue
         record: dict[str, Any] = {"source": row.source, "row": row.number, "id": found[0].sample_id}
-        record["faults"] = [{"code": fault.code, "message": fault.message} for fault in found]
+        record["issues"] = [{"code": issue.code, "message": issue.message} for issue in found]
         record["content"] = row.raw if row.value is None else row.value
         if (line := json.dumps(record)) not in known:  # ASCII: lone surrogates must survive
             lines.append(line + "\n")

@@ -15,8 +15,8 @@ from typing import Any
 
 from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
-from speechtune.data.rows import Fault, Row, Shared
-from speechtune.errors import printable
+from speechtune.data.rows import Row, Shared
+from speechtune.errors import Issue, printable
 from speechtune.types import AudioRef
 
 _NOT_TEXT = re.compile("[\ud800-\udfff\0]")
@@ -28,28 +28,28 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://|(file|data):", re.IGNORECASE)
 
 @dataclass(slots=True)
 class Context:
-    """One row on its way to a `Sample`: where it stands, what is allowed, and the faults found so far."""
+    """One row on its way to a `Sample`: where it stands, what is allowed, and the issues found so far."""
 
     row: Row
     sample_id: str
     folder: Path
     config: DataConfig
     shared: Shared = field(default_factory=Shared)
-    faults: list[Fault] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def fault(self, code: str, message: str) -> None:
-        """Record a fault of this row."""
-        self.faults.append(Fault(self.row.source, self.sample_id, code, printable(message), self.row.number))
+    def issue(self, code: str, message: str) -> None:
+        """Record an issue of this row."""
+        self.issues.append(Issue(self.row.source, self.sample_id, code, printable(message), self.row.number))
 
     def text(self, text: str, what: str, code: str = "empty_text") -> str:
         """Check a text and return it unchanged, byte for byte."""
         if not text.strip():
-            self.fault(code, f"{what} is empty")
+            self.issue(code, f"{what} is empty")
         if found := _SPECIAL_TOKEN.search(text):
-            self.fault("special_token", f"{what} holds the control token {found[0]!r}, which would enter the prompt")
+            self.issue("special_token", f"{what} holds the control token {found[0]!r}, which would enter the prompt")
         if _NOT_TEXT.search(text):
-            self.fault("bad_unicode", f"{what} holds bytes that are not UTF-8, lone surrogates or NUL")
+            self.issue("bad_unicode", f"{what} holds bytes that are not UTF-8, lone surrogates or NUL")
         return text
 
     def optional_text(self, values: Mapping[str, Any], *names: str) -> str | None:
@@ -61,7 +61,7 @@ class Context:
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 return str(value)
             if value not in (None, "") and value == value:
-                self.fault("bad_field", f"{name!r} is not a text but {value!r:.60}")
+                self.issue("bad_field", f"{name!r} is not a text but {value!r:.60}")
         return None
 
     def number(self, values: Mapping[str, Any], name: str) -> float | None:
@@ -74,7 +74,7 @@ class Context:
                 return float(value)
         except OverflowError:
             pass
-        self.fault("bad_field", f"{name!r} is not a number but {value!r:.60}")
+        self.issue("bad_field", f"{name!r} is not a number but {value!r:.60}")
         return None
 
     def path(self, text: str, *also_within: Path) -> str | None:
@@ -84,7 +84,7 @@ class Context:
         except UnicodeEncodeError:
             encoded = b"\0"
         if b"\0" in encoded:
-            self.fault("bad_path", f"{text!r} holds a NUL character or a lone surrogate")
+            self.issue("bad_path", f"{text!r} holds a NUL character or a lone surrogate")
             return None
         joined = os.path.join(self.folder, text)
         place, name = os.path.split(joined)
@@ -95,7 +95,7 @@ class Context:
             return path
         roots = [_real_folder(str(root)) for root in (self.config.audio_root, *also_within)]
         if not any(path == root or path.startswith(os.path.join(root, "")) for root in roots):
-            self.fault("outside_root", f"{text!r} leads to {path}, outside data.audio_root ({roots[0]})")
+            self.issue("outside_root", f"{text!r} leads to {path}, outside data.audio_root ({roots[0]})")
             return None
         return path
 
@@ -103,10 +103,10 @@ class Context:
         """The clip an audio part names, and its declared duration in seconds where no segment is meant."""
         duration, offset = self.number(part, "duration"), self.number(part, "offset")
         if duration is not None and duration <= 0:
-            self.fault("bad_duration", f"the declared duration {duration:g} s is not above 0")
+            self.issue("bad_duration", f"the declared duration {duration:g} s is not above 0")
             return None
         if offset is not None and offset < 0:
-            self.fault("bad_offset", f"the offset {offset:g} s is negative")
+            self.issue("bad_offset", f"the offset {offset:g} s is negative")
             return None
         # a duration without offset describes the file; with an offset it cuts a segment out of it
         segment = {} if offset is None else {"offset_seconds": offset, "duration_seconds": duration}
@@ -118,9 +118,9 @@ class Context:
         if url := _URL.match(place):
             scheme = (url[1] or url[2]).lower()
             if scheme not in ("http", "https"):
-                self.fault("url_refused", f"{place!r:.100}: scheme {scheme!r} is refused; give a path")
+                self.issue("url_refused", f"{place!r:.100}: scheme {scheme!r} is refused; give a path")
             elif not self.config.allow_urls:
-                self.fault("url_refused", f"{place!r:.100}: URLs are refused; download it, or set data.allow_urls=true")
+                self.issue("url_refused", f"{place!r:.100}: URLs are refused; download it, or set data.allow_urls=true")
             else:
                 return AudioRef(url=place, **segment), declared
             return None
@@ -130,15 +130,15 @@ class Context:
     def _inline(self, part: Mapping[str, Any], url_key: str) -> bytes | None:
         text = self.optional_text(part, "raw_audio")
         if text is None:
-            self.fault("missing_audio", f"no audio: neither {url_key!r} nor 'raw_audio' is given")
+            self.issue("missing_audio", f"no audio: neither {url_key!r} nor 'raw_audio' is given")
             return None
         if len(text) > MAX_INLINE_BYTES * 4 // 3 + 4:
-            self.fault("too_large", f"'raw_audio' exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
+            self.issue("too_large", f"'raw_audio' exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
             return None
         try:
             return base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
-            self.fault("bad_base64", f"'raw_audio' is not valid base64: {error}")
+            self.issue("bad_base64", f"'raw_audio' is not valid base64: {error}")
             return None
 
 

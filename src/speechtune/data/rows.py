@@ -17,7 +17,7 @@ MAX_ROW_CHARS = 256 * 2**20
 AUDIO_SUFFIXES = (".wav", ".flac")
 """What a folder without metadata.json is searched for."""
 UNREADABLE_REST = "unreadable_rest"
-"""Code of a fault after which the rows behind it are unknown; quarantine cannot mend it."""
+"""Code of an issue after which the rows behind it are unknown; quarantine cannot mend it."""
 
 EXPECTED = (
     "expected one of: ChatML or ms-swift rows as a JSON list, a JSON object or JSONL; a folder (or its metadata.json) "
@@ -30,20 +30,6 @@ _TOP_LEVEL_LIST = re.compile(r'"(samples|messages)"\s*:\s*\[')
 
 
 Value = TypeVar("Value", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing wrong with a manifest: where (`source` is "file:line", `row` counts from 1), what, and why."""
-
-    source: str
-    sample_id: str
-    code: str
-    message: str
-    row: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.sample_id}: {self.message} [{self.code}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +104,7 @@ def iterate_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
-        # surrogateescape: a byte that is not UTF-8 becomes a fault of its row instead of ending the read
+        # surrogateescape: a byte that is not UTF-8 becomes an issue of its row instead of ending the read
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             head = file.read(2**16)
             file.seek(0)

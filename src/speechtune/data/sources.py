@@ -78,11 +78,11 @@ def load_samples(
 ) -> list[Sample]:
     """Samples of data of any kind, ready for encoding; a path that stands for two splits gives `default_split`.
 
-    Voice-cloning manifests go to `manifest.load_samples`. Of pronunciation data every clip is decoded, and is a fault
+    Voice-cloning manifests go to `manifest.load_samples`. Of pronunciation data every clip is decoded, and is an issue
     where it cannot be, holds NaN or is longer than 40 s; quarantine takes silent and clipped ones, too.
 
     Raises:
-        ManifestError: the data has faults, or quarantine would set aside more than `config.quarantine_limit`.
+        ManifestError: the data has issues, or quarantine would set aside more than `config.quarantine_limit`.
         ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
     """
     source = find_source(path)
@@ -90,13 +90,13 @@ def load_samples(
         return manifest.load_samples(path, config, quarantine_dir)
     result = read_source(source, None if source.format == "jsonl" else source.split or default_split, config)
     check = check_audio(result.samples, config, deep=True)
-    faults = check.faults + find_long_clips(result.samples, check.durations, config)
+    issues = check.issues + find_long_clips(result.samples, check.durations, config)
     if config.on_error == "fail":
-        faults = [fault for fault in faults if fault.code not in _BEARABLE]
+        issues = [issue for issue in issues if issue.code not in _BEARABLE]
     rows: Iterable[Row]
     if source.format == "jsonl":
         rows = iterate_rows(path)
     else:  # a row is no line of text to set aside: the quarantine file names its place
-        first = {fault.row or fault.source: fault for fault in reversed([*result.faults, *faults])}
-        rows = [Row(fault.row, fault.source) for fault in reversed(first.values())]
-    return keep_sound(path, result, faults, config, quarantine_dir, rows)
+        first = {issue.row or issue.source: issue for issue in reversed([*result.issues, *issues])}
+        rows = [Row(issue.row, issue.source) for issue in reversed(first.values())]
+    return keep_sound(path, result, issues, config, quarantine_dir, rows)

@@ -1,4 +1,4 @@
-"""Speechocean762 in its official layout -> `Sample`s with the labels of pronunciation, every fault collected.
+"""Speechocean762 in its official layout -> `Sample`s with the labels of pronunciation, every issue collected.
 
 The corpus (Zhang et al., Interspeech 2021, arXiv 2104.01378; OpenSLR 101) scores read English by hand: utterances 0-10,
 words 0-10, phones 0-2, and for a phone scored below 0.5 what was said in its place.
@@ -19,9 +19,9 @@ from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio, find_long_clips
 from speechtune.data.quarantine import ReadResult
 from speechtune.data.row_parser import Context
-from speechtune.data.rows import Fault, Row
+from speechtune.data.rows import Row
 from speechtune.data.speechocean_labels import AGE, GENDERS, LabelReader, Split, read_raters
-from speechtune.errors import ManifestError, printable
+from speechtune.errors import Issue, ManifestError, printable
 from speechtune.tasks.pronunciation.phones import StarPolicy
 from speechtune.types import AudioRef, Sample
 
@@ -47,7 +47,7 @@ def is_speechocean(path: Path) -> bool:
 def read_speechocean(
     folder: Path, split: Split, config: DataConfig, star_policy: StarPolicy = "base", headers: bool = True
 ) -> ReadResult:
-    """Read one split of a Speechocean762 folder; utterances with faults give no sample.
+    """Read one split of a Speechocean762 folder; utterances with issues give no sample.
 
     `Sample.extra` holds `labels` (`scores`, and `words` with `text`, `phones`, `phones_accuracy`, `realised`,
     `mispronunciations` and the word's scores; from `scores-detail.json`, where it lies there, `raters`: the scores of
@@ -62,11 +62,11 @@ def read_speechocean(
     samples = reader.read()
     if headers:
         check = check_audio(samples, config)
-        reader.faults += check.faults + find_long_clips(samples, check.durations, config)
-        bad = {fault.row for fault in reader.faults}
+        reader.issues += check.issues + find_long_clips(samples, check.durations, config)
+        bad = {issue.row for issue in reader.issues}
         samples = [sample for sample in samples if sample.extra["row"] not in bad]
     notes = [f"{text} ({count})" for text, count in reader.notes.items()]
-    return ReadResult(samples, reader.faults, notes, reader.num_rows)
+    return ReadResult(samples, reader.issues, notes, reader.num_rows)
 
 
 @dataclass(slots=True)
@@ -110,14 +110,14 @@ def _read_scores(path: Path) -> _Scores:
 
 @dataclass(slots=True)
 class _SplitReader:
-    """The tables of one split, and the faults and notes found so far."""
+    """The tables of one split, and the issues and notes found so far."""
 
     folder: Path
     split: Split
     config: DataConfig
     star_policy: StarPolicy
     scores: _Scores
-    faults: list[Fault] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
     raters: _Scores | None = None
@@ -129,19 +129,19 @@ class _SplitReader:
         order = list(dict.fromkeys(key for table in tables.values() for key in table))
         self.num_rows = len(order)
         if not order:
-            self._file_fault(f"{self.folder / self.split / 'text'}:1", "empty_manifest", "holds no utterances")
+            self._file_issue(f"{self.folder / self.split / 'text'}:1", "empty_manifest", "holds no utterances")
         speakers = dict.fromkeys(value for value, _ in tables["utt2spk"].values())
         details = {speaker: self._details(speaker, people) for speaker in speakers}
         for key in sorted(self.scores.doubled - self.scores.values.keys()):
-            self._file_fault(f"{self.scores.path}:1", "duplicate_key", f"an object holds the key {key!r:.60} twice")
-        spoilt = {fault.sample_id for fault in self.faults}  # which of two lines is right is not ours to say
+            self._file_issue(f"{self.scores.path}:1", "duplicate_key", f"an object holds the key {key!r:.60} twice")
+        spoilt = {issue.sample_id for issue in self.issues}  # which of two lines is right is not ours to say
         samples: list[Sample] = []
         for number, utterance in enumerate(order, 1):
             name = next(name for name in tables if utterance in tables[name])
             source = f"{self.folder / self.split / name}:{tables[name][utterance][1]}"
             context = Context(Row(number, source), printable(utterance), self.folder, self.config)
             sample = self._utterance(context, utterance, tables, details)
-            self.faults += context.faults
+            self.issues += context.issues
             if sample is not None and context.sample_id not in spoilt:
                 samples.append(sample)
                 self.notes.update(context.notes)
@@ -160,24 +160,24 @@ class _SplitReader:
             else:
                 self.raters = found
 
-    def _file_fault(self, source: str, code: str, message: str, sample_id: str = "-") -> None:
-        self.faults.append(Fault(source, printable(sample_id), code, printable(message)))
+    def _file_issue(self, source: str, code: str, message: str, sample_id: str = "-") -> None:
+        self.issues.append(Issue(source, printable(sample_id), code, printable(message)))
 
     def _table(self, name: str, required: bool) -> dict[str, tuple[str, int]]:
-        """Key -> (value, line) of one table; the first of doubled lines counts, and the others are faults."""
+        """Key -> (value, line) of one table; the first of doubled lines counts, and the others are issues."""
         path = self.folder / self.split / name
         table: dict[str, tuple[str, int]] = {}
         try:
-            # surrogateescape: a byte that is not UTF-8 becomes a fault of its line
+            # surrogateescape: a byte that is not UTF-8 becomes an issue of its line
             content = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
         except FileNotFoundError:
             if required:
-                self._file_fault(f"{path}:1", "missing_table", "no such file; every split needs it")
+                self._file_issue(f"{path}:1", "missing_table", "no such file; every split needs it")
             else:
                 self.notes[f"{self.split}/{name} is missing: not known of any speaker"] += 1
             return table
         except OSError as error:
-            self._file_fault(f"{path}:1", "missing_table", f"cannot be read: {error.strerror}")
+            self._file_issue(f"{path}:1", "missing_table", f"cannot be read: {error.strerror}")
             return table
         for number, line in enumerate(content.split("\n"), 1):
             key, *rest = line.split(None, 1) or [""]
@@ -185,12 +185,12 @@ class _SplitReader:
                 continue
             if _NOT_TEXT.search(line):
                 reason = "the line holds bytes that are not UTF-8, or NUL"
-                self._file_fault(f"{path}:{number}", "bad_unicode", reason, key)
+                self._file_issue(f"{path}:{number}", "bad_unicode", reason, key)
             elif not rest:
-                self._file_fault(f"{path}:{number}", "bad_line", "a line is an id, a tab or blank, and a value", key)
+                self._file_issue(f"{path}:{number}", "bad_line", "a line is an id, a tab or blank, and a value", key)
             elif key in table:
                 reason = f"the id already stands in line {table[key][1]}"
-                self._file_fault(f"{path}:{number}", "duplicate_id", reason, key)
+                self._file_issue(f"{path}:{number}", "duplicate_id", reason, key)
             else:
                 table[key] = (rest[0].strip(), number)
         return table
@@ -211,13 +211,13 @@ class _SplitReader:
             else:
                 wanted = "m or f" if key == "gender" else "a number of years"
                 source = f"{self.folder / self.split / name}:{line}"
-                self._file_fault(source, "bad_field", f"speaker {speaker}: {key} {value!r:.40} is not {wanted}")
+                self._file_issue(source, "bad_field", f"speaker {speaker}: {key} {value!r:.40} is not {wanted}")
         return details
 
     def _utterance(self, context: Context, utterance: str, tables: _Tables, details: _Details) -> Sample | None:
         for name, code in _TABLES.items():
             if utterance not in tables[name]:
-                context.fault(code, f"no sound line of {self.split}/{name} is for it")
+                context.issue(code, f"no sound line of {self.split}/{name} is for it")
         row = context.row
         text = tables["text"].get(utterance, ("", 0))[0]
         if text:
@@ -229,11 +229,11 @@ class _SplitReader:
             audio = _audio(context, place)
         context.row = Row(row.number, self.scores.source(utterance))
         if utterance in self.scores.doubled:
-            context.fault("duplicate_id", "scores.json holds this utterance twice")
+            context.issue("duplicate_id", "scores.json holds this utterance twice")
         entry = self.scores.values.get(utterance)
         labels = LabelReader(context, self.star_policy, self.split, "scores.json").read(entry, text)
         context.row = row
-        if context.faults or labels is None:
+        if context.issues or labels is None:
             return None
         if self.raters is not None:
             doubled = utterance in self.raters.doubled  # which of the two is right is not ours to say
@@ -249,7 +249,7 @@ class _SplitReader:
 def _audio(context: Context, place: str) -> AudioRef | None:
     """The clip of a line of wav.scp: relative to the dataset's folder, else to the current one."""
     if place.endswith("|"):
-        context.fault("bad_path", f"{place!r:.80} is a command; commands are not run, give a path")
+        context.issue("bad_path", f"{place!r:.80} is a command; commands are not run, give a path")
         return None
     named = context.audio({"audio_url": place})
     if named is None or named[0].path is None or os.path.isfile(named[0].path):

@@ -35,11 +35,11 @@ AGE = re.compile("[0-9]{1,3}")
 
 
 def check_score(context: Context, label: str, value: object, best: float = MAX_SCORE) -> float | None:
-    """A score from 0 to `best`; None, with a fault that calls it `label`, for anything else."""
+    """A score from 0 to `best`; None, with an issue that calls it `label`, for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        context.fault("bad_score", f"{label} is not a number but {value!r:.40}")
+        context.issue("bad_score", f"{label} is not a number but {value!r:.40}")
     elif not 0 <= value <= best:  # NaN is not, either
-        context.fault("bad_score", f"{label} is {value!r:.40}, outside 0 to {best:g}")
+        context.issue("bad_score", f"{label} is {value!r:.40}, outside 0 to {best:g}")
     else:
         return value
     return None
@@ -70,7 +70,7 @@ def _is_score(value: object) -> bool:
 
 @dataclass(slots=True)
 class LabelReader:
-    """Checks the labels of one utterance; faults and notes go to the context, messages call the source `origin`."""
+    """Checks the labels of one utterance; issues and notes go to the context, messages call the source `origin`."""
 
     context: Context
     star_policy: StarPolicy
@@ -79,23 +79,23 @@ class LabelReader:
 
     def read(self, entry: object, text: str) -> dict[str, Any] | None:
         """The labels as they stand in `Sample.extra`, for the utterance of `text`; None where there are none."""
-        fault = self.context.fault
+        issue = self.context.issue
         if not isinstance(entry, dict):
-            fault("missing_scores", f"{self.origin} holds no object for this utterance")
+            issue("missing_scores", f"{self.origin} holds no object for this utterance")
             return None
         values = {name: self._score(entry, name, "", required=True) for name in SCORE_FIELDS}
         values["completeness"] = self._score(entry, "completeness", "", required=False)
         words = entry.get("words")
         if not isinstance(words, list) or not words:
-            fault("missing_words", f"{self.origin} gives no list of words")
+            issue("missing_words", f"{self.origin} gives no list of words")
             return None
         read = [self._word(word, f"word {number}") for number, word in enumerate(words, 1)]
-        if not self.context.faults:
+        if not self.context.issues:
             own = text if entry.get("text") is None else str(entry["text"])
             spoken = " ".join(word["text"] for word in read)
             for other, what in ((own, f"'text' in {self.origin}"), (spoken, f"the words of {self.origin}")):
                 if other.casefold().split() != text.casefold().split():
-                    fault("text_mismatch", f"the text {text!r:.60} differs from {what}, {other!r:.60}")
+                    issue("text_mismatch", f"the text {text!r:.60} differs from {what}, {other!r:.60}")
                     break
         return {"scores": {name: value for name, value in values.items() if value is not None}, "words": read}
 
@@ -106,7 +106,7 @@ class LabelReader:
         value = values.get(name)
         if value is None:
             if required:
-                self.context.fault("missing_score", f"{label} is missing")
+                self.context.issue("missing_score", f"{label} is missing")
             else:
                 what = "words" if where else "utterances"
                 self.context.notes.append(f"{self.split}: {what} without {name!r}")
@@ -114,13 +114,13 @@ class LabelReader:
         return check_score(self.context, label, value, best)
 
     def _word(self, word: Any, where: str) -> dict[str, Any]:
-        fault = self.context.fault
+        issue = self.context.issue
         if not isinstance(word, dict):
-            fault("missing_words", f"{where} is not an object but {word!r:.60}")
+            issue("missing_words", f"{where} is not an object but {word!r:.60}")
             return {}
         text = word.get("text")
         if not isinstance(text, str) or not text.strip():
-            fault("missing_words", f"{where} has no text")
+            issue("missing_words", f"{where} has no text")
         where = f"{where} ({text})" if isinstance(text, str) else where
         result: dict[str, Any] = {"text": text}
         for name in WORD_SCORE_FIELDS:
@@ -130,7 +130,7 @@ class LabelReader:
             labels = split_phones(word.get("phones"))
             result["phones"] = [base_phone(label) for label in labels]
         except PhoneError as error:
-            fault(error.code, f"{where}: {error}")
+            issue(error.code, f"{where}: {error}")
             return result
         accuracies = self._accuracies(word, where, len(labels))
         result["phones_accuracy"] = accuracies
@@ -139,11 +139,11 @@ class LabelReader:
     def _accuracies(self, word: Mapping[str, Any], where: str, count: int) -> list[float | None]:
         values = word.get("phones-accuracy")
         if not isinstance(values, list):
-            self.context.fault("missing_score", f"{where}: no list 'phones-accuracy'")
+            self.context.issue("missing_score", f"{where}: no list 'phones-accuracy'")
             return []
         if len(values) != count:
             reason = f"{where}: {count} phone(s), but {len(values)} value(s) in 'phones-accuracy'"
-            self.context.fault("count_mismatch", reason)
+            self.context.issue("count_mismatch", reason)
         named = {f"phones-accuracy[{index}]": value for index, value in enumerate(values)}
         return [self._score(named, name, where, required=True, best=MAX_PHONE_ACCURACY) for name in named]
 
@@ -157,20 +157,20 @@ class LabelReader:
             values = []  # the corpus lists them for phones scored below 0.5 only
         if not isinstance(values, list):
             reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
-            self.context.fault("missing_mispronunciations", reason)
+            self.context.issue("missing_mispronunciations", reason)
             return {}
-        found, faults = [], len(self.context.faults)
+        found, issues = [], len(self.context.issues)
         for value in values:
             try:
                 found.append(read_mispronunciation(value, phones))
             except PhoneError as error:
-                self.context.fault(error.code, f"{where}: {error}")
-        if len(self.context.faults) > faults:
+                self.context.issue(error.code, f"{where}: {error}")
+        if len(self.context.issues) > issues:
             return {}
         try:
             realised = realised_phones(phones, found, self.star_policy)
         except PhoneError as error:
-            self.context.fault(error.code, f"{where}: {error}")
+            self.context.issue(error.code, f"{where}: {error}")
             return {}
         silent = len(wrong - {item.index for item in found})
         note = f"{self.split}: phones below {MISPRONOUNCED_BELOW:g} without mispronunciation, taken as canonical"

@@ -96,8 +96,8 @@ def convert(adapter: Path, output: Path, to: Layout, *, base: str | None = None,
         write_adapter(aside, values, converted)
         if (directory / "README.md").is_file():
             shutil.copyfile(directory / "README.md", aside / "README.md")
-        if compare and (faults := verify_adapter(aside, look_up_base=to == "native").faults):
-            raise AdapterError(f"{directory}: cannot be converted to {to}: " + "; ".join(faults))
+        if compare and (issues := verify_adapter(aside, look_up_base=to == "native").issues):
+            raise AdapterError(f"{directory}: cannot be converted to {to}: " + "; ".join(issues))
         if config:
             native, boson = (aside, directory) if to == "native" else (directory, aside)
             difference, effect = compare_layouts(config, native, boson)

@@ -115,8 +115,8 @@ def extract(
         write_adapter(aside, values, weights.tensors)
         with native_adapter(aside) as native:
             verified.append(replace(verify_adapter(native), path=str(output)))
-        if verified[0].faults:
-            raise AdapterError(f"{checkpoint}: what was extracted does not verify: " + "; ".join(verified[0].faults))
+        if verified[0].issues:
+            raise AdapterError(f"{checkpoint}: what was extracted does not verify: " + "; ".join(verified[0].issues))
 
     write_verified(output, write, weights.tensors)
     return ExtractReport(

@@ -60,8 +60,8 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
     folder = adapter_folder(path)
     verified = verify_adapter(folder, look_up_base=False)
     if not verified.valid:
-        faults = "; ".join(f"{check.name}: {check.detail}" for check in verified.checks if check.status == "fault")
-        raise AdapterError(f"{folder}: not uploaded: {faults}")
+        issues = "; ".join(f"{check.name}: {check.detail}" for check in verified.checks if check.status == "issue")
+        raise AdapterError(f"{folder}: not uploaded: {issues}")
     check_card(folder / CARD_NAME)
     files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     if samples:

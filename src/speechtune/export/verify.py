@@ -34,12 +34,12 @@ from speechtune.lora.files import (
     manifest_problems,
     read_config,
     read_tensors,
-    value_faults,
+    value_issues,
     weights_file,
 )
 from speechtune.storage.verified_folder import ASIDE, CHECKPOINT, MANIFEST_NAME, STATE_NAME
 
-Status = Literal["ok", "fault", "warning", "unchecked"]
+Status = Literal["ok", "issue", "warning", "unchecked"]
 
 
 MAX_HEADER_BYTES = 100 << 20
@@ -57,7 +57,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All that can be said of one adapter; `valid` when no check found a fault."""
+    """All that can be said of one adapter; `valid` when no check found an issue."""
 
     path: str
     valid: bool
@@ -71,9 +71,9 @@ class Verification:
     checks: tuple[Check, ...]
 
     @property
-    def faults(self) -> list[str]:
-        """Name and detail of each fault."""
-        return [f"{check.name}: {check.detail}" for check in self.checks if check.status == "fault"]
+    def issues(self) -> list[str]:
+        """Name and detail of each issue."""
+        return [f"{check.name}: {check.detail}" for check in self.checks if check.status == "issue"]
 
 
 def verify_adapter(path: Path, base: str | None = None, *, look_up_base: bool = True) -> Verification:
@@ -99,12 +99,12 @@ def verify_adapter(path: Path, base: str | None = None, *, look_up_base: bool = 
         else:
             reason = "the base was not looked up" if named else "the adapter names no base; --base names one"
             checks.append(Check("base", "unchecked", reason))
-        if base and all(check.status != "fault" for check in checks):
+        if base and all(check.status != "issue" for check in checks):
             checks.append(_check_effect(model_config(base, None, directory), directory))
     file = _weights_or_none(directory)
     return Verification(
         str(directory),
-        all(check.status != "fault" for check in checks),
+        all(check.status != "issue" for check in checks),
         base or named,
         config.r if config else None,
         config.lora_alpha if config else None,
@@ -123,13 +123,13 @@ def _check_files(directory: Path) -> tuple[LoraConfig | None, dict[str, torch.Te
         config = read_config(directory)
         checks.append(Check("config", "ok", f"LoRA, rank {config.r}, alpha {config.lora_alpha:g}"))
     except AdapterError as error:
-        checks.append(Check("config", "fault", str(error)))
+        checks.append(Check("config", "issue", str(error)))
     try:
         tensors = read_tensors(weights_file(directory))
         count = sum(tensor.numel() for tensor in tensors.values())
         checks.append(Check("weights", "ok", f"{len(tensors)} tensors, {count:,} parameters"))
     except AdapterError as error:
-        checks.append(Check("weights", "fault", str(error)))
+        checks.append(Check("weights", "issue", str(error)))
     if tensors:
         checks.append(_check_values(tensors))
     if file := _weights_or_none(directory):
@@ -140,20 +140,20 @@ def _check_files(directory: Path) -> tuple[LoraConfig | None, dict[str, torch.Te
 def _check_manifest(directory: Path, file: Path) -> Check:
     if (directory / MANIFEST_NAME).exists():
         problems = [str(problem) for problem in manifest_problems(directory)]
-        return Check("manifest", "fault" if problems else "ok", "; ".join(problems) or "every byte as written")
+        return Check("manifest", "issue" if problems else "ok", "; ".join(problems) or "every byte as written")
     if file.name == BIN_NAME and zipfile.is_zipfile(file):  # which torch.load reads without looking at its checksums
         with zipfile.ZipFile(file) as archive:
             changed = archive.testzip()
         if changed:
             return Check(
-                "manifest", "fault", f"{file.name}: the checksum of {changed} differs: changed since it was saved"
+                "manifest", "issue", f"{file.name}: the checksum of {changed} differs: changed since it was saved"
             )
     return Check("manifest", "unchecked", f"no {MANIFEST_NAME}: a changed value cannot be told")
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> Check:
-    if faults := value_faults(tensors):
-        return Check("values", "fault", "; ".join(faults))
+    if issues := value_issues(tensors):
+        return Check("values", "issue", "; ".join(issues))
     norms = lora_b_norms(tensors)
     zero = sorted(name for name, norm in norms.items() if norm == 0.0)
     if zero:
@@ -164,7 +164,7 @@ def _check_values(tensors: Mapping[str, torch.Tensor]) -> Check:
 
 def _check_structure(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> Check:
     """Without any base: the parts of each module are complete, of the rank the config says, and of a target's."""
-    faults = [f"{name} does not start with {KEY_PREFIX}" for name in tensors if not name.startswith(KEY_PREFIX)]
+    issues = [f"{name} does not start with {KEY_PREFIX}" for name in tensors if not name.startswith(KEY_PREFIX)]
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if module := lora_module(name):
@@ -173,16 +173,16 @@ def _check_structure(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) ->
     rank_pattern = config.rank_pattern or {}
     for module, parts in modules.items():
         rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config.r)
-        faults += _module_faults(module, parts, rank)
+        issues += _module_issues(module, parts, rank)
         if config.target_modules and not config.target_parameters and not check_target_module_exists(config, module):
-            faults.append(f"{module} has weights, but the config's target_modules do not name it")
+            issues.append(f"{module} has weights, but the config's target_modules do not name it")
     if isinstance(config.target_modules, list | set | tuple):
         ends = sorted(t for t in config.target_modules if not any(f".{m}".endswith(f".{t}") for m in modules))
-        faults += [f"target_modules names {end}, but no such module has weights" for end in ends]
-    return _result("structure", faults, f"{len(modules)} modules, lora_A and lora_B of matching rank")
+        issues += [f"target_modules names {end}, but no such module has weights" for end in ends]
+    return _result("structure", issues, f"{len(modules)} modules, lora_A and lora_B of matching rank")
 
 
-def _module_faults(module: str, parts: Mapping[str, torch.Tensor], rank: int) -> list[str]:
+def _module_issues(module: str, parts: Mapping[str, torch.Tensor], rank: int) -> list[str]:
     kind = "lora_embedding_" if "lora_embedding_A" in parts or "lora_embedding_B" in parts else "lora_"
     a, b = parts.get(f"{kind}A"), parts.get(f"{kind}B")
     if a is None or b is None:
@@ -202,19 +202,19 @@ def _check_base(config: LoraConfig, tensors: Mapping[str, torch.Tensor], base: s
             raise
         return Check("base", "unchecked", f"{named} could not be checked: {error}")
     if hint := layout_hint(tensors, {name for name, _ in skeleton.named_modules()}):
-        return Check("base", "fault", hint)
+        return Check("base", "issue", hint)
     try:
         promised = promised_shapes(skeleton, config)
     except (ValueError, TypeError, RuntimeError) as error:
-        return Check("base", "fault", f"PEFT cannot put this config on {base or named}: {str(error)[:300]}")
+        return Check("base", "issue", f"PEFT cannot put this config on {base or named}: {str(error)[:300]}")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing, extra = sorted(promised.keys() - found), sorted(found.keys() - promised)
-    faults = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
-    faults += [f"{len(extra)} left over (first {extra[0]})"] if extra else []
+    issues = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
+    issues += [f"{len(extra)} left over (first {extra[0]})"] if extra else []
     for name in sorted(promised.keys() & found):
         if promised[name] != found[name]:
-            faults.append(f"{name}: shape {found[name]}, the base wants {promised[name]}")
-    return _result("base", faults, f"names and shapes are those of {base or named}")
+            issues.append(f"{name}: shape {found[name]}, the base wants {promised[name]}")
+    return _result("base", issues, f"names and shapes are those of {base or named}")
 
 
 def promised_shapes(skeleton: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -230,18 +230,18 @@ def _check_effect(config: RunConfig, directory: Path) -> Check:
     try:
         family, model = load_model(config, directory)
     except AdapterError as error:
-        return Check("effect", "fault", str(error))
+        return Check("effect", "issue", str(error))
     logits, _ = family.probe(model)
     with adapter_off(cast(PeftModel, model)):
         difference = float((family.probe(model)[0] - logits).abs().max())
     if not difference > 0.0:  # also NaN
-        return Check("effect", "fault", f"logits with and without the adapter differ by {difference}")
+        return Check("effect", "issue", f"logits with and without the adapter differ by {difference}")
     return Check("effect", "ok", f"logits with and without the adapter differ by up to {difference:.3g}")
 
 
-def _result(name: str, faults: list[str], fine: str) -> Check:
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return Check(name, "fault" if faults else "ok", "; ".join(faults[:SHOWN] + more) or fine)
+def _result(name: str, issues: list[str], fine: str) -> Check:
+    more = [f"and {len(issues) - SHOWN} more"] if len(issues) > SHOWN else []
+    return Check(name, "issue" if issues else "ok", "; ".join(issues[:SHOWN] + more) or fine)
 
 
 def _weights_or_none(directory: Path) -> Path | None:

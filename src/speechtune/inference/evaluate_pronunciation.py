@@ -29,7 +29,7 @@ NO_DATA = "no pronunciation data: name a Speechocean762 folder, its parquet copy
 def training_samples(data: Path, train: Path | None, config: DataConfig) -> list[Sample]:
     """The data whose mean scores are the baseline: named, or the training split that lies beside `data`.
 
-    Its audio is not opened. Rows with faults are left out, with a warning.
+    Its audio is not opened. Rows with issues are left out, with a warning.
 
     Raises:
         ConfigError: `train` is no pronunciation data.
@@ -41,11 +41,11 @@ def training_samples(data: Path, train: Path | None, config: DataConfig) -> list
             raise ConfigError(f"--train {train}: {NO_DATA}")
         return []
     result = read_source(source, None if source.format == "jsonl" else source.split or "train", config)
-    if result.faults:
-        log.warning("%s: %d faults; rows with faults are left out of the baseline", source.path, len(result.faults))
+    if result.issues:
+        log.warning("%s: %d issues; rows with issues are left out of the baseline", source.path, len(result.issues))
     if train is not None and not result.samples:
-        listed = "\n".join(f"  {fault}" for fault in result.faults[:20])
-        raise ManifestError(f"--train {train}: no sound row for the baseline\n{listed}", tuple(result.faults))
+        listed = "\n".join(f"  {issue}" for issue in result.issues[:20])
+        raise ManifestError(f"--train {train}: no sound row for the baseline\n{listed}", tuple(result.issues))
     return result.samples
 
 
@@ -98,7 +98,7 @@ def evaluate(
 
     Raises:
         ConfigError: the data or the model is not for assessment.
-        ManifestError: faults in the data.
+        ManifestError: issues in the data.
         ModuleNotFoundError: scipy or jiwer is not installed.
     """
     if find_source(data) is None:

@@ -130,7 +130,7 @@ def evaluate_voice(
 
     Raises:
         ConfigError: a model that does not speak.
-        ManifestError: faults in the data.
+        ManifestError: issues in the data.
     """
     samples = read_voice_prompts(data)
     options = options or GenerationOptions()

@@ -35,7 +35,7 @@ class LoRACheckpointCallback(TrainerCallback):
     without loading the trained one, and the callback puts that right.
 
     Args:
-        on_fault: "stop" raises TrainingError where a guard finds a fault, "warn" logs it and goes on. A save that fails
+        on_issue: "stop" raises TrainingError where a guard finds an issue, "warn" logs it and goes on. A failed save
             always raises.
         model_card: text of each README.md (default: PEFT's card).
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
@@ -43,14 +43,14 @@ class LoRACheckpointCallback(TrainerCallback):
 
     def __init__(
         self,
-        on_fault: Literal["stop", "warn"] = "stop",
+        on_issue: Literal["stop", "warn"] = "stop",
         *,
         model_card: str | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
     ) -> None:
-        if on_fault not in ("stop", "warn"):
-            raise ConfigError(f"on_fault={on_fault!r}: neither 'stop' nor 'warn'")
-        self.on_fault = on_fault
+        if on_issue not in ("stop", "warn"):
+            raise ConfigError(f"on_issue={on_issue!r}: neither 'stop' nor 'warn'")
+        self.on_issue = on_issue
         self.model_card = model_card
         self.save_embedding_layers: bool | Literal["auto"] = save_embedding_layers
         self._parameters: dict[str, nn.Parameter] = {}
@@ -65,7 +65,7 @@ class LoRACheckpointCallback(TrainerCallback):
 
         Raises:
             AdapterError: the model holds no LoRA adapter that could be saved.
-            TrainingError: a guard found a fault.
+            TrainingError: a guard found an issue.
         """
         show_lines(args.should_save)
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
@@ -82,7 +82,7 @@ class LoRACheckpointCallback(TrainerCallback):
         where = f"before step {state.global_step + 1}"
         self._guard(guards.check_trainable, self._parameters, where=where, lora=True)
         adapter_only = {key: p for key, p in self._parameters.items() if any(m in key for m in guards.ADAPTER_MARKS)}
-        if self._parameters and len(adapter_only) < len(self._parameters):  # only reached when faults are warnings
+        if self._parameters and len(adapter_only) < len(self._parameters):  # only reached when issues are warnings
             self._guard(guards.check_trainable, adapter_only, where=where, lora=True)
         if optimizer is not None:
             self._guard(check_optimizer, self._parameters, optimizer.param_groups, where=where)
@@ -159,7 +159,7 @@ class LoRACheckpointCallback(TrainerCallback):
             CheckpointError: it could not be written or reads back different.
         """
         for kind, count in self._warned.items():
-            log.warning("the training had %d faults of the kind %s", count, kind)
+            log.warning("the training had %d issues of the kind %s", count, kind)
         self._save(args, state, kwargs["model"], Path(str(args.output_dir)) / FOLDER, allow_untrained=False)
 
     def _save(
@@ -189,12 +189,12 @@ class LoRACheckpointCallback(TrainerCallback):
             check(*arguments, **options)
         except TrainingError as error:
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if self.on_fault == "stop":
+            if self.on_issue == "stop":
                 raise TrainingError(message) from None
             self._warned[check.__name__] += 1
             count = self._warned[check.__name__]
             if count <= WARNINGS_SHOWN or count % WARNINGS_BETWEEN == 0:
-                log.warning("%s (on_fault='warn': going on)", message)
+                log.warning("%s (on_issue='warn': going on)", message)
 
 
 def check_optimizer(parameters: Mapping[str, nn.Parameter], groups: Iterable[Mapping[str, Any]]) -> None:

@@ -51,11 +51,11 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
     read_config(directory)
     weights = weights_file(directory)
     tensors = read_tensors(weights)
-    faults = value_faults(tensors)
-    if not faults and (directory / MANIFEST_NAME).exists():
-        faults = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
-    if faults:
-        raise AdapterError(f"{directory}: " + "; ".join(faults))
+    issues = value_issues(tensors)
+    if not issues and (directory / MANIFEST_NAME).exists():
+        issues = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
+    if issues:
+        raise AdapterError(f"{directory}: " + "; ".join(issues))
     return tensors
 
 
@@ -139,7 +139,7 @@ def _unwrapped(loaded: Any) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
-def value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def value_issues(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """What is wrong with an adapter's numbers, whatever its base: not finite, or nothing was trained."""
     lora = {name: tensor for name, tensor in tensors.items() if LORA_PART.search(name)}
     if not lora:
@@ -148,14 +148,14 @@ def value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     broken = [name for name, tensor in tensors.items() if name not in odd and not bool(tensor.isfinite().all())]
     zero_a = [name for name, tensor in lora.items() if re.search(r"lora_(embedding_)?A", name) and not tensor.any()]
     b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(embedding_)?B", name)]
-    faults = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
+    issues = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
     if broken:
-        faults.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
+        issues.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
     if zero_a:
-        faults.append(f"{len(zero_a)} lora_A hold only zeros (first {zero_a[0]}): lost in saving, they start random")
+        issues.append(f"{len(zero_a)} lora_A hold only zeros (first {zero_a[0]}): lost in saving, they start random")
     if b_parts and not any(bool(tensor.any()) for tensor in b_parts):
-        faults.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
-    return faults
+        issues.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
+    return issues
 
 
 def lora_module(name: str) -> str | None:

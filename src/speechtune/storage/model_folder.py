@@ -47,7 +47,7 @@ def require_sound(place: str, option: str) -> None:
     """Refuse a local model folder that is not there, or whose files are corrupt; a hub id passes.
 
     Raises:
-        ConfigError: names every file and its fault.
+        ConfigError: names every file and its issue.
     """
     directory = Path(place)
     if not directory.is_dir() and place.startswith(("/", ".", "~")):
@@ -145,7 +145,7 @@ def _reason(path: Path) -> str | None:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             return f"not valid JSON: {error}"
-        return _fault_of_object(path.name, value) if path.name.endswith(OBJECTS) else None
+        return _issue_of_object(path.name, value) if path.name.endswith(OBJECTS) else None
     try:
         with safe_open(path, framework="pt") as file:
             file.keys()
@@ -154,7 +154,7 @@ def _reason(path: Path) -> str | None:
     return None
 
 
-def _fault_of_object(name: str, value: object) -> str | None:
+def _issue_of_object(name: str, value: object) -> str | None:
     if not isinstance(value, dict):
         return f"holds no JSON object but {type(value).__name__}"
     if name == "tokenizer.json" and not isinstance(value.get("model"), dict):

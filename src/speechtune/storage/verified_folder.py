@@ -62,7 +62,7 @@ def write_verified(
         replace: put the new folder in the place of an older one.
 
     Raises:
-        CheckpointError: with the kind of fault, the place and the cure; an older folder is untouched then.
+        CheckpointError: with the kind of issue, the place and the cure; an older folder is untouched then.
     """
     if directory.exists() and not replace:
         raise CheckpointError(f"{directory}: exists already; remove it or choose another output folder")

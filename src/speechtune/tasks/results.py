@@ -51,6 +51,6 @@ def write_evaluation(report: Report, directory: Path) -> tuple[Path, Path]:
                 "another folder that you may write to"
             ) from error
         finally:
-            with suppress(OSError):  # where the folder is at fault, the error above says so
+            with suppress(OSError):  # where the folder is at issue, the error above says so
                 aside.unlink(missing_ok=True)
     return paths

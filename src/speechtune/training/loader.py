@@ -61,24 +61,24 @@ class Feed:
         """
         largest = max(sum(batch.lengths) for batch in batches)
         ids = [sample_id for batch in batches if sum(batch.lengths) == largest for sample_id in batch.sample_ids]
-        fault = (
+        issue = (
             f"step {step + 1}: out of memory on {self.device} with a micro-batch of up to {largest} positions "
             f"(samples {some(ids)}): {str(error).splitlines()[0]}"
         )
         if self.config.batch.on_oom == "fail":
             raise TrainingError(
-                f"{fault}\nSet batch.tokens={largest // 2} (or batch.on_oom=halve; `speechtune fit` measures "
+                f"{issue}\nSet batch.tokens={largest // 2} (or batch.on_oom=halve; `speechtune fit` measures "
                 "what fits) and go on from the last checkpoint with checkpoint.resume=auto: the samples of each step, "
                 "and so what is learnt, stay the same. train.gradient_checkpointing=true saves memory too"
             ) from error
         if all(len(batch.sample_ids) == 1 for batch in batches):
             raise TrainingError(
-                f"{fault}\nEvery micro-batch is one sample already: set train.gradient_checkpointing=true, or leave "
+                f"{issue}\nEvery micro-batch is one sample already: set train.gradient_checkpointing=true, or leave "
                 "long samples out with data.max_seconds"
             ) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.plan = replace(self.plan, tokens=largest // 2)
         self._loader = None
-        log.warning("%s\nbatch.tokens is %d from here on; the step is taken again", fault, largest // 2)
+        log.warning("%s\nbatch.tokens is %d from here on; the step is taken again", issue, largest // 2)
         return self.take(step)

@@ -49,7 +49,7 @@ def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sam
 
     Raises:
         ConfigError: no training data named.
-        ManifestError: faults in the data.
+        ManifestError: issues in the data.
     """
     data = config.data
     if data.train is None:

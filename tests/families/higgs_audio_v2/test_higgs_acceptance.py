@@ -131,7 +131,7 @@ def native_base(folder: Path) -> Any:
 
 
 def test_trained_model_speaks_and_stops_in_plain_transformers(overfitted: Path, two: list[Utterance]) -> None:
-    """Faults of the original pipeline: no shift, no delay, EOS never trained ("every output is 1 min 22 s")."""
+    """Issues of the original pipeline: no shift, no delay, EOS never trained ("every output is 1 min 22 s")."""
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(overfitted)
     tokenizer = AutoTokenizer.from_pretrained(overfitted)
     spoken = [speak(model, tokenizer, utterance) for utterance in two]

@@ -112,7 +112,7 @@ def test_our_loader_gives_the_same_logits(trained: Trained, tiny_family: HiggsAu
 def test_fresh_adapter_changes_nothing_and_is_refused(
     tiny_family: HiggsAudioV2Family, plain_base: Any, cases: list[Case], tmp_path: Path
 ) -> None:
-    """Fault: an all-zero adapter passed verification. lora_B starts at zero, so it says "never trained"."""
+    """Issue: an all-zero adapter passed verification. lora_B starts at zero, so it says "never trained"."""
     fresh = apply_lora(tiny_family.load(FP32), tiny_family, SETTINGS, seed=1).eval()
     batch = native_inputs(tiny_family, cases)
     assert torch.equal(plain_logits(fresh, batch), plain_logits(plain_base, batch))
@@ -134,7 +134,7 @@ def changed_copy(trained: Trained, folder: Path, rename: Callable[[str], str | N
 def test_adapter_of_the_original_package_is_refused(
     trained: Trained, tiny_family: HiggsAudioV2Family, plain_base: Any, cases: list[Case], tmp_path: Path
 ) -> None:
-    """Fault: keys of the original package load with a mere warning, and the adapter stays zero in silence."""
+    """Issue: keys of the original package load with a mere warning, and the adapter stays zero in silence."""
     folder = changed_copy(
         trained, tmp_path / "boson", lambda name: name.replace("base_model.model.model.", "base_model.model.")
     )
@@ -170,7 +170,7 @@ def test_adapter_of_another_base_is_refused(
 
 
 def test_targets_match_nothing(tiny_family: HiggsAudioV2Family) -> None:
-    """A regex that matches no layer is a fault, and the message shows real names."""
+    """A regex that matches no layer is an issue, and the message shows real names."""
     with pytest.raises(AdapterError, match=r"matches none of .*model\.layers\.0\."):
         apply_lora(tiny_family.load(FP32), tiny_family, LoraSettings(targets="q_proj"), seed=0)
 

@@ -118,7 +118,7 @@ def test_old_folder_gives_the_native_logits(tiny_base: Path, tiny_family: HiggsA
 
 
 def test_old_folder_keeps_its_dtype_and_sampling(tiny_base: Path, tmp_path: Path) -> None:
-    """Fault: `GenerationConfig.update` drops entries it does not know, and loading drops them once more."""
+    """Issue: `GenerationConfig.update` drops entries it does not know, and loading drops them once more."""
     family = family_on(write_old_folder(tmp_path / "old", tiny_base / "model"))
     assert family.model_config.dtype == torch.bfloat16
     model: Any = family.load(FP32)
@@ -192,7 +192,7 @@ def test_base_without_text_head_trains_on_audio(
     assert last < before - 1
 
 
-FAULTS: dict[str, Callable[[Path], object]] = {
+ISSUES: dict[str, Callable[[Path], object]] = {
     "missing weights": lambda path: drop_tensors(path, r"layers\.1\.audio_mlp\."),
     "missing audio head": lambda path: drop_tensors(path, r"^audio_lm_head"),
     "no weights": lambda path: (path / "model.safetensors").unlink(),
@@ -205,10 +205,10 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_broken_base_is_refused(folder: Path, fault: str) -> None:
+@pytest.mark.parametrize("issue", ISSUES)
+def test_broken_base_is_refused(folder: Path, issue: str) -> None:
     """transformers fills missing weights with random ones and only reports it: such a base must not be trained."""
-    FAULTS[fault](folder)
+    ISSUES[issue](folder)
     family = family_on(folder)
     with pytest.raises(ConfigError, match=re.escape(f"model.path={folder}")):
         _ = family.model_config
@@ -234,7 +234,7 @@ def test_folder_without_tokenizer_is_refused(folder: Path) -> None:
 def test_code_in_a_folder_is_not_offered_to_be_run(
     part: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault: transformers' Auto classes ask at the terminal whether to run a folder's code, and a `y` ran it."""
+    """Issue: transformers' Auto classes ask at the terminal whether to run a folder's code, and a `y` ran it."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))

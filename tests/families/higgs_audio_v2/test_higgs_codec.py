@@ -208,7 +208,7 @@ def test_codes_are_the_nearest_of_what_the_native_class_quantizes(
 
 @pytest.mark.usefixtures("threads")
 def test_codes_depend_on_the_clip_alone(wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip]) -> None:
-    """Fault: sums in another order with another number of threads, and other codes at ties."""
+    """Issue: sums in another order with another number of threads, and other codes at ties."""
     ours = wide[1]
     clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:6]]
     torch.set_num_threads(2)
@@ -275,7 +275,7 @@ def test_codes_decode_to_audio_of_their_length(tiny_family: HiggsAudioV2Family, 
 
 
 def test_wrong_sampling_rate_is_refused(tiny_family: HiggsAudioV2Family, speech: list[Audio]) -> None:
-    """Fault: samples of 16 kHz taken as 24 kHz in silence (2 s become 34 frames instead of 50)."""
+    """Issue: samples of 16 kHz taken as 24 kHz in silence (2 s become 34 frames instead of 50)."""
     with pytest.raises(AudioError, match="wants 24000 Hz, got 16000 Hz"):
         tiny_family.encode_audio([Audio(speech[0].samples, 16_000)])
 
@@ -290,20 +290,20 @@ def test_codec_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path) -> N
         _ = family_on(tiny_base / "model", folder).codec
 
 
-@pytest.mark.parametrize("fault", ["empty folder", "no folder", "a model", "truncated", "missing tensors"])
-def test_what_is_no_codec_is_refused(tiny_base: Path, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("issue", ["empty folder", "no folder", "a model", "truncated", "missing tensors"])
+def test_what_is_no_codec_is_refused(tiny_base: Path, tmp_path: Path, issue: str) -> None:
     """Codes out of weights that were never there would train a model on noise."""
     folder = tmp_path / "codec"
-    if fault == "empty folder":
+    if issue == "empty folder":
         folder.mkdir()
-    elif fault == "a model":
+    elif issue == "a model":
         folder = tiny_base / "model"
-    elif fault != "no folder":
+    elif issue != "no folder":
         shutil.copytree(tiny_base / "codec", folder)
     weights = folder / "model.safetensors"
-    if fault == "truncated":
+    if issue == "truncated":
         weights.write_bytes(weights.read_bytes()[:100_000])
-    elif fault == "missing tensors":
+    elif issue == "missing tensors":
         drop_tensors(folder, r"quantizer\.quantizers\.0\.codebook\.embed$")
         assert "quantizer.quantizers.0.codebook.embed" not in load_file(weights)
     with pytest.raises(ConfigError, match="codec_path"):

@@ -60,7 +60,7 @@ def independent_sums(model: Any, tokenizer: PreTrainedTokenizerBase, utterances:
 def test_loss_equals_the_formula(
     family: HiggsAudioV2Family, model: nn.Module, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> None:
-    """Fault: audio logits compared with their own row instead of the next (loss 0.003, then silence)."""
+    """Issue: audio logits compared with their own row instead of the next (loss 0.003, then silence)."""
     sums = family.losses(model, collated(family, cases)).sums
     expected = independent_sums(model, tokenizer, [case.utterance for case in cases])
     assert list(sums) == ["audio", "text"]
@@ -132,7 +132,7 @@ def test_target_counts(family: HiggsAudioV2Family, cases: list[Case]) -> None:
 
 
 def test_eos_once_per_codebook_and_no_bos(family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Faults: EOS never trained, so nothing stops; BOS trained, which the model never chooses."""
+    """Issues: EOS never trained, so nothing stops; BOS trained, which the model never chooses."""
     targets_PK = family.encode(cases[0].sample, cases[0].features).arrays["audio_targets"]
     assert (targets_PK == STREAM_EOS).sum(0).tolist() == [1] * CODEBOOKS
     assert not (targets_PK == STREAM_BOS).any()
@@ -156,7 +156,7 @@ def test_text_targets_are_three_tokens_of_the_target_turn(
 
 
 def test_reference_is_not_trained(family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Fault: training on the reference teaches the model to repeat it. Other codes there change no target."""
+    """Issue: training on the reference teaches the model to repeat it. Other codes there change no target."""
     case = cases[1]
     before = family.encode(case.sample, case.features)
     after = family.encode(case.sample, [(case.features[0] + 7) % 1024, case.features[1]])
@@ -169,7 +169,7 @@ def test_reference_is_not_trained(family: HiggsAudioV2Family, cases: list[Case])
 
 
 def test_second_epoch_has_the_same_labels(family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Fault: labels mutated in place, so that the second epoch has none. Codes from the cache are read-only."""
+    """Issue: labels mutated in place, so that the second epoch has none. Codes from the cache are read-only."""
     features = [array.copy() for array in cases[0].features]
     for array in features:
         array.flags.writeable = False
@@ -185,7 +185,7 @@ def test_second_epoch_has_the_same_labels(family: HiggsAudioV2Family, cases: lis
 
 
 def test_sample_without_target_or_clip_is_refused(family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Fault: the audio index shifted onto the wrong clip where one was missing."""
+    """Issue: the audio index shifted onto the wrong clip where one was missing."""
     with pytest.raises(ManifestError, match="1 clips for 2 places"):
         family.encode(cases[0].sample, cases[0].features[:1])
 

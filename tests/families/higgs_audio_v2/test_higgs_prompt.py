@@ -100,7 +100,7 @@ def test_layouts(cases: list[Case]) -> None:
 
 
 def test_clips_keep_their_order(tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Fault: the audio index shifted onto the wrong clip. References first, in order, then the target."""
+    """Issue: the audio index shifted onto the wrong clip. References first, in order, then the target."""
     one, two = cases
     sample = replace(one.sample, references=(*one.sample.references, *two.sample.references))
     assert tiny_family.clips(sample) == (*(voice.audio for voice in sample.references), sample.audio)

@@ -76,6 +76,6 @@ print(resident() - before)
 
 @pytest.mark.skipif(not X86 or not sys.platform.startswith("linux"), reason="no oneDNN, or no /proc")
 def test_kernels_of_earlier_batches_are_let_go() -> None:
-    """Fault: each number of rows has a kernel of its own; a thousand of them kept took 1.7 GB in the long run."""
+    """Issue: each number of rows has a kernel of its own; a thousand of them kept took 1.7 GB in the long run."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 400, "MiB"

@@ -1,4 +1,4 @@
-"""Damaged files and audio of Phi-4-multimodal: each is named with its fault before anything is trained on it.
+"""Damaged files and audio of Phi-4-multimodal: each is named with its issue before anything is trained on it.
 
 Where there is a command line, it is called as a user would: exit code 2, one message, no traceback.
 """
@@ -89,7 +89,7 @@ def noise(seconds: float) -> np.ndarray:
 
 # -- tokenizer -----------------------------------------------------------------------------------------------------
 
-TOKENIZER_FAULTS = {
+TOKENIZER_ISSUES = {
     "LFS pointer": (lambda text: POINTER, "a git-lfs pointer, not the file itself"),
     "web page": (lambda text: WEB_PAGE, "a web page saved under this name"),
     "truncated": (lambda text: text[: len(text) // 2], "not valid JSON"),
@@ -99,12 +99,12 @@ TOKENIZER_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", TOKENIZER_FAULTS)
+@pytest.mark.parametrize("issue", TOKENIZER_ISSUES)
 def test_a_damaged_tokenizer_is_named(
-    fault: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
+    issue: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """tokenizers itself says `expected value at line 1 column 1` of the first four, without the file's name."""
-    damage, reason = TOKENIZER_FAULTS[fault]
+    damage, reason = TOKENIZER_ISSUES[issue]
     file = phi4_copy / "tokenizer.json"
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
     code, message = train(phi4_config(model={"path": str(phi4_copy)}), capsys)
@@ -189,7 +189,7 @@ def test_remote_code_is_refused_with_the_way_out(
 def test_remote_code_is_not_even_offered_to_be_run(
     verb: str, phi4_copy: Path, phi4_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault: transformers' Auto classes ask at the terminal whether to run the folder's code, and a `y` ran it."""
+    """Issue: transformers' Auto classes ask at the terminal whether to run the folder's code, and a `y` ran it."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     witness = make_remote_code(phi4_copy)
@@ -237,7 +237,7 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(content[: int(len(content) * share)])
 
 
-WEIGHT_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+WEIGHT_ISSUES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is null": (lambda f: (f / "config.json").write_text("null"), r"config\.json: holds no JSON object"),
     "config is gone": (lambda f: (f / "config.json").unlink(), "no model configuration there"),
     "config of another model": (lambda f: set_config(f, model_type="llama"), "model_type is 'llama'"),
@@ -281,12 +281,12 @@ WEIGHT_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
+@pytest.mark.parametrize("issue", WEIGHT_ISSUES)
 def test_a_damaged_base_is_refused(
-    fault: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
+    issue: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """transformers fills missing tensors with random numbers, and NaN in a base gives every run a loss of NaN."""
-    damage, reason = WEIGHT_FAULTS[fault]
+    damage, reason = WEIGHT_ISSUES[issue]
     damage(phi4_copy)
     code, message = train(phi4_config(model={"path": str(phi4_copy)}), capsys)
     assert code == 2 and re.search(reason, message.replace("base_layer.", "")), message
@@ -327,7 +327,7 @@ def other_layers(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name.replace(".layers.1.", ".layers.31.")] = tensors.pop(name)
 
 
-SPEECH_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+SPEECH_ISSUES: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder gone": (lambda f: shutil.rmtree(f / "speech-lora"), r"no folder .*speech-lora; the base cannot hear"),
     "weights gone": (lambda f: (f / LORA_WEIGHTS).unlink(), r"no adapter_model\.safetensors"),
     "config gone": (lambda f: (f / "speech-lora/adapter_config.json").unlink(), r"no adapter_config\.json"),
@@ -343,13 +343,13 @@ SPEECH_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", SPEECH_FAULTS)
+@pytest.mark.parametrize("issue", SPEECH_ISSUES)
 @pytest.mark.parametrize("mode", ["merge", "continue"])
 def test_a_damaged_speech_lora_is_refused(
-    mode: str, fault: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
+    mode: str, issue: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained without it, the adapter would belong to a base that cannot hear."""
-    damage, reason = SPEECH_FAULTS[fault]
+    damage, reason = SPEECH_ISSUES[issue]
     damage(phi4_copy)
     code, message = train(phi4_config(model={"path": str(phi4_copy), "speech_lora": mode}), capsys)
     assert code == 2 and str(phi4_copy / "speech-lora") in message, message
@@ -372,8 +372,8 @@ def test_nan_in_training_audio_is_named(
     assert code == 2 and "broken.wav" in message and "holds NaN or infinite samples" in message
     assert "sound.wav" not in message
     assert command_line(["validate", str(data["train"]), "--json"]) != 0
-    (fault,) = json.loads(capsys.readouterr().out)["faults"]
-    assert fault["sample_id"] == "broken" and fault["code"] == "not_finite"
+    (issue,) = json.loads(capsys.readouterr().out)["issues"]
+    assert issue["sample_id"] == "broken" and issue["code"] == "not_finite"
 
 
 def test_nan_in_features_is_named(phi4_config: Configure, tmp_path: Path) -> None:
@@ -412,8 +412,8 @@ def test_a_clip_of_41_seconds_is_refused(
     code, message = train(phi4_config(data={"train": rows}), capsys)
     assert code == 2 and "speech41.wav" in message and re.search(r"41\.0 s is longer than .*40 s", message), message
     assert command_line(["validate", str(rows), "--json"]) != 0
-    (fault,) = json.loads(capsys.readouterr().out)["faults"]
-    assert fault["sample_id"] == "speech41" and "41.0 s is longer than" in fault["message"]
+    (issue,) = json.loads(capsys.readouterr().out)["issues"]
+    assert issue["sample_id"] == "speech41" and "41.0 s is longer than" in issue["message"]
 
 
 # -- targets -------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_each_clip_of_a_padded_batch_is_encoded_as_by_the_native_encoder_alone(m
 
 @torch.no_grad()
 def test_the_native_encoder_does_depend_on_batch_mates(model: torch.nn.Module) -> None:
-    """The fault the test above guards against is there: were it mended upstream, our own encoder could go."""
+    """The issue the test above guards against is there: were it mended upstream, our own encoder could go."""
     encoder = model.model.embed_tokens_extend.audio_embed.encoder
     short, long = map(torch.from_numpy, clips_of((100, 300)))
     alone = encoder(short[None], None)[0]

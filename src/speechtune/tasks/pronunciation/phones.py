@@ -37,7 +37,7 @@ _VOWELS = frozenset(VOWELS)
 
 
 class PhoneError(ManifestError):
-    """A label or an entry that does not fit the inventory; `code` is short, for tables of faults."""
+    """A label or an entry that does not fit the inventory; `code` is short, for tables of issues."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)

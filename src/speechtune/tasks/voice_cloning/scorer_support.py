@@ -20,7 +20,7 @@ from speechtune.types import Audio
 RATE = 16_000
 """Sampling rate in Hz that every scorer here was trained on."""
 HASH_DIGITS = 12
-LOAD_FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+LOAD_ISSUES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 """What loading of absent, unfit, truncated or tampered weights raises."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.scorer_support import LOAD_FAULTS, RATE, identity, need, place_of, waveform
+from speechtune.tasks.voice_cloning.scorer_support import LOAD_ISSUES, RATE, identity, need, place_of, waveform
 from speechtune.tasks.voice_cloning.word_errors import INSTALL, language_code
 from speechtune.types import Audio
 
@@ -35,7 +35,7 @@ class FasterWhisper:
                 raise FileNotFoundError(f"{folder} holds no tokenizer.json")
             kind = "float32" if device == "cpu" else "default"  # no CPU computes in the float16 that most are stored in
             self._model = package.WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
-        except LOAD_FAULTS as error:
+        except LOAD_ISSUES as error:
             raise ConfigError(f"{spec}: does not load as a CTranslate2 Whisper: {error}") from None
         self._known = set(self._model.supported_languages)
         self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, greedy")
@@ -69,7 +69,7 @@ class Whisper:
         try:
             self._processor: Any = WhisperProcessor.from_pretrained(place, **named)
             model: Any = WhisperForConditionalGeneration.from_pretrained(place, weights_only=True, **named)
-        except LOAD_FAULTS as error:
+        except LOAD_ISSUES as error:
             raise ConfigError(f"{spec}: does not load as Whisper: {error}") from None
         self._model = model.eval().to(device)
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}

@@ -13,7 +13,7 @@ from torch import nn
 
 from speechtune.errors import ConfigError
 from speechtune.tasks.voice_cloning.scorer_support import (
-    LOAD_FAULTS,
+    LOAD_ISSUES,
     RATE,
     identity,
     need,
@@ -145,7 +145,7 @@ class WavLM:
         try:
             self._extract: Any = AutoFeatureExtractor.from_pretrained(place, **named)
             model: Any = WavLMForXVector.from_pretrained(place, weights_only=True, **named)
-        except LOAD_FAULTS as error:
+        except LOAD_ISSUES as error:
             raise ConfigError(f"{spec}: does not load as WavLM for speaker verification: {error}") from None
         folder = Path(place)
         self._model = model.eval().to(device)

@@ -139,7 +139,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 56224\
 HTML = b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>"
 
 # damage -> (what it does, what verify says, what loading says)
-FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+ISSUES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "weights of zero bytes": (content(WEIGHTS, lambda data: b""), "empty (0 bytes", "empty (0 bytes"),
     "weights cut in half": (content(WEIGHTS, lambda d: d[: len(d) // 2]), "truncated", "truncated"),
     "weights cut by one byte": (content(WEIGHTS, lambda data: data[:-1]), "truncated", "truncated"),
@@ -195,15 +195,15 @@ def refused(base: nn.Module, folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ISSUES)
 @pytest.mark.filterwarnings("ignore")
 def test_verify_and_load_both_refuse(name: str, adapter: Path, loaded_base: nn.Module) -> None:
-    damage, said, said_on_load = FAULTS[name]
+    damage, said, said_on_load = ISSUES[name]
     assert verify_adapter(adapter).valid
     damage(adapter)
     report = verify_adapter(adapter)
     assert not report.valid
-    assert said in " ".join(report.faults), report.faults
+    assert said in " ".join(report.issues), report.issues
     assert said_on_load in refused(loaded_base, adapter)
 
 
@@ -211,7 +211,7 @@ def test_another_models_adapter(other_run: Path, tiny_base: Path, loaded_base: n
     folder = copy_adapter(other_run / "lora_adapters", tmp_path / "foreign")
     assert verify_adapter(folder).valid  # on its own base
     report = verify_adapter(folder, str(tiny_base / "model"))
-    assert any("left over" in fault and "the base wants" in fault for fault in report.faults), report.faults
+    assert any("left over" in issue and "the base wants" in issue for issue in report.issues), report.issues
     assert "effect" not in {check.name for check in report.checks}  # nothing is loaded for what cannot fit
     assert "size mismatch" in refused(loaded_base, folder)
 
@@ -219,8 +219,8 @@ def test_another_models_adapter(other_run: Path, tiny_base: Path, loaded_base: n
 @pytest.mark.parametrize("name", SILENT)
 def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_base: nn.Module) -> None:
     SILENT[name](listed)
-    faults = verify_adapter(listed).faults
-    assert len(faults) == 1 and faults[0].startswith("manifest: adapter_"), faults
+    issues = verify_adapter(listed).issues
+    assert len(issues) == 1 and issues[0].startswith("manifest: adapter_"), issues
     if name == "lora_alpha changed":  # a scale can be changed on purpose; changed weights cannot
         load_adapter(copy.deepcopy(loaded_base), listed)
     else:
@@ -240,19 +240,19 @@ def test_a_bin_carries_its_own_checksums(adapter: Path) -> None:
     before = torch.load(file, weights_only=True)[Q_A]
     content(file.name, flip(file.read_bytes().index(before.numpy().tobytes()) + 2))(adapter)
     assert not torch.equal(torch.load(file, weights_only=True)[Q_A], before)  # read without a word
-    assert "the checksum of" in " ".join(verify_adapter(adapter).faults)
+    assert "the checksum of" in " ".join(verify_adapter(adapter).issues)
 
 
 def test_weights_of_another_checkpoint(listed: Path, run: Path, loaded_base: nn.Module) -> None:
     shutil.copyfile(run / "checkpoint-2" / WEIGHTS, listed / WEIGHTS)
-    assert ["blake3 differs" in fault for fault in verify_adapter(listed).faults] == [True]
+    assert ["blake3 differs" in issue for issue in verify_adapter(listed).issues] == [True]
     assert "blake3 differs" in refused(loaded_base, listed)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": [{"nbme": "x"}]}', '{"files": []}', '{"files": 3}'])
-def test_a_broken_manifest_is_a_fault(text: str, listed: Path, loaded_base: nn.Module) -> None:
+def test_a_broken_manifest_is_a_issue(text: str, listed: Path, loaded_base: nn.Module) -> None:
     (listed / "MANIFEST.json").write_text(text)
-    assert any("manifest: " in fault for fault in verify_adapter(listed).faults)
+    assert any("manifest: " in issue for issue in verify_adapter(listed).issues)
     assert "MANIFEST.json" in refused(loaded_base, listed)
 
 
@@ -284,7 +284,7 @@ def test_pickled_code_is_not_run(adapter: Path, tmp_path: Path, loaded_base: nn.
 
     (adapter / WEIGHTS).unlink()
     torch.save({Q_A: Evil()}, adapter / "adapter_model.bin", pickle_module=pickle)
-    assert "weights only" in " ".join(verify_adapter(adapter).faults).lower()
+    assert "weights only" in " ".join(verify_adapter(adapter).issues).lower()
     assert "weights only" in refused(loaded_base, adapter).lower()
     assert not (tmp_path / "ran").exists()
 
@@ -295,12 +295,12 @@ def test_without_a_base_it_says_so(named: str | None, adapter: Path) -> None:
     report = verify_adapter(adapter)
     assert report.valid and {check.name: check.status for check in report.checks}["base"] == "unchecked"
     drop(Q_B)(adapter)
-    assert "has no lora_B" in " ".join(verify_adapter(adapter).faults)
+    assert "has no lora_B" in " ".join(verify_adapter(adapter).issues)
 
 
 def test_the_effect_is_proven(adapter: Path, tiny_base: Path) -> None:
     report = verify_adapter(adapter, str(tiny_base / "model"))
     assert report.valid and report.checks[-1].name == "effect" and report.checks[-1].status == "ok"
     edit_config(adapter, lora_alpha=0)
-    faults = verify_adapter(adapter, str(tiny_base / "model")).faults
-    assert len(faults) == 1 and "differ by 0.0" in faults[0]
+    issues = verify_adapter(adapter, str(tiny_base / "model")).issues
+    assert len(issues) == 1 and "differ by 0.0" in issues[0]
