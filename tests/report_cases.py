@@ -164,8 +164,8 @@ def run_info() -> dict[str, Any]:
             "eval_samples": 90,
         },
         "parameters": [
-            {"tower": "attention", "total": 55296, "trainable": 43008},
-            {"tower": "embeddings", "total": 223968, "trainable": 0},
+            {"component": "attention", "total": 55296, "trainable": 43008},
+            {"component": "embeddings", "total": 223968, "trainable": 0},
         ],
         "command": ["speechtune", "train", "my recipe.yaml", "train.seed=42"],
         "started": "2026-11-20T10:00:00+00:00",

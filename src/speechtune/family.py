@@ -62,8 +62,8 @@ class Family(Protocol):
         """Build the model from its configuration alone, on the meta device, for counting and matching."""
         ...
 
-    def tower(self, parameter_name: str) -> str:
-        """Name the part of the model a parameter belongs to, for tables."""
+    def component(self, parameter_name: str) -> str:
+        """Name the component of the model a parameter belongs to, for tables."""
         ...
 
     @property

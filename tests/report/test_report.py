@@ -151,7 +151,7 @@ def test_texts_from_data_stay_texts(tmp_path: Path, demo_clips: list[DemoClip]) 
     write_lines(run / "samples" / "step-60" / "scores.jsonl", [{"id": "p0", "heard": EVIL + "\ud800", "wer": EVIL}])
     info = report_cases.run_info()
     info["hardware"]["name"] = info["data"]["languages"] = info["command"] = EVIL
-    info["parameters"] = [{"tower": EVIL, "total": EVIL, "trainable": 1}]
+    info["parameters"] = [{"component": EVIL, "total": EVIL, "trainable": 1}]
     info["versions"] = {EVIL: EVIL}
     report_cases.write_json(run / "run_info.json", info)
     report_cases.write_json(run / "summary.json", report_cases.summary() | {"reproduce": EVIL})

@@ -25,7 +25,7 @@ from speechtune.config import RunConfig, load_config
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family
 from speechtune.family import Family
-from speechtune.lora.apply import apply_lora, count_by_tower, load_adapter, model_tensors, trainable
+from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.storage.model_folder import inspect_folder
 from speechtune.storage.verified_folder import check_writable, write_verified
@@ -177,8 +177,8 @@ class Patient:
         if not self.config.lora.enabled:
             return "full fine-tuning: no adapter"
         model = apply_lora(self.family.skeleton(), self.family, self.config.lora, self.config.train.seed)
-        rows = [row for row in count_by_tower(model, self.family) if row.trainable]
-        return "; ".join(f"{row.tower}: {row.trainable:,} trainable" for row in rows)
+        rows = [row for row in count_by_component(model, self.family) if row.trainable]
+        return "; ".join(f"{row.component}: {row.trainable:,} trainable" for row in rows)
 
     def data(self) -> str:
         """The manifest reads, and its first samples encode."""

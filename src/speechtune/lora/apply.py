@@ -24,10 +24,10 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True, slots=True)
-class TowerCount:
-    """Parameters of one part of the model: those of the base, and those trained (an adapter's included)."""
+class ComponentCount:
+    """Parameters of one component of the model: those of the base, and those trained (an adapter's included)."""
 
-    tower: str
+    component: str
     total: int
     trainable: int
 
@@ -181,15 +181,15 @@ def frozen(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
-def count_by_tower(model: nn.Module, family: Family) -> list[TowerCount]:
-    """Parameters of the base, and trainable ones, of each part of the model, largest first."""
+def count_by_component(model: nn.Module, family: Family) -> list[ComponentCount]:
+    """Parameters of the base, and trainable ones, of each component of the model, largest first."""
     totals: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        row = totals.setdefault(family.tower(name), [0, 0])
+        row = totals.setdefault(family.component(name), [0, 0])
         row[0] += 0 if "lora_" in name else parameter.numel()
         row[1] += parameter.numel() if parameter.requires_grad else 0
     ordered = sorted(totals.items(), key=lambda item: -item[1][0])
-    return [TowerCount(tower, total, trained) for tower, (total, trained) in ordered]
+    return [ComponentCount(component, total, trained) for component, (total, trained) in ordered]
 
 
 def adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -192,11 +192,11 @@ def data_rows(report: RunReport) -> Rows:
 def parameter_rows(report: RunReport) -> list[tuple[str, str, str]]:
     """(part, base parameters, trainable ones) by part of the model, with a sum; empty if not recorded."""
     entries = report.info.get("parameters")
-    towers = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-    if not towers:
+    components = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    if not components:
         return []
-    rows = [(str(t.get("tower")), figure(t.get("total")), figure(t.get("trainable"))) for t in towers]
-    total, trained = (sum(number(t.get(key)) or 0 for t in towers) for key in ("total", "trainable"))
+    rows = [(str(t.get("component")), figure(t.get("total")), figure(t.get("trainable"))) for t in components]
+    total, trained = (sum(number(t.get(key)) or 0 for t in components) for key in ("total", "trainable"))
     share = f" ({trained / total:.2%})" if total else ""
     return [*rows, ("all", f"{total:,.0f}", f"{trained:,.0f}{share}")]
 

@@ -22,7 +22,7 @@ from speechtune.families.layers.kernels import choose_kernels
 from speechtune.family import Family
 from speechtune.lora.apply import (
     apply_lora,
-    count_by_tower,
+    count_by_component,
     describe_settings,
     freeze,
     matching_modules,
@@ -149,7 +149,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         show_counts(model, family)
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
         check_writable(config.output_dir, trained * (1 + ADAM_MOMENTS))
-        info = run_info(config, plan, identity, count_by_tower(model, family), train_set, eval_set)
+        info = run_info(config, plan, identity, count_by_component(model, family), train_set, eval_set)
         (config.output_dir / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
     listener = None if scorers is None else make_listener(config, family, train_set, eval_set, scorers)
@@ -159,9 +159,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
 def show_counts(model: nn.Module, family: Family, console: Console | None = None) -> None:
     """Print what is trainable, by part of the model."""
     table = Table("part", "base parameters", "trainable")
-    rows = count_by_tower(model, family)
+    rows = count_by_component(model, family)
     for row in rows:
-        table.add_row(row.tower, f"{row.total:,}", f"{row.trainable:,}")
+        table.add_row(row.component, f"{row.total:,}", f"{row.trainable:,}")
     total, trained = sum(row.total for row in rows), sum(row.trainable for row in rows)
     table.add_section()
     table.add_row("all", f"{total:,}", f"{trained:,} ({trained / total:.2%})")

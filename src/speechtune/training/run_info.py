@@ -20,7 +20,7 @@ from speechtune import __version__
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import RunConfig, world_size
 from speechtune.family import Family
-from speechtune.lora.apply import TowerCount
+from speechtune.lora.apply import ComponentCount
 from speechtune.precision import PrecisionPlan
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "soundfile", "soxr")
@@ -31,7 +31,7 @@ def run_info(
     config: RunConfig,
     plan: PrecisionPlan,
     identity: Mapping[str, Any],
-    towers: Sequence[TowerCount],
+    components: Sequence[ComponentCount],
     train_set: EncodedSet,
     eval_set: EncodedSet | None,
 ) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run_info(
         "precision": plan.describe(),
         "base": base,
         "data": describe_data(train_set, eval_set),
-        "parameters": [asdict(row) for row in towers],
+        "parameters": [asdict(row) for row in components],
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "world_size": world_size(),

@@ -12,7 +12,7 @@ from speechtune.config import LoraSettings, RunConfig, load_config
 from speechtune.families import create_family
 from speechtune.families.higgs_audio_v2.family import RELEASED_MODEL, HiggsAudioV2Family
 from speechtune.family import Family
-from speechtune.lora.apply import apply_lora, count_by_tower, matching_modules, target_pattern
+from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("higgs_*.yaml"))
 TEXT_HEAD = 128_256 * 3072
@@ -76,9 +76,9 @@ def test_adapter_sizes(
 def test_parts_add_up(released: HiggsAudioV2Family) -> None:
     """The table shown before training counts every parameter once, and the adapter beside the base."""
     model = apply_lora(released.skeleton(), released, LoraSettings(rank=16), seed=0)
-    rows = {row.tower: row for row in count_by_tower(model, released)}
+    rows = {row.component: row for row in count_by_component(model, released)}
     assert sum(row.total for row in rows.values()) == 5_771_283_456
-    assert {tower for tower, row in rows.items() if row.trainable} == {"attention", "audio FFN"}
+    assert {component for component, row in rows.items() if row.trainable} == {"attention", "audio FFN"}
     assert rows["audio FFN"].total == rows["text FFN"].total == 28 * 3 * 3072 * 8192
 
 

@@ -11,7 +11,7 @@ from speechtune.commands.train import show_plan
 from speechtune.config import LoraSettings, RunConfig, build_config, load_config
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.released import RELEASED_MODEL
-from speechtune.lora.apply import apply_lora, count_by_tower, matching_modules, target_pattern
+from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 BASE = 4_743_988_032
@@ -74,7 +74,7 @@ def test_released_dimensions(released: Phi4MultimodalFamily) -> None:
     model = released.skeleton()
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == BASE
-    assert sum(row.total for row in count_by_tower(model, released)) == BASE
+    assert sum(row.total for row in count_by_component(model, released)) == BASE
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shapes["model.embed_tokens.weight"] == (200_064, WIDTH)
     assert shapes["model.layers.31.self_attn.qkv_proj.weight"] == (5120, WIDTH)

@@ -199,9 +199,9 @@ class HiggsAudioV2Family:
         with torch.device("meta"):
             return HiggsAudioV2ForConditionalGeneration(self.model_config, use_text_head=True)
 
-    def tower(self, parameter_name: str) -> str:
+    def component(self, parameter_name: str) -> str:
         """Part of the model a parameter belongs to."""
-        for part, tower in (
+        for part, component in (
             ("self_attn", "attention"),
             ("audio_mlp", "audio FFN"),
             (".mlp.", "text FFN"),
@@ -209,7 +209,7 @@ class HiggsAudioV2Family:
             ("lm_head", "heads"),
         ):
             if part in parameter_name:
-                return tower
+                return component
         return "norms"
 
     initial_adapter = None

@@ -50,7 +50,7 @@ from speechtune.families.phi4_multimodal.released import (
     PRESETS,
     RELEASED_MODEL,
     REMOTE_CODE,
-    TOWERS,
+    COMPONENTS,
     released_config,
 )
 from speechtune.families.phi4_multimodal.scores import SCORE_NAMES, score_answers, warnings_of
@@ -194,9 +194,9 @@ class Phi4MultimodalFamily:
         with torch.device("meta"):
             return Phi4MultimodalForCausalLM(self.model_config)
 
-    def tower(self, parameter_name: str) -> str:
+    def component(self, parameter_name: str) -> str:
         """Part of the model a parameter belongs to."""
-        return next((tower for part, tower in TOWERS.items() if part in parameter_name), "norms")
+        return next((component for part, component in COMPONENTS.items() if part in parameter_name), "norms")
 
     @property
     def initial_adapter(self) -> Path | None:

@@ -28,7 +28,7 @@ PRESETS: Mapping[str, str] = {
     "language+audio": f"{LANGUAGE_MODEL}|{AUDIO_ENCODER}",
     "all-linear": f"{LANGUAGE_MODEL}|{OTHER_LINEAR}",
 }
-TOWERS = {
+COMPONENTS = {
     "audio_embed": "audio encoder",
     "image_embed": "vision encoder",
     "self_attn": "attention",
