@@ -17,11 +17,11 @@ import torch
 from meter import quiet
 from ours import prepare, train_ours
 from torch.nn import functional
-from training import SAMPLES, TIMED_STEPS
 
 from speechtune.families.layers import ops as fast
 from speechtune.families.layers.cpu_attention import causal_attention
 from speechtune.families.layers.cpu_matmul import product
+from training import SAMPLES, TIMED_STEPS
 
 POSITIONS, WIDTHS = 3_000, ((256, 512), (512, 256))
 LENGTHS, HEADS, GROUPS, HEAD_WIDTH = (200, 430, 900), 4, 2, 64

@@ -43,7 +43,7 @@ class Family(Protocol):
     card_use: str
     """Another: what it is for, and what not."""
     score_names: Mapping[str, str]
-    """What `score` and `hits` may yield, each with "max" or "min": which is better."""
+    """What `score` and `count_correct` may yield, each with "max" or "min": which is better."""
     scorer_names: frozenset[str]
     """Scores that need a scorer of their own."""
     lora_presets: Mapping[str, str]
@@ -113,7 +113,7 @@ class Family(Protocol):
         """Answer a batch of prompts, each a sample without target and the features of its clips."""
         ...
 
-    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+    def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Per kind of target: how many the model finds when told all before them, and how many there are."""
         ...
 

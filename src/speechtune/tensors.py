@@ -19,7 +19,7 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
     Not cryptographic: it shows accidents, not forgeries. A sharded tensor is gathered, so every rank must ask.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = whole(tensor.detach()).contiguous().view(-1).view(kinds[tensor.element_size()])
+    bits = gather(tensor.detach()).contiguous().view(-1).view(kinds[tensor.element_size()])
     sums = []
     for chunk in bits.split(CHUNK_ELEMENTS):
         values = chunk.long()
@@ -43,7 +43,7 @@ def tensors_fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     """Names of the tensors that hold NaN or infinity, with what they hold."""
-    all_of_them = ((name, whole(tensor.detach())) for name, tensor in tensors)
+    all_of_them = ((name, gather(tensor.detach())) for name, tensor in tensors)
     found = {name: tensor for name, tensor in all_of_them if not bool(torch.isfinite(tensor).all())}
     return [f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}" for name, tensor in found.items()]
 
@@ -68,12 +68,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor, gathered from all ranks, which must all ask; another tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same on every rank, cut as `reference` is."""
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
         return tensor

@@ -25,7 +25,7 @@ from speechtune.commands.guarded import guarded
 from speechtune.config import RunConfig, load_config
 from speechtune.families import create_family
 from speechtune.family import Family
-from speechtune.training.run import Outcome
+from speechtune.training.run import Outcome, run_training
 from speechtune.training.watchdog import Watchdog
 from speechtune.types import Batch, Losses
 
@@ -55,13 +55,9 @@ def sigterm() -> None:
 
 def train(config: RunConfig, step: int | None = None, action: Callable[[], None] = sigterm) -> Outcome:
     """`run_training`, with something happening in step `step`; may be called again and again in one process."""
-    original = speechtune.training.prepare.create_family
-    if step is not None:
-        speechtune.training.prepare.create_family = lambda config: hooked(config, step, action)
     try:
-        return speechtune.training.run.run_training(config)
+        return run_training(config, None if step is None else hooked(config, step, action))
     finally:
-        speechtune.training.prepare.create_family = original
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 

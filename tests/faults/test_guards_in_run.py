@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import speechtune.training.prepare
-import speechtune.training.run
 from helpers import DemoClip
 from speechtune.cli import main as command_line
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError
+from speechtune.families import create_family
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, plain_model, trainable
 from speechtune.precision import PrecisionPlan
 from speechtune.storage.verified_folder import find_checkpoints, verify_folder
@@ -35,6 +37,7 @@ from speechtune.training.prepare import prepare
 from speechtune.training.run import run_training
 from speechtune.types import Batch, Encoded, Losses, Sample
 
+NewFamily = Callable[[RunConfig], Family]
 RARE = "#"  # put into the text of one clip only
 
 
@@ -66,10 +69,15 @@ def configure(
     return build
 
 
-def stopped(config: RunConfig, *parts: str, checkpoints: Sequence[int] = ()) -> str:
+def stopped(
+    config: RunConfig,
+    *parts: str,
+    family: Callable[[RunConfig], Family] = create_family,
+    checkpoints: Sequence[int] = (),
+) -> str:
     """Run; it must stop with a TrainingError that holds all `parts`, and leave only sound, earlier checkpoints."""
     with pytest.raises(TrainingError) as caught:
-        run_training(config)
+        run_training(config, family(config))
     message = str(caught.value)
     for part in parts:
         assert part in message, message
@@ -82,17 +90,13 @@ def stopped(config: RunConfig, *parts: str, checkpoints: Sequence[int] = ()) -> 
     return message
 
 
-def use_family(monkeypatch: pytest.MonkeyPatch, family: Callable[[RunConfig], Any]) -> None:
-    monkeypatch.setattr(speechtune.training.prepare, "create_family", family)
-
-
 def use_after_lora(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], object]) -> None:
     def apply_and_change(*arguments: Any) -> nn.Module:
         model = apply_lora(*arguments)
         change(model)
         return model
 
-    monkeypatch.setattr(speechtune.training.run, "apply_lora", apply_and_change)
+    monkeypatch.setattr(speechtune.training.prepare, "apply_lora", apply_and_change)
 
 
 class InvalidLoss(HiggsAudioV2Family):
@@ -179,70 +183,87 @@ def test_a_nan_in_the_base_names_the_samples_it_meets(
     accumulation: int,
     named: int,
     configure: Callable[..., RunConfig],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of all micro-batches of the step only that with the letter is named: there one looks first."""
-    use_family(monkeypatch, BrokenEmbedding)
     config = configure(train={"batch_size": batch_size, "accumulation": accumulation})
     add_rare_letter(config.data.train, 4)  # type: ignore[arg-type]
-    message = stopped(config, "step 1: the audio loss is nan", "samples of the step: ")
+    message = stopped(config, "step 1: the audio loss is nan", "samples of the step: ", family=BrokenEmbedding)
     ids = message.rpartition("samples of the step: ")[2]
     assert ids == "train-4" if named == 1 else True
     assert ("train-4" in ids and ids.count("train-") == named) or "and 1 more" in ids
 
 
-def test_a_nan_in_a_later_step_leaves_the_checkpoints_before(
-    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value * float("nan"), first_step=3))
-    stopped(configure(), "step 3: the audio loss is nan", "train-", checkpoints=[1, 2])
+def test_a_nan_in_a_later_step_leaves_the_checkpoints_before(configure: Callable[..., RunConfig]) -> None:
+    stopped(
+        configure(),
+        "step 3: the audio loss is nan",
+        "train-",
+        checkpoints=[1, 2],
+        family=partial(InvalidLoss, issue=lambda model, value: value * float("nan"), first_step=3),
+    )
 
 
-def test_a_nan_in_evaluation_only(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_in_evaluation_only(configure: Callable[..., RunConfig]) -> None:
     """A first evaluation of NaN is below nothing and nothing is below it: the "best" checkpoint for ever after."""
-    use_family(monkeypatch, BrokenEmbedding)
     config = configure(evaluate={"every_steps": 2})
     held_out = config.output_dir.parent / "eval.json"
     shutil.copy(config.data.train, held_out)  # type: ignore[arg-type]
     config = configure(data={"train": config.data.train, "eval": held_out}, evaluate={"every_steps": 2, "prompts": 0})
     add_rare_letter(held_out, 2)
-    stopped(config, "evaluation after step 2: the audio loss is nan", "eval-", checkpoints=[1])
+    stopped(config, "evaluation after step 2: the audio loss is nan", "eval-", checkpoints=[1], family=BrokenEmbedding)
 
 
-def test_a_loss_of_exactly_zero(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_of_exactly_zero(configure: Callable[..., RunConfig]) -> None:
     """The original pipeline answered every exception with a loss of zero, and trained on."""
-    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value * 0.0))
-    stopped(configure(), "step 1: the audio and text loss is exactly 0.0", "train-")
+    stopped(
+        configure(),
+        "step 1: the audio and text loss is exactly 0.0",
+        "train-",
+        family=partial(InvalidLoss, issue=lambda model, value: value * 0.0),
+    )
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_cut_off_from_the_model(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_cut_off_from_the_model(configure: Callable[..., RunConfig]) -> None:
     """Detached: the loss is real, looks well, and teaches nothing."""
-    use_family(monkeypatch, lambda config: InvalidLoss(config, lambda model, value: value.detach()))
-    stopped(configure(), "step 1", "carries no gradient: it does not reach any trainable", "train-")
+    stopped(
+        configure(),
+        "step 1",
+        "carries no gradient: it does not reach any trainable",
+        "train-",
+        family=partial(InvalidLoss, issue=lambda model, value: value.detach()),
+    )
 
 
-def test_gradients_of_zero(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_zero(configure: Callable[..., RunConfig]) -> None:
     def detached(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
         return value.detach() + 0.0 * torch.stack([p.sum() for p in trainable(model).values()]).sum()
 
-    use_family(monkeypatch, lambda config: InvalidLoss(config, detached, first_step=2))
-    stopped(configure(), "step 2: all gradients are zero", "train-", checkpoints=[1])
+    stopped(
+        configure(),
+        "step 2: all gradients are zero",
+        "train-",
+        checkpoints=[1],
+        family=partial(InvalidLoss, issue=detached, first_step=2),
+    )
 
 
-def test_a_finite_loss_with_gradients_that_are_not(
-    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finite_loss_with_gradients_that_are_not(configure: Callable[..., RunConfig]) -> None:
     """The root of a sum of squares at zero: its value is 0, its derivative 0 / 0."""
 
     def add_norm(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
         (weight,) = (p for name, p in trainable(model).items() if "layers.1.self_attn.v_proj.lora_B" in name)
         return value + weight.square().sum().sqrt()
 
-    use_family(monkeypatch, lambda config: InvalidLoss(config, add_norm))
-    message = stopped(configure(), "step 1: the gradient norm is nan", "in 1 parameters", "train-")
+    message = stopped(
+        configure(),
+        "step 1: the gradient norm is nan",
+        "in 1 parameters",
+        "train-",
+        family=partial(InvalidLoss, issue=add_norm),
+    )
     assert "layers.1.self_attn.v_proj.lora_B.default.weight" in message
 
 
@@ -279,21 +300,25 @@ def test_an_optimizer_that_holds_other_parameters(configure: Callable[..., RunCo
     assert find_checkpoints(config.output_dir) == []
 
 
-def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_changes_in_training(configure: Callable[..., RunConfig]) -> None:
     """Buffers or weights written to in a forward pass: the adapter would belong to a base that nobody has."""
 
     def write(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
         plain_model(model).model.norm.weight.data[0] += 1e-3
         return value
 
-    use_family(monkeypatch, lambda config: InvalidLoss(config, write))
-    stopped(configure(), "the frozen base changed during training", checkpoints=[1, 2, 3])
+    stopped(
+        configure(),
+        "the frozen base changed during training",
+        checkpoints=[1, 2, 3],
+        family=partial(InvalidLoss, issue=write),
+    )
 
 
 def test_kernels_that_cannot_run_here_are_refused_before_encoding(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speechtune.training.run, "encode_sets", lambda *_: pytest.fail("hours of encoding began"))
+    monkeypatch.setattr(speechtune.training.prepare, "encode_sets", lambda *_: pytest.fail("hours of encoding began"))
     with pytest.raises(ConfigError, match=r"speed\.liger: Liger's kernels need a GPU"):
         run_training(configure(speed={"liger": True}))
 
@@ -312,11 +337,10 @@ class WithoutTargets(HiggsAudioV2Family):
         return replace(encoded, arrays={**encoded.arrays, **masked})
 
 
-def test_a_batch_without_targets(configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_without_targets(configure: Callable[..., RunConfig]) -> None:
     """The native class answers it with a loss of NaN."""
-    use_family(monkeypatch, WithoutTargets)
     config = configure(train={"batch_size": 1, "accumulation": 6})
-    stopped(config, "step 1: no target for audio in the batch of samples train-2")
+    stopped(config, "step 1: no target for audio in the batch of samples train-2", family=WithoutTargets)
 
 
 def test_a_weight_for_a_head_that_is_not_there(configure: Callable[..., RunConfig]) -> None:

@@ -24,12 +24,12 @@ from torch import nn
 from transformers import Phi4MultimodalForCausalLM, Trainer, TrainingArguments
 
 import speechtune.training.prepare
-import speechtune.training.run
 from speechtune.audio import read_audio
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
+from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, trainable
 from speechtune.storage.verified_folder import find_checkpoints
 from speechtune.training import guards
@@ -177,13 +177,13 @@ def halve_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
             parameter.data = parameter.data.half()
         return model
 
-    monkeypatch.setattr(speechtune.training.run, "apply_lora", apply_and_halve)
+    monkeypatch.setattr(speechtune.training.prepare, "apply_lora", apply_and_halve)
 
 
-def stopped(config: RunConfig) -> str:
+def stopped(config: RunConfig, family: Family | None = None) -> str:
     """Run; it must stop with a TrainingError, and leave neither a sign of success nor a NaN on the disk."""
     with pytest.raises(TrainingError) as caught:
-        run_training(config)
+        run_training(config, family)
     assert caught.value.exit_code == 4
     for success in ("lora_adapters", "summary.json", "trainer_state.json"):
         assert not (config.output_dir / success).exists()
@@ -227,7 +227,7 @@ def test_without_any_guard_on_weights_the_loss_is_named(
     assert "step 2: the APA loss is nan" in message and "clip-" in message
 
 
-def test_a_nan_gradient_is_named(phi4_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_gradient_is_named(phi4_config: Configure) -> None:
     """A finite loss with a gradient of NaN, as 0 * inf in a backward pass gives: tensor and samples are named."""
 
     class Poisoned(Phi4MultimodalFamily):
@@ -237,9 +237,8 @@ def test_a_nan_gradient_is_named(phi4_config: Configure, monkeypatch: pytest.Mon
             zero = torch.sqrt((poison * 0.0).abs()).sum()  # the slope of the root at 0 is infinite: inf * 0
             return type(found)({head: value + zero for head, value in found.sums.items()})
 
-    monkeypatch.setattr(speechtune.training.prepare, "create_family", Poisoned)
     config = phi4_config()
-    message = stopped(config)
+    message = stopped(config, Poisoned(config))
     assert "step 1: the gradient norm is nan; non-finite gradients in 1 parameters" in message
     assert "layers.0.self_attn.o_proj.lora_B" in message and "clip-" in message
     assert find_checkpoints(config.output_dir) == []

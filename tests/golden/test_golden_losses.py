@@ -22,14 +22,13 @@ import numpy as np
 import pytest
 import torch
 
-import speechtune.training.prepare
-import speechtune.training.run
 from helpers import DemoClip
 from speechtune.config import RunConfig, build_config
 from speechtune.families import FAMILIES
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.tiny import make_model
+from speechtune.family import Family
 from speechtune.training.run import run_training
 from speechtune.training.tracking import read_records
 from speechtune.types import Audio
@@ -68,9 +67,9 @@ class MadeUpFeatures(Phi4MultimodalFamily):
         return (places * 2_654_435_761 % 2**32 / 2**28).astype(np.float32)
 
 
-def learn(config: RunConfig) -> dict[str, list[float]]:
+def learn(config: RunConfig, family: Family) -> dict[str, list[float]]:
     """Losses of every step, per head."""
-    outcome = run_training(config)
+    outcome = run_training(config, family)
     records = read_records(config.output_dir / "metrics.jsonl")
     return {head: [record["losses"][head] for record in records] for head in outcome.job.family.heads}  # type: ignore[index]
 
@@ -85,7 +84,6 @@ def higgs_audio_v2(
 ) -> dict[str, list[float]]:
     """Ten steps with LoRA on attention and audio FFN: eight clips in global batches of six, cut into threes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(speechtune.training.prepare, "create_family", MadeUpCodes)
     short = sorted(demo_clips, key=lambda clip: (clip.duration_seconds, clip.path.name))[:8]
     config = make_config(
         data={"train": write_chatml(tmp_path / "train.json", short)},
@@ -93,7 +91,7 @@ def higgs_audio_v2(
         train={"max_steps": STEPS, "batch_size": 3, "accumulation": 2, "learning_rate": 5e-3, "warmup_steps": 2},
         evaluate={"enabled": False},
     )
-    return learn(config)
+    return learn(config, MadeUpCodes(config))
 
 
 @pytest.fixture
@@ -102,7 +100,6 @@ def phi4_multimodal(
 ) -> dict[str, list[float]]:
     """Ten steps with LoRA on language model and speech encoder, both tasks, the speech LoRA merged."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(speechtune.training.prepare, "create_family", MadeUpFeatures)
     make_model(tmp_path / "base", [clip.text for clip in demo_clips], output_scale=10.0, speech_lora_rank=4)
     rows = []
     for number, clip in enumerate(sorted(demo_clips, key=lambda clip: clip.path.name)[:6]):
@@ -120,7 +117,8 @@ def phi4_multimodal(
         "train": {"max_steps": STEPS, "batch_size": 2, "accumulation": 3, "learning_rate": 2e-3, "warmup_steps": 2},
         "tracking": {"trackers": ()},
     }
-    return learn(build_config(values, "test"))
+    config = build_config(values, "test")
+    return learn(config, MadeUpFeatures(config))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ import torch
 from speechtune.config import build_config
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.training.batching import BatchPlan
-from speechtune.training.loader import Feed
+from speechtune.training.loader import BatchLoader
 from speechtune.types import Batch, Encoded
 
 SIZES = [300, 120, 80, 500, 220, 90, 400, 60]
@@ -32,11 +32,11 @@ class Samples(list[Encoded]):
     family = Numbers()
 
 
-def feed(world_size: int = 1, **batch: Any) -> Feed:
+def loader(world_size: int = 1, **batch: Any) -> BatchLoader:
     values = {"model": {"path": "base"}, "train": {"batch_size": 8 // world_size, "workers": 0}, "batch": batch}
     config = build_config({"family": "higgs_audio_v2", **values}, "test")
     samples: Any = Samples(Encoded(f"s{i}", {}, size, 1.0) for i, size in enumerate(SIZES))
-    return Feed(config, BatchPlan.of(config, np.array(SIZES), world_size), samples, 0, torch.device("cpu"))
+    return BatchLoader(config, BatchPlan.of(config, np.array(SIZES), world_size), samples, 0, torch.device("cpu"))
 
 
 def ids(batches: list[Batch]) -> list[str]:
@@ -45,13 +45,13 @@ def ids(batches: list[Batch]) -> list[str]:
 
 def test_steps_come_in_order_and_from_anywhere() -> None:
     """After a resume the first step asked for is not the first of the run."""
-    straight, later = feed(tokens=600), feed(tokens=600)
+    straight, later = loader(tokens=600), loader(tokens=600)
     wanted = [[batch.sample_ids for batch in straight.take(step)] for step in range(6)]
     assert [[batch.sample_ids for batch in later.take(step)] for step in (4, 5, 1)] == [wanted[i] for i in (4, 5, 1)]
 
 
 def test_out_of_memory_says_what_to_set() -> None:
-    one = feed(tokens=1000)
+    one = loader(tokens=1000)
     batches = one.take(0)
     with pytest.raises(TrainingError) as caught:
         one.cut_finer(0, batches, FULL)
@@ -69,7 +69,7 @@ def test_out_of_memory_says_what_to_set() -> None:
 
 
 def test_a_halved_budget_holds_for_the_step_and_all_after() -> None:
-    one = feed(on_oom="halve")
+    one = loader(on_oom="halve")
     before = one.take(3)
     finer = one.cut_finer(3, before, FULL)
     assert ids(finer) == ids(before) and len(finer) > len(before)
@@ -78,7 +78,7 @@ def test_a_halved_budget_holds_for_the_step_and_all_after() -> None:
 
 
 def test_halving_ends_at_single_samples() -> None:
-    one = feed(on_oom="halve")
+    one = loader(on_oom="halve")
     batches = one.take(0)
     for _ in range(8):
         if all(len(batch.sample_ids) == 1 for batch in batches):
@@ -90,12 +90,12 @@ def test_halving_ends_at_single_samples() -> None:
 
 def test_a_sample_longer_than_the_budget_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"batch\.tokens=450: sample s3 alone takes 500 positions"):
-        feed(tokens=450)
+        loader(tokens=450)
 
 
 def test_halving_is_refused_on_several_ranks() -> None:
     with pytest.raises(ConfigError, match=r"batch\.on_oom=halve is for one rank"):
-        feed(world_size=2, on_oom="halve")
+        loader(world_size=2, on_oom="halve")
 
 
 def test_a_run_out_of_memory_goes_on_and_ends_at_the_same_weights(

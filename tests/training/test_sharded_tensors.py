@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from speechtune.errors import TrainingError
-from speechtune.tensors import checksums, is_sharded, like, tensors_fingerprint, whole
+from speechtune.tensors import checksums, gather, is_sharded, shard_like, tensors_fingerprint
 from speechtune.training import guards
 from speechtune.training.checkpoint import cpu_copy, cut_optimizer_state
 from speechtune.training.distributed import check_sharded, shard
@@ -104,11 +104,13 @@ def test_guards_name_what_is_wrong_in_shards(model: nn.Module) -> None:
 def test_tensors_are_gathered_and_cut_again(model: nn.Module) -> None:
     tensor = next(model.parameters())
     copied = cpu_copy({"a": [tensor], "b": 1})
-    assert not isinstance(copied["a"][0], DTensor) and torch.equal(copied["a"][0], whole(tensor))
+    assert not isinstance(copied["a"][0], DTensor) and torch.equal(copied["a"][0], gather(tensor))
     assert isinstance(cpu_copy(tensor, keep=False), DTensor)
-    again = like(copied["a"][0], tensor)
+    again = shard_like(copied["a"][0], tensor)
     assert isinstance(again, DTensor) and again.placements == tensor.placements  # type: ignore[attr-defined]
-    assert like(torch.ones(()), tensor).shape == () and not isinstance(like(torch.ones(()), tensor), DTensor)
+    assert shard_like(torch.ones(()), tensor).shape == () and not isinstance(
+        shard_like(torch.ones(()), tensor), DTensor
+    )
 
 
 def test_the_state_of_an_optimizer_is_cut_as_its_parameters_are(model: nn.Module) -> None:
@@ -121,4 +123,4 @@ def test_the_state_of_an_optimizer_is_cut_as_its_parameters_are(model: nn.Module
     fresh.load_state_dict(cut_optimizer_state(saved, fresh))
     moments = fresh.state[next(iter(parameters.values()))]
     assert isinstance(moments["exp_avg"], DTensor) and not isinstance(moments["step"], DTensor)
-    assert torch.equal(whole(moments["exp_avg"]), saved["state"][0]["exp_avg"])
+    assert torch.equal(gather(moments["exp_avg"]), saved["state"][0]["exp_avg"])

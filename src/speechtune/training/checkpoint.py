@@ -29,7 +29,7 @@ from speechtune.storage.verified_folder import (
     verify_folder,
     write_verified,
 )
-from speechtune.tensors import is_sharded, like, set_rng_state, whole
+from speechtune.tensors import gather, is_sharded, set_rng_state, shard_like
 
 log = logging.getLogger("speechtune")
 
@@ -131,7 +131,7 @@ def cpu_copy(value: Any, *, keep: bool = True) -> Any:
     stay what they are.
     """
     if isinstance(value, torch.Tensor):
-        gathered = whole(value.detach())
+        gathered = gather(value.detach())
         return gathered.to("cpu", copy=True) if keep else value
     if isinstance(value, Mapping):
         return {key: cpu_copy(item, keep=keep) for key, item in value.items()}
@@ -183,7 +183,7 @@ def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimi
     return weights + ADAM_MOMENTS * trained
 
 
-def twice(save: Callable[[], Path]) -> Path:
+def save_with_retry(save: Callable[[], Path]) -> Path:
     """Call `save`, and once more if it fails: a full queue or a lagging network disk may pass.
 
     Raises:
@@ -284,14 +284,14 @@ def restore_weights(model: nn.Module, directory: Path) -> None:
         raise CheckpointError(f"{directory}/{WEIGHTS_NAME}: its tensors are not those of this run's model")
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(like(stored[name], tensor))  # the state's tensors share memory with the parameters
+            tensor.copy_(shard_like(stored[name], tensor))  # the state's tensors share memory with the parameters
 
 
 def cut_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A saved optimizer state, its tensors cut as this rank's parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
-        number: {name: like(value, parameters[number]) for name, value in moments.items()}
+        number: {name: shard_like(value, parameters[number]) for name, value in moments.items()}
         for number, moments in state["state"].items()
     }
     return {**state, "state": cut}

@@ -29,7 +29,7 @@ class Evaluator:
     """Evaluates on all ranks together; answers are generated on the main process.
 
     Args:
-        job: what is trained, with its evaluation set and listener (either may be None).
+        job: what is trained, with its evaluation set and generator (either may be None).
         accelerator: knows the ranks.
         objective: model and loss, unwrapped.
         tracker: where records go.
@@ -44,14 +44,14 @@ class Evaluator:
     @property
     def wanted(self) -> bool:
         """Whether there is anything to evaluate."""
-        return self.job.eval_set is not None or self.job.listener is not None
+        return self.job.eval_set is not None or self.job.sample_generator is not None
 
     def evaluate_base(self, first_step: int, total_steps: int) -> None:
         """Let the model answer before the first step: what training must improve on.
 
         A fresh adapter changes nothing yet, and one that goes on from another starts with what that one knows.
         """
-        if self.job.listener is None:
+        if self.job.sample_generator is None:
             return
         file = self.job.config.output_dir / "samples" / "base_scores.json"
         # The main process decides for all: the others may not see its disk.
@@ -60,7 +60,7 @@ class Evaluator:
             self.base_scores = known
             return
         if self._main:
-            log_answers(self.accelerator, self.job.listener.prepare(), BASE_STEP, "recordings")
+            log_answers(self.accelerator, self.job.sample_generator.prepare(), BASE_STEP, "recordings")
         if first_step > 0:
             log.warning("nothing was heard before the first step of this run: scores stand without the base's")
             return
@@ -100,20 +100,20 @@ class Evaluator:
             ids = [sample.id for sample in self.job.eval_set.samples]
             guards.check_losses(losses, f"evaluation after step {step}", ids)
         loss = sum(weights.get(head, 1.0) * value for head, value in losses.items()) if losses else None
-        scores = self._listen(step)
+        scores = self._generated_scores(step)
         seconds = time.monotonic() - started
         self.spent += seconds
         share = self.spent / max(time.monotonic() - self.started, 1e-9)
         return EvaluationRecord(step, loss, losses, scores, seconds, share)
 
-    def _listen(self, step: int) -> dict[str, float]:
-        listener, scores = self.job.listener, {}
-        if listener is None:
+    def _generated_scores(self, step: int) -> dict[str, float]:
+        generator, scores = self.job.sample_generator, {}
+        if generator is None:
             return {}
         if self._main:
             precision = self.job.precision
             with torch.autocast(precision.device.type, precision.autocast, enabled=precision.autocast is not None):
-                scores, outputs = listener.listen(self.job.model, step)
+                scores, outputs = generator.generate(self.job.model, step)
             log_answers(self.accelerator, outputs, step)
         return self._told(scores)
 

@@ -35,7 +35,7 @@ SCORES_NAME = "scores.jsonl"
 
 
 @dataclass(frozen=True)
-class Listener:
+class SampleGenerator:
     """A fixed set of prompts, and what answers to them are scored with."""
 
     config: RunConfig
@@ -45,7 +45,7 @@ class Listener:
     scorers: Scorers
     directory: Path
 
-    def listen(self, model: nn.Module, step: int) -> tuple[dict[str, float], list[Output]]:
+    def generate(self, model: nn.Module, step: int) -> tuple[dict[str, float], list[Output]]:
         """Answer all prompts with a model, score the answers, and write them to `samples/step-N`.
 
         The random state is left as it was: a run that listens ends in the same bits as one that does not.
@@ -89,10 +89,10 @@ class Listener:
         totals: dict[str, list[int]] = {}
         for index in self.chosen:
             batch = self.family.collate([self.encoded[index]]).to(device)
-            for name, (hits, count) in self.family.hits(model, batch).items():
+            for name, (correct, count) in self.family.count_correct(model, batch).items():
                 total = totals.setdefault(name, [0, 0])
-                total[0], total[1] = total[0] + hits, total[1] + count
-        return {name: hits / count for name, (hits, count) in totals.items() if count}
+                total[0], total[1] = total[0] + correct, total[1] + count
+        return {name: correct / count for name, (correct, count) in totals.items() if count}
 
     def prepare(self) -> list[Output]:
         """Write what was asked, and the recordings the answers are compared with; the latter are returned."""
@@ -137,16 +137,16 @@ def prepare_scorers(config: RunConfig, family: Family) -> Scorers | None:
     return load_scorers(settings.asr, settings.speaker, settings.mos, device=device)
 
 
-def make_listener(
+def make_sample_generator(
     config: RunConfig, family: Family, train_set: EncodedSet, eval_set: EncodedSet | None, scorers: Scorers
-) -> Listener:
+) -> SampleGenerator:
     """Choose the prompts, of the evaluation data where there is some."""
     if eval_set is None:
         log.warning("evaluate.prompts: there is no evaluation data, so prompts of the training data are answered")
     source, seed = eval_set or train_set, config.train.seed
     ranked = sorted(range(len(source)), key=lambda i: _digest(seed, source.samples[i]))
     chosen = tuple(sorted(ranked[: num_prompts(config)]))
-    return Listener(config, family, source, chosen, scorers, config.output_dir / "samples")
+    return SampleGenerator(config, family, source, chosen, scorers, config.output_dir / "samples")
 
 
 def _check_best_metric(config: RunConfig, family: Family) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from speechtune.errors import TrainingError, some
-from speechtune.tensors import non_finite, whole
+from speechtune.tensors import gather, non_finite
 from speechtune.types import Batch
 
 ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
@@ -89,7 +89,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: 
         TrainingError: names the parameters with non-finite gradients, or says that none arrived.
     """
     if not math.isfinite(norm):
-        broken = [name for name, p in parameters.items() if p.grad is not None and not whole(p.grad).isfinite().all()]
+        broken = [name for name, p in parameters.items() if p.grad is not None and not gather(p.grad).isfinite().all()]
         raise TrainingError(
             f"{where}: the gradient norm is {norm}; non-finite gradients in {len(broken)} parameters "
             f"({some(broken)}); samples of the step: {some(sample_ids)}"
@@ -108,7 +108,9 @@ def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
         TrainingError: names each lora_B that none reached.
     """
     unreached = [
-        name for name, p in parameters.items() if "lora_B" in name and (p.grad is None or not bool(whole(p.grad).any()))
+        name
+        for name, p in parameters.items()
+        if "lora_B" in name and (p.grad is None or not bool(gather(p.grad).any()))
     ]
     if unreached:
         raise TrainingError(
@@ -143,7 +145,7 @@ def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids:
     """
     norm = nn.utils.get_total_norm([parameter.detach().float() for parameter in parameters.values()])
     # One number first: a look at each parameter would wait for the device as often.
-    if not bool(whole(norm).isfinite()) and (broken := non_finite(parameters.items())):
+    if not bool(gather(norm).isfinite()) and (broken := non_finite(parameters.items())):
         raise TrainingError(
             f"{where}: the optimizer step left {len(broken)} parameters that are not finite ({some(broken)}); samples "
             f"of the step: {some(sample_ids)}"

@@ -15,7 +15,7 @@ from speechtune.config import RunConfig
 from speechtune.family import Family
 from speechtune.precision import PrecisionPlan
 from speechtune.training.checkpoint import RunState
-from speechtune.training.generated_samples import Listener
+from speechtune.training.generated_samples import SampleGenerator
 from speechtune.types import Batch
 
 
@@ -32,7 +32,7 @@ class Job:
     eval_set: EncodedSet | None
     identity: Mapping[str, Any]
     notes: Mapping[str, str]
-    listener: Listener | None = None
+    sample_generator: SampleGenerator | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from speechtune.types import Batch
 log = logging.getLogger("speechtune")
 
 
-class Feed:
+class BatchLoader:
     """Micro-batches of one rank, step by step.
 
     Raises:

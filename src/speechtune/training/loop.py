@@ -16,14 +16,21 @@ from torch import nn
 
 from speechtune.lora.apply import trainable
 from speechtune.storage.verified_folder import prune
-from speechtune.tensors import checksums, rng_state, set_rng_state, whole
+from speechtune.tensors import checksums, gather, rng_state, set_rng_state
 from speechtune.training import guards
 from speechtune.training.batching import BatchPlan
-from speechtune.training.checkpoint import RunState, Saver, checkpoint_writer, choose_checkpoint, restore, twice
+from speechtune.training.checkpoint import (
+    RunState,
+    Saver,
+    checkpoint_writer,
+    choose_checkpoint,
+    restore,
+    save_with_retry,
+)
 from speechtune.training.distributed import Engine, check_same_checkpoint, sum_heads, sum_over_ranks
 from speechtune.training.evaluator import Evaluator
 from speechtune.training.job import Job, Objective, TrainResult
-from speechtune.training.loader import Feed
+from speechtune.training.loader import BatchLoader
 from speechtune.training.optimizer import learning_rate, make_optimizer
 from speechtune.training.signals import Interruption
 from speechtune.training.tracking import Record, Tracker, log, log_details
@@ -43,7 +50,7 @@ class Run:
         self.parameters = trainable(job.model)
         guards.check_trainable(self.parameters, lora=config.lora.enabled)
         self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
-        self.feed = Feed(config, self.plan, job.train_set, accelerator.process_index, job.precision.device)
+        self.loader = BatchLoader(config, self.plan, job.train_set, accelerator.process_index, job.precision.device)
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
         self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
         self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
@@ -76,7 +83,7 @@ class Run:
         with self.saver, Interruption() as interruption:
             for step in range(first_step, self.total_steps):
                 step_started = time.monotonic()
-                batches = self.feed.take(step)
+                batches = self.loader.take(step)
                 waited = time.monotonic() - step_started
                 record = self._step(step, batches, step_started, waited, started, first_step)
                 first_losses = first_losses or record.losses
@@ -159,7 +166,7 @@ class Run:
                 where = f"step {step + 1}"
                 return batches, [self._backward(b, counts, where, last=b is batches[-1]) for b in batches]
             except torch.OutOfMemoryError as error:
-                batches = self.feed.cut_finer(step, batches, error)
+                batches = self.loader.cut_finer(step, batches, error)
             self.optimizer.zero_grad(set_to_none=True)
             set_rng_state(before)
 
@@ -179,7 +186,7 @@ class Run:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.parameters.values())
-        total_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        total_norm = gather(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         norm = float(total_norm)
         self.skipped = self.skipped + 1 if self.job.precision.scaler and not math.isfinite(norm) else 0
         if not self.skipped or self.skipped > MAX_SKIPPED_STEPS:
@@ -212,7 +219,7 @@ class Run:
             return
 
         def save() -> None:
-            twice(publish)
+            save_with_retry(publish)
             protected = [] if best is None else [self._checkpoint(best)]
             prune(self.config.output_dir, self.config.checkpoint.keep_last, protected, up_to=step)
             log.info("saved and verified %s", directory)

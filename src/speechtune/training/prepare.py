@@ -35,7 +35,7 @@ from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints
 from speechtune.tensors import tensors_fingerprint
 from speechtune.training.checkpoint import ADAM_MOMENTS
-from speechtune.training.generated_samples import make_listener, prepare_scorers
+from speechtune.training.generated_samples import make_sample_generator, prepare_scorers
 from speechtune.training.job import Job, checkpoint_activations
 from speechtune.training.run_info import INFO_NAME, model_card, run_info
 from speechtune.training.tracking import WARNINGS_NAME, flatten
@@ -97,7 +97,7 @@ def _open_output(config: RunConfig) -> None:
     (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
 
-def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
+def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None = None) -> Job:
     """Load data, base and adapter, and show what will be trained.
 
     Raises:
@@ -106,7 +106,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if accelerator.is_main_process:
         _open_output(config)
     accelerator.wait_for_everyone()
-    family = create_family(config)
+    family = family or create_family(config)
     unknown = sorted(set(config.train.head_weights) - set(family.heads))
     if unknown:
         raise ConfigError(f"train.head_weights: no head {unknown[0]!r}; {family.name} has: {', '.join(family.heads)}")
@@ -152,8 +152,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         info = run_info(config, plan, identity, count_by_component(model, family), train_set, eval_set)
         (config.output_dir / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
-    listener = None if scorers is None else make_listener(config, family, train_set, eval_set, scorers)
-    return Job(config, family, model, plan, train_set, eval_set, identity, notes, listener)
+    generator = None if scorers is None else make_sample_generator(config, family, train_set, eval_set, scorers)
+    return Job(config, family, model, plan, train_set, eval_set, identity, notes, generator)
 
 
 def show_counts(model: nn.Module, family: Family, console: Console | None = None) -> None:

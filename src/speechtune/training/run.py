@@ -15,6 +15,7 @@ from torch import nn
 from speechtune import __version__
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
+from speechtune.family import Family
 from speechtune.lora.apply import adapter_state, frozen, trainable
 from speechtune.lora.save import CARD_NAME, save_lora_adapters
 from speechtune.storage.verified_folder import STATE_NAME
@@ -51,22 +52,26 @@ class Outcome:
     job: Job
 
 
-def run_training(config: RunConfig) -> Outcome:
+def run_training(config: RunConfig, family: Family | None = None) -> Outcome:
     """Train as configured, then save the adapter, prove it, and write the run's summary.
+
+    Args:
+        config: the recipe.
+        family: the recipe's own where None.
 
     Raises:
         SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
     with Watchdog(accelerator, config.output_dir) as watchdog:
-        outcome = _train(config, accelerator, watchdog)
+        outcome = _train(config, family, accelerator, watchdog)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return outcome
 
 
-def _train(config: RunConfig, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
-    job = prepare(config, accelerator)
+def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
+    job = prepare(config, accelerator, family)
     for settle in (settle_checkpointing, settle_budget):
         job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import speechtune.training.loop
-import speechtune.training.run
+import speechtune.training.prepare
 from phi4_cases import FP32, encoded, family_on, run_config
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError
@@ -62,7 +62,7 @@ def configure(tmp_path: Path, phi4_base: Path, phi4_rows: Path) -> Callable[...,
 @pytest.fixture
 def turing(monkeypatch: pytest.MonkeyPatch) -> PrecisionPlan:
     """Runs are planned for a GPU of capability 7.5."""
-    monkeypatch.setattr(speechtune.training.run, "plan_precision", lambda *_, **__: TURING)
+    monkeypatch.setattr(speechtune.training.prepare, "plan_precision", lambda *_, **__: TURING)
     return TURING
 
 

@@ -39,7 +39,7 @@ from speechtune.families.higgs_audio_v2.layout import (
 from speechtune.families.higgs_audio_v2.scores import (
     SCORE_NAMES,
     SCORER_NAMES,
-    codebook_hits,
+    count_correct_codes,
     score_speech,
     speech_warnings,
 )
@@ -334,13 +334,13 @@ class HiggsAudioV2Family:
         return rows[:, max_rows:].cpu().numpy()
 
     @torch.no_grad()
-    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+    def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Right codes and all codes, per codebook."""
         eos = self.model_config.audio_stream_eos_id
         base = cast(Any, plain_model(model))
         logits = base.audio_lm_head(target_states(base.model, batch)[0])
         logits_PKV = logits.unflatten(-1, (self.model_config.num_codebooks, -1))
-        return codebook_hits(logits_PKV, batch.inputs["audio_targets"], eos)
+        return count_correct_codes(logits_PKV, batch.inputs["audio_targets"], eos)
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
         """See `score_speech`."""

@@ -30,7 +30,7 @@ SCORE_NAMES = {
 SCORER_NAMES = frozenset({"wer", "sim", "mos"})
 
 
-def codebook_hits(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:
+def count_correct_codes(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:
     """Right targets and all targets, per codebook and of the ends of speech, of logits at P positions."""
     wanted_PK = targets_PK != IGNORE
     right_PK = (audio_PKV.argmax(-1) == targets_PK) & wanted_PK

@@ -311,7 +311,7 @@ class Phi4MultimodalFamily:
         return [self._output(sample.id, ids_S.tolist()) for (sample, _), ids_S in zip(prompts, ids_BS, strict=True)]
 
     @torch.no_grad()
-    def hits(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
+    def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Right tokens and all tokens of the answers, per task."""
         base = cast(Any, plain_model(model))
         found = {}
