@@ -22,8 +22,7 @@ from speechtune.audio import read_audio
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.commands.demo import make_base
-from speechtune.config import build_config
-from speechtune.families import create_family
+from speechtune.families import build_config, create_family
 from speechtune.family import Family
 from speechtune.training.batching import BatchPlan, StepBatches, make_loader
 from speechtune.types import AudioRef, Batch, Clip, Encoded, Sample

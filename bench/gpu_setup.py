@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from transformers import HiggsAudioV2Config, Phi4MultimodalConfig
 
-from speechtune.config import build_config
-from speechtune.families import create_family
+from speechtune.families import build_config, create_family
 from speechtune.families.higgs_audio_v2.layout import delay_rows, pad_inputs, target_arrays
 from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels

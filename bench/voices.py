@@ -19,8 +19,8 @@ import torch
 
 from speechtune.cache.encoded_set import EncodedSet, EncodeReport
 from speechtune.cache.store import FeatureStore
-from speechtune.config import RunConfig, build_config
-from speechtune.families import create_family
+from speechtune.config import RunConfig
+from speechtune.families import build_config, create_family
 from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora

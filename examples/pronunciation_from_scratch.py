@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Phi4MultimodalFeatureExtractor
 
 from speechtune.audio import read_audio
-from speechtune.config import DataConfig, RunConfig, build_config
+from speechtune.config import DataConfig, RunConfig
 from speechtune.data.sources import load_samples
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal.audio import log_mel
 from speechtune.families.phi4_multimodal.tiny import make_model
 from speechtune.inference.evaluate_pronunciation import evaluate

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
 
 from helpers import DemoClip, Utterance, native_batch
-from speechtune.config import build_config
+from speechtune.families import build_config
 from speechtune.training.run import run_training
 
 NATIVE, BOSON = "base_model.model.model.layers.", "base_model.model.layers."

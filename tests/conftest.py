@@ -23,7 +23,8 @@ from adapter_helpers import train_adapter
 from helpers import DemoClip, merged, read_demo_clips
 from higgs_cases import Case, family_on, make_case, train
 from speechtune.audio import read_audio
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4

@@ -15,7 +15,7 @@ from torch import nn
 
 from helpers import DemoClip, Utterance, overfit
 from speechtune.audio import read_audio
-from speechtune.config import build_config
+from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.precision import PrecisionPlan
 from speechtune.types import AudioRef, Batch, Clip, Losses, Sample

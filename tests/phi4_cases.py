@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, Phi4MultimodalFeatureExtractor
 
 from helpers import DemoClip, merged
 from speechtune.audio import read_audio
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.prompts import CONTROL_TOKENS, RUBRICS
 from speechtune.precision import PrecisionPlan

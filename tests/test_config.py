@@ -10,8 +10,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from speechtune.config import OPTIONS_OF_TWO_TYPES, RunConfig, build_config, load_config, option_names
+from speechtune.config import OPTIONS_OF_TWO_TYPES, RunConfig, option_kinds
 from speechtune.errors import ConfigError
+from speechtune.families import build_config, config_class, family_packages, load_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = {"family": "higgs_audio_v2", "model": {"path": "base"}}
@@ -20,9 +21,8 @@ SMALLEST = {"family": "higgs_audio_v2", "model": {"path": "base"}}
 # CHANGELOG.md.
 OPTIONS = """\
 family output_dir
-model.path model.revision model.codec_path model.codec_revision model.speech_lora model.speech_lora_path
-model.attention
-data.train data.eval data.validation_split data.tasks data.star_policy data.audio_root data.allow_urls data.min_seconds
+model.path model.revision model.attention
+data.train data.eval data.validation_split data.audio_root data.allow_urls data.min_seconds
 data.max_seconds
 data.on_error data.quarantine_limit data.cache_dir
 lora.enabled lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save
@@ -102,8 +102,37 @@ def test_a_round_trip_keeps_every_value(tmp_path: Path) -> None:
     assert config.lora.alpha == 2e-5 and config.tracking.trackers == () and config.model.revision == "1e5"
 
 
+def undescribed(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Options without a docstring."""
+    names = []
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names += undescribed(info.annotation, f"{prefix}{name}.")
+        elif not info.description:
+            names.append(prefix + name)
+    return names
+
+
+OF_FAMILIES = {
+    "higgs_audio_v2": "model.codec_path model.codec_revision",
+    "phi4_multimodal": "model.speech_lora model.speech_lora_path data.tasks data.star_policy",
+}
+
+
 def test_the_list_of_options_is_frozen() -> None:
-    assert option_names() == OPTIONS.split()
+    assert list(option_kinds(RunConfig)) == OPTIONS.split()
+
+
+@pytest.mark.parametrize("family", family_packages())
+def test_the_options_of_a_family_are_frozen(family: str) -> None:
+    added = [name for name in option_kinds(config_class(family)) if name not in OPTIONS.split()]
+    assert added == OF_FAMILIES[family].split()
+    assert undescribed(config_class(family)) == []
+
+
+def test_an_option_of_another_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.speech_lora: no such option"):
+        build_config({"family": "higgs_audio_v2", "model": {"path": "base", "speech_lora": "merge"}}, "test")
 
 
 @pytest.mark.parametrize(("name", "expected"), DEFAULTS.items())
@@ -113,16 +142,6 @@ def test_defaults_that_users_rely_on(name: str, expected: object) -> None:
 
 def test_every_option_is_described() -> None:
     """`speechtune` prints the docstrings as help; an option without one is an option nobody can use."""
-
-    def undescribed(section: type[BaseModel], prefix: str = "") -> list[str]:
-        names = []
-        for name, info in section.model_fields.items():
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                names += undescribed(info.annotation, f"{prefix}{name}.")
-            elif not info.description:
-                names.append(prefix + name)
-        return names
-
     assert undescribed(RunConfig) == []
 
 
@@ -158,8 +177,16 @@ def test_all_issues_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         build_config(values, "recipe.yaml")
     message = str(caught.value)
-    assert "5 issue(s)" in message
-    for part in ("model: required", "train.epochs", "train.batch_size", "'many'", "train.sede", "lora.rank"):
+    assert "6 issue(s)" in message
+    for part in (
+        "family: no family 'x'",
+        "model: required",
+        "train.epochs",
+        "train.batch_size",
+        "'many'",
+        "train.sede",
+        "lora.rank",
+    ):
         assert part in message, message
 
 

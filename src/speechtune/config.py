@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from speechtune.errors import ConfigError
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
-class Section(BaseModel):
+class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()):
     """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
-
-class ModelConfig(Section):
-    """The base model and what belongs to it."""
+class ModelConfig(Section, frozen=True):
+    """The base model; a family adds options for what belongs to it."""
 
     path: str
     """Hub id or local folder of the base model."""
     revision: str | None = None
     """Commit or tag on the hub; None takes the default branch."""
-    codec_path: str | None = None
-    """Hub id or local folder of the audio codec (`higgs_audio_v2`)."""
-    codec_revision: str | None = None
-    """Commit or tag of the codec on the hub."""
-    speech_lora: Literal["merge", "continue", "stack", "drop"] | None = None
-    """What becomes of the base's speech LoRA (`phi4_multimodal`); None merges it, if it is not in the weights yet."""
-    speech_lora_path: Path | None = None
-    """Folder of that speech LoRA; None takes `speech-lora` in the model's folder or repository."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
 
-class DataConfig(Section):
-    """Where the samples come from and what is refused."""
+class DataConfig(Section, frozen=True):
+    """Where the samples come from and what is refused; a family adds options for what is made of them."""
 
     train: Path | None = None
     """Training data: ChatML JSON/JSONL, a folder with metadata.json, wav/txt pairs, ms-swift JSONL; for assessment a
@@ -51,10 +41,6 @@ class DataConfig(Section):
     """Evaluation data; not together with `validation_split`."""
     validation_split: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share held out by seed, at least one: of the samples, or of the speakers where pronunciation is assessed."""
-    tasks: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = {"APA": 1.0, "MDD": 1.0}
-    """Per task the share of the labelled utterances that give a sample of it: scores (APA), words and phones (MDD)."""
-    star_policy: Literal["base", "unk"] = "base"
-    """A phone said with a heavy accent (`X*` in Speechocean762) is learnt as X, or as `<unk>`."""
     audio_root: Path | None = None
     """Confine every audio path to this folder, symbolic links and `..` resolved."""
     allow_urls: bool = False
@@ -71,7 +57,7 @@ class DataConfig(Section):
     """Folder of the encoded set; None puts it in `speechtune-cache` beside the run directory."""
 
 
-class LoraSettings(Section):
+class LoraSettings(Section, frozen=True):
     """The adapter to train; `enabled: false` trains the full model."""
 
     enabled: bool = True
@@ -83,19 +69,18 @@ class LoraSettings(Section):
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Dropout before lora_A."""
     targets: str = "default"
-    """A preset of the family (`higgs_audio_v2`: `attention`, `attention+audio_ffn`, `all`; `phi4_multimodal`:
-    `language`, `language+audio`, `all-linear`), or a regex over module names."""
+    """A preset of the family, or a regex over module names."""
     rslora: bool = False
     """Rank-stabilised scaling."""
     dora: bool = False
     """Weight-decomposed LoRA."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained in full and stored with the adapter, such as `audio_embed` of `phi4_multimodal`."""
+    """Modules trained in full and stored with the adapter."""
     trainable_tokens: tuple[str, ...] = ()
-    """Control tokens whose embeddings are trained with the adapter: `<|APA|>` and `<|MDD|>` of `phi4_multimodal`."""
+    """Control tokens of the family whose embeddings are trained with the adapter."""
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """Optimisation."""
 
     epochs: float = Field(default=3.0, gt=0.0)
@@ -136,7 +121,7 @@ class TrainConfig(Section):
     """Processes that collate batches ahead of the loop; None takes 2 beside a GPU and none without one."""
 
 
-class BatchConfig(Section):
+class BatchConfig(Section, frozen=True):
     """What one forward pass takes. The samples of an optimizer step are not changed by it, only how they are cut."""
 
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
@@ -148,7 +133,7 @@ class BatchConfig(Section):
     """When a step does not fit the memory: stop and say so, or halve the budget and take the step again (one rank)."""
 
 
-class SpeedConfig(Section):
+class SpeedConfig(Section, frozen=True):
     """How the same mathematics is computed."""
 
     fast_forward: bool = True
@@ -161,7 +146,7 @@ class SpeedConfig(Section):
     """Several ranks: a whole model each (DDP), or its weights sharded over them (FSDP2)."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Section, frozen=True):
     """Evaluation during training."""
 
     enabled: bool = True
@@ -187,7 +172,7 @@ class EvaluateConfig(Section):
     """Evaluations in a row without a better `best_metric` after which the run stops early; None never stops."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True):
     """Saving and resuming."""
 
     every_steps: int = Field(default=500, ge=1)
@@ -202,7 +187,7 @@ class CheckpointConfig(Section):
     """Resume even with other data, base, seed or batch than the checkpoint's; each difference is warned of."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Section, frozen=True):
     """What is written down."""
 
     log_every_steps: int = Field(default=10, ge=1)
@@ -215,11 +200,11 @@ class TrackingConfig(Section):
     """Folder for trackers; None means `logs` in the run directory."""
 
 
-class RunConfig(Section):
-    """One run: a base model, data, an adapter and a training schedule."""
+class RunConfig(Section, frozen=True):
+    """One run: a base model, data, an adapter and a training schedule; a family's own has more options."""
 
     family: str
-    """Model family: `higgs_audio_v2` or `phi4_multimodal`."""
+    """Name of the model family."""
     output_dir: Path = Path("output")
     """Run directory: checkpoints, adapter, metrics, resolved config."""
     model: ModelConfig
@@ -259,17 +244,32 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def build_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate nested `values`; every issue is listed in one ConfigError that starts with `where`."""
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def build_config(values: dict[str, Any], where: str, kind: type[ConfigT]) -> ConfigT:
+    """Validate nested `values`; every issue is listed in one ConfigError that starts with `where`.
+
+    Args:
+        values: the sections of a recipe.
+        where: file or command line they come from.
+        kind: the family's class of options, see `speechtune.families.config_class`.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_describe(item)}" for item in _one_an_option(error.errors(include_url=False))]
+        known = list(option_kinds(kind))
+        lines = [f"  {_describe(item, known)}" for item in _one_an_option(error.errors(include_url=False))]
         raise ConfigError(f"{where}: {len(lines)} issue(s) in the configuration\n" + "\n".join(lines)) from None
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[RunConfig]]) -> RunConfig:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+
+    Args:
+        recipe: the file.
+        overrides: each replaces one option.
+        kind_of: the recipe's `family` -> the class of its options.
 
     Raises:
         ConfigError: the file, an override or a value cannot be used; names each one.
@@ -282,30 +282,31 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{recipe}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a mapping of sections, found {type(values).__name__}")
+    kind = kind_of(values.get("family"))
     for override in overrides:
-        _apply(values, override)
-    return build_config(values, str(recipe))
+        _apply(values, override, option_kinds(kind))
+    return build_config(values, str(recipe), kind)
 
 
-def option_names(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all options, in order of definition."""
-    names: list[str] = []
+def option_kinds(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Dotted name of every option -> its type, in order of definition."""
+    kinds: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += option_names(kind, f"{prefix}{name}.")
+            kinds |= option_kinds(kind, f"{prefix}{name}.")
         else:
-            names.append(prefix + name)
-    return names
+            kinds[prefix + name] = kind
+    return kinds
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, known: Mapping[str, Any]) -> None:
     name, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=3")
-    known = option_names()
-    if name not in known and not name.startswith(("train.head_weights.", "data.tasks.")):
-        raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, known)}")
+    in_mapping = get_origin(known.get(name.rpartition(".")[0])) is dict
+    if name not in known and not in_mapping:
+        raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, list(known))}")
     try:
         value = yaml.safe_load(text)  # reads 2e-5 as a text; pydantic makes the number of it where one is wanted
     except yaml.YAMLError:
@@ -332,10 +333,10 @@ def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, known: Sequence[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{name}: no such option{_nearest(name, option_names())}"
+        return f"{name}: no such option{_nearest(name, known)}"
     if item["type"] == "missing":
         return f"{name}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")

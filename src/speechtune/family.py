@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from speechtune.errors import ConfigError
 from speechtune.types import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Ability = Literal["speak", "assess pronunciation"]
 
 
 class Family(Protocol):
-    """What one model family must provide; see `docs/decisions/0006-the-seam.md`."""
+    """What one model family provides; those that follow inherit it, for the methods with a body are what most want."""
 
     name: str
     heads: tuple[str, ...]
@@ -44,7 +45,7 @@ class Family(Protocol):
     """Another: what it is for, and what not."""
     score_names: Mapping[str, str]
     """What `score` and `count_correct` may yield, each with "max" or "min": which is better."""
-    scorer_names: frozenset[str]
+    scorer_names: frozenset[str] = frozenset()
     """Scores that need a scorer of their own."""
     lora_presets: Mapping[str, str]
     """Preset name -> regex over module names; the key "default" names the one used when none is given."""
@@ -67,21 +68,28 @@ class Family(Protocol):
         ...
 
     @property
+    def parts(self) -> Mapping[str, tuple[str, str | None]]:
+        """What a run loads besides the base, such as a codec: its name -> (hub id or folder, revision)."""
+        return {}
+
+    @property
     def initial_adapter(self) -> Path | None:
         """Folder of the adapter whose weights a new one starts from; None for a fresh start."""
-        ...
+        return None
 
     def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
         """Embedding module -> the rows of control tokens to be trained; empty for none."""
-        ...
+        if tokens:
+            raise ConfigError(f"lora.trainable_tokens: {self.name} has no control tokens to train")
+        return {}
 
     def recipe(self) -> dict[str, Any]:
         """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""
-        ...
+        return {}
 
     def expand(self, samples: Sequence[Sample]) -> list[Sample]:
         """What is trained on: the samples, or several of each where one gives more than one thing to learn."""
-        ...
+        return list(samples)
 
     def prompt(self, sample: Sample) -> Sample:
         """The sample as a question: without the answer that training learns."""
@@ -123,7 +131,7 @@ class Family(Protocol):
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
         """What in some scores, beside the base's, points to a broken training; a sentence each."""
-        ...
+        return []
 
     def probe(self, model: nn.Module, greedy_steps: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         """Answer a fixed input: float32 logits on the CPU, and `greedy_steps` greedily generated positions."""

@@ -32,6 +32,7 @@ from speechtune.data import manifest
 from speechtune.data.sources import find_source, load_samples
 from speechtune.data.splits import split_validation
 from speechtune.errors import ManifestError
+from speechtune.families.phi4_multimodal.options import Phi4DataConfig
 from speechtune.tasks.pronunciation.targets import task_samples
 from speechtune.types import AudioRef, Sample
 
@@ -97,7 +98,7 @@ def test_star_policy_comes_from_the_recipe(corpus: Path) -> None:
             row["words"][1]["mispronunciations"][0]["pronounced-phone"] = "L*"
         write_hub(corpus, train=rows)
     for policy, phone in (("base", "L"), ("unk", "<unk>")):
-        samples = load_samples(corpus, DataConfig.model_validate({"star_policy": policy}))
+        samples = load_samples(corpus, Phi4DataConfig.model_validate({"star_policy": policy}))
         assert samples[0].extra["labels"]["words"][1]["realised"][0] == phone
 
 

@@ -13,7 +13,7 @@ from interrupted import train
 from runs import STEPS, Configure
 
 from helpers import DemoClip, merged
-from speechtune.config import build_config
+from speechtune.families import build_config
 
 
 @contextmanager

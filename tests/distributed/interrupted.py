@@ -22,8 +22,8 @@ import speechtune.training.prepare
 import speechtune.training.run
 from speechtune.cli import main as command_line
 from speechtune.commands.guarded import guarded
-from speechtune.config import RunConfig, load_config
-from speechtune.families import create_family
+from speechtune.config import RunConfig
+from speechtune.families import create_family, load_config
 from speechtune.family import Family
 from speechtune.training.run import Outcome, run_training
 from speechtune.training.watchdog import Watchdog

@@ -13,7 +13,8 @@ from interrupted import train
 from runs import assert_same_to_the_bit, curve, greatest_difference, run_on_two_ranks
 
 from helpers import DemoClip, merged
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 from speechtune.tasks.pronunciation.phones import PHONES
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from helpers import DemoClip, merged
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 
 SCORES = {"accuracy": 7, "fluency": 3, "prosodic": 5, "total": 6}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from helpers import DemoClip
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 from speechtune.inference.load import load_model, model_config
 from speechtune.precision import plan_precision

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from assessment_helpers import write_folder
-from speechtune.config import RunConfig, load_config
+from speechtune.config import RunConfig
+from speechtune.families import load_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 from speechtune.legacy import train_pronunciation as phi4_original
 from speechtune.legacy.train_pronunciation import CONFIGS, FLAGS, VISIBLE, build_parser, configure, find_recipe, main

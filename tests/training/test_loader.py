@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechtune.config import build_config
 from speechtune.errors import ConfigError, TrainingError
+from speechtune.families import build_config
 from speechtune.training.batching import BatchPlan
 from speechtune.training.loader import BatchLoader
 from speechtune.types import Batch, Encoded

@@ -20,10 +20,11 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from speechtune.audio import read_audio
 from speechtune.cache.encode import encode_samples
 from speechtune.commands.validate import print_report, validate
-from speechtune.config import DataConfig, RunConfig, build_config
+from speechtune.config import DataConfig, RunConfig
 from speechtune.errors import TrainingError
 from speechtune.export.merge import merge
 from speechtune.export.verify import verify_adapter
+from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.inference.generate import write_output
 from speechtune.inference.load import load_model

@@ -17,8 +17,9 @@ from transformers import Phi4MultimodalForCausalLM
 from speechtune.commands.demo import files_written, print_table, prove_saved, report_row
 from speechtune.commands.score import print_score, read_requests
 from speechtune.commands.validate import print_report, validate
-from speechtune.config import DataConfig, RunConfig, build_config
+from speechtune.config import DataConfig, RunConfig
 from speechtune.errors import ConfigError
+from speechtune.families import build_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
 from speechtune.inference.evaluate_pronunciation import evaluate
 from speechtune.inference.score import assessor, score_samples

@@ -21,9 +21,9 @@ from torch import nn
 
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
-from speechtune.config import RunConfig, load_config
+from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
-from speechtune.families import create_family
+from speechtune.families import create_family, load_config
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
 from speechtune.precision import PrecisionPlan, plan_precision
@@ -139,10 +139,10 @@ def output_folder(config: RunConfig) -> Iterator[Finding]:
 
 
 def model_folders(config: RunConfig) -> Iterator[Finding]:
-    """Local model and codec folders file by file; hub ids are checked by the hub's client on download."""
-    for name, place in (("model files", config.model.path), ("codec files", config.model.codec_path)):
-        if place is None:
-            continue
+    """Local folders of the base and its parts file by file; hub ids are checked by the hub's client on download."""
+    parts = {"model": (config.model.path, None), **create_family(config).parts}
+    for part, (place, _) in parts.items():
+        name = f"{part} files"
         folder = Path(place)
         if not folder.is_dir():
             yield Finding(name, "warn", f"{place} is a hub id: its files are checked when they are downloaded")

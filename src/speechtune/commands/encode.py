@@ -12,9 +12,9 @@ from typing import Any
 
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodeReport
-from speechtune.config import RunConfig, load_config
+from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError, SpeechtuneError
-from speechtune.families import create_family
+from speechtune.families import create_family, load_config
 from speechtune.training.prepare import load_sets
 
 log = logging.getLogger("speechtune")

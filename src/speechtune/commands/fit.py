@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from speechtune.config import RunConfig, load_config, world_size
+from speechtune.config import RunConfig, world_size
 from speechtune.errors import ConfigError
+from speechtune.families import load_config
 from speechtune.training.batching import BatchPlan
 from speechtune.training.distributed import start_accelerator
 from speechtune.training.memory_budget import Fit, Memory, choose_budget, measure_budgets, settle_checkpointing

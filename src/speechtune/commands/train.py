@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speechtune.config import RunConfig, load_config
-from speechtune.families import create_family
+from speechtune.config import RunConfig
+from speechtune.families import create_family, load_config
 from speechtune.lora.apply import apply_lora
 from speechtune.training.prepare import show_counts
 from speechtune.training.run import run_training

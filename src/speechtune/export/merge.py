@@ -101,7 +101,7 @@ def merge(
     stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
-    facts = provenance(config, base, adapter)
+    facts = provenance(family, config, base, adapter)
     if recipe := read_recipe(adapter_folder(adapter)):
         check_base(recipe, adapter, family, base, MERGE_PLAN)
     with native_adapter(adapter) as native:
@@ -186,10 +186,14 @@ def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> 
     return model(**inputs).logits.float()
 
 
-def provenance(config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, Any]:
-    """What a merged model was made of: base by revision or content, adapter by content, codec, versions."""
+def provenance(family: Family, config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, Any]:
+    """What a merged model was made of: base and its parts by revision or content, adapter by content, versions."""
     directory = adapter_folder(adapter)
-    folder, codec = Path(config.model.path), config.model.codec_path
+    folder = Path(config.model.path)
+    parts: dict[str, Any] = {}
+    for part, (path, revision) in family.parts.items():
+        content = folder_fingerprint(Path(path)) if Path(path).is_dir() else None
+        parts |= {f"{part}_path": path, f"{part}_revision": revision, f"{part}_sha256": content}
     return {
         "base_model_path": config.model.path,
         "base_revision": config.model.revision or getattr(cast(Any, base).config, "_commit_hash", None),
@@ -198,9 +202,7 @@ def provenance(config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, A
         "lora_adapter_sha256": file_sha256(weights_file(directory)),
         "lora_config_sha256": file_sha256(directory / CONFIG_NAME),
         "lora_step": training_step(directory),
-        "codec_path": codec,
-        "codec_revision": config.model.codec_revision,
-        "codec_sha256": folder_fingerprint(Path(codec)) if codec and Path(codec).is_dir() else None,
+        **parts,
         "versions": {
             "speechtune": __version__,
             "transformers": transformers.__version__,

@@ -1,36 +1,94 @@
-"""Model families; `create_family` is the only place that knows their names."""
+"""Model families, found by folder: here, and in packages behind the entry-point group `speechtune.families`.
+
+A family is a package with these parts, and nothing outside it knows its name:
+
+- `__init__.py`: `MODEL_TYPES`, the `model_type`s of config.json that belong to it; imports nothing heavy.
+- `options.py`: `Config`, a `RunConfig` with the family's own options in `model:` and `data:`.
+- `family.py`: `FAMILY`, its implementation of `speechtune.family.Family`.
+- `tiny.py`: `make_base`, its embedded default: a small base for demonstrations and tests.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from pydantic import field_validator
+
+from speechtune import config
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.family import Family
 
-FAMILIES = {"higgs_audio_v2": "HiggsAudioV2Family", "phi4_multimodal": "Phi4MultimodalFamily"}
-MODEL_TYPES = {
-    "higgs_audio_v2": "higgs_audio_v2",
-    "higgs_audio": "higgs_audio_v2",
-    "phi4_multimodal": "phi4_multimodal",
-    "phi4mm": "phi4_multimodal",  # refused there, with the way out
-}
+ENTRY_POINTS = "speechtune.families"
 
 
-def create_family(config: RunConfig) -> Family:
-    """Make the family a recipe names; nothing heavy is loaded yet.
+@cache
+def family_packages() -> dict[str, str]:
+    """Name of each family -> its package, in the order of names; a folder here goes before an entry point."""
+    here = Path(__file__).parent
+    packages = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    packages |= {file.parent.name: f"{__name__}.{file.parent.name}" for file in here.glob("*/family.py")}
+    return dict(sorted(packages.items()))
+
+
+def family_part(name: str, part: str) -> ModuleType:
+    """A module of a family's package: "family", "options" or "tiny"; "" for the package itself.
 
     Raises:
         ConfigError: no such family.
     """
-    try:
-        class_name = FAMILIES[config.family]
-    except KeyError:
-        raise ConfigError(f"family: no family {config.family!r}; there are: {', '.join(FAMILIES)}") from None
-    module = importlib.import_module(f"speechtune.families.{config.family}.family")
-    return getattr(module, class_name)(config)
+    packages = family_packages()
+    if name not in packages:
+        raise ConfigError(f"family: {_no_family(name)}")
+    return import_module(f"{packages[name]}.{part}".rstrip("."))
+
+
+class _NoFamily(RunConfig, frozen=True):
+    """Stands in where the family is unknown, so that all other issues are reported with that one."""
+
+    @field_validator("family")
+    @classmethod
+    def _is_unknown(cls, name: str) -> str:
+        raise ValueError(_no_family(name))
+
+
+def config_class(name: object) -> type[RunConfig]:
+    """The class of a family's configurations; of an unknown family one that no recipe satisfies."""
+    return family_part(name, "options").Config if isinstance(name, str) and name in family_packages() else _NoFamily
+
+
+def _no_family(name: str) -> str:
+    return f"no family {name!r}; there are: {', '.join(family_packages())}"
+
+
+def build_config(values: dict[str, Any], where: str) -> RunConfig:
+    """Validate nested `values` with the options of the family they name.
+
+    Raises:
+        ConfigError: starts with `where` and lists every issue.
+    """
+    return config.build_config(values, where, config_class(values.get("family")))
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML recipe and apply `section.key=value` overrides; see `speechtune.config.load_config`."""
+    return config.load_config(recipe, overrides, config_class)
+
+
+def create_family(run: RunConfig) -> Family:
+    """Make the family a configuration names; nothing heavy is loaded yet.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    return family_part(run.family, "family").FAMILY(run)
 
 
 def family_of(model_path: str) -> str:
@@ -46,8 +104,7 @@ def family_of(model_path: str) -> str:
         model_type = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model_path}: no model configuration there: {error}") from None
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"{model_path}: model_type {model_type!r} belongs to no family; known: {', '.join(MODEL_TYPES)}"
-        )
-    return MODEL_TYPES[model_type]
+    names = {kind: name for name in family_packages() for kind in family_part(name, "").MODEL_TYPES}
+    if model_type not in names:
+        raise ConfigError(f"{model_path}: model_type {model_type!r} belongs to no family; known: {', '.join(names)}")
+    return names[model_type]

@@ -75,7 +75,10 @@ def speak_all(
     """Let a system speak all prompts into wavs of `directory`; what is there from the same system is not made again."""
     config = model_config(system.model, codec, system.adapter)
     family, loaded = load_model(config, system.adapter, ability="speak")
-    identity = answerer(config, family, system.adapter) | {"options": str(options), "codec": config.model.codec_path}
+    identity = answerer(config, family, system.adapter) | {
+        "options": str(options),
+        "model": config.model.model_dump(mode="json"),
+    }
     known = AnswerFile(directory / OUTPUTS_NAME, identity)
     asked = sorted((sample for sample in samples if not _is_made(known, sample, directory)), key=_prompt_length)
     by_id = {sample.id: sample for sample in asked}

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
-from speechtune.families import create_family, family_of
+from speechtune.families import build_config, create_family, family_of
 from speechtune.family import Ability, Family
 from speechtune.lora.apply import load_adapter
 from speechtune.lora.base_identity import check_base, read_recipe
@@ -34,12 +34,11 @@ def model_config(model: str | None, codec: str | None, adapter: Path | None = No
     path = model or (stored_base(folder) if folder else None)
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
-    values: dict[str, Any] = {"path": path, "codec_path": codec}
+    values: dict[str, Any] = {"path": path} | ({"codec_path": codec} if codec else {})
     lora = {}
     if recipe:  # what the adapter was trained on, unless the caller says otherwise
-        given = {name: value for name, value in values.items() if value is not None}
         replaced = {"path", "revision"} if model and model != recipe.model["path"] else set()
-        values = {name: value for name, value in recipe.model.items() if name not in replaced} | given
+        values = {name: value for name, value in recipe.model.items() if name not in replaced} | values
         lora = {"trainable_tokens": recipe.trainable_tokens}
     return build_config({"family": family_of(path), "model": values, "lora": lora}, f"model {path}")
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from speechtune.config import RunConfig, load_config
+from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, ManifestError
+from speechtune.families import load_config
 
 log = logging.getLogger("speechtune")
 

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from speechtune.config import RunConfig, build_config
+from speechtune.config import RunConfig
+from speechtune.families import build_config
 
 log = logging.getLogger("speechtune")
 

@@ -58,10 +58,10 @@ def describe_base(config: RunConfig, family: Family, model: nn.Module, plan: Pre
         ConfigError: it holds NaN or infinity.
         TrainingError: its answer is not finite though its weights are: in float16, activations of some bases overflow.
     """
-    settings = config.model.model_dump(mode="json")
+    settings = config.model.model_dump(mode="json", exclude={"attention"})  # another attention, the same base
     return BaseRecipe(
         family.name,
-        {name: settings[name] for name in ("path", "revision", "codec_path", "speech_lora", "speech_lora_path")},
+        settings,
         config.lora.trainable_tokens,
         family.recipe(),
         plan.name,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from speechtune.config import LoraSettings, RunConfig, load_config
-from speechtune.families import create_family
+from speechtune.config import LoraSettings, RunConfig
+from speechtune.families import create_family, load_config
 from speechtune.families.higgs_audio_v2.family import RELEASED_MODEL, HiggsAudioV2Family
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern

@@ -19,7 +19,7 @@ from torch.nn import functional
 import phi4_cases
 from helpers import WAYS
 from higgs_cases import FP32, Case
-from speechtune.config import build_config
+from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.layers.decoder import FastLayer, block_causal_mask
 from speechtune.families.layers.ops import IGNORE, Segments, attend, head_loss, linear

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from speechtune.commands.train import show_plan
-from speechtune.config import LoraSettings, RunConfig, build_config, load_config
+from speechtune.config import LoraSettings, RunConfig
+from speechtune.families import build_config, load_config
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.released import RELEASED_MODEL
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern

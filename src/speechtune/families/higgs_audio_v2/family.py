@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from speechtune.families.higgs_audio_v2.layout import (
     target_arrays,
     undelay,
 )
+from speechtune.families.higgs_audio_v2.options import Config
 from speechtune.families.higgs_audio_v2.scores import (
     SCORE_NAMES,
     SCORER_NAMES,
@@ -46,6 +47,7 @@ from speechtune.families.higgs_audio_v2.scores import (
 from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.families.layers.ops import IGNORE, head_loss
+from speechtune.family import Family, Scorers
 from speechtune.lora.apply import plain_model
 from speechtune.precision import PrecisionPlan
 from speechtune.storage.hashing import folder_fingerprint
@@ -59,10 +61,6 @@ from speechtune.storage.model_folder import (
 )
 from speechtune.types import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 
-if TYPE_CHECKING:
-    from speechtune.family import Scorers
-
-
 log = logging.getLogger("speechtune")
 
 RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
@@ -73,7 +71,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 ASSET_PATTERNS = (*TOKENIZER_FILES, "*processor_config.json")
 
 
-class HiggsAudioV2Family:
+class HiggsAudioV2Family(Family):
     """The seam's implementation for Higgs Audio v2, on transformers' native classes."""
 
     name = "higgs_audio_v2"
@@ -95,6 +93,8 @@ class HiggsAudioV2Family:
     }
 
     def __init__(self, config: RunConfig) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(f"{type(config).__name__} is no configuration of {self.name}; see families.build_config")
         self.config = config
         self._prompts_seen: set[str | None] = set()
 
@@ -157,16 +157,24 @@ class HiggsAudioV2Family:
         """Hub id or folder of the codec."""
         return self.config.model.codec_path or RELEASED_CODEC
 
-    @cached_property
+    @property
+    def parts(self) -> Mapping[str, tuple[str, str | None]]:
+        """The codec, where one is named."""
+        model = self.config.model
+        return {"codec": (model.codec_path, model.codec_revision)} if model.codec_path else {}
+
+    @property
     def encode_key(self) -> str:
         """Identity of the codes: class, weights (by content where local) and rate."""
+        return f"higgs_audio_v2 codes v1 {self._codec_identity} {self.sampling_rate} Hz"
+
+    @cached_property
+    def _codec_identity(self) -> str:
         require_sound(self.codec_path, "model.codec_path")
         path = Path(self.codec_path)
         if path.is_dir():
-            identity = folder_fingerprint(path)
-        else:
-            identity = f"{self.codec_path}@{hub_commit(self.codec_path, self.config.model.codec_revision)}"
-        return f"higgs_audio_v2 codes v1 {identity} {self.sampling_rate} Hz"
+            return folder_fingerprint(path)
+        return f"{self.codec_path}@{hub_commit(self.codec_path, self.config.model.codec_revision)}"
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its text head (a default load would drop it) onto the plan's device."""
@@ -211,22 +219,6 @@ class HiggsAudioV2Family:
             if part in parameter_name:
                 return component
         return "norms"
-
-    initial_adapter = None
-
-    def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
-        """None: the prompts have no control tokens of their own."""
-        if tokens:
-            raise ConfigError(f"lora.trainable_tokens: {self.name} has no control tokens to train")
-        return {}
-
-    def recipe(self) -> dict[str, Any]:
-        """Nothing is done to the base."""
-        return {}
-
-    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples as they are."""
-        return list(samples)
 
     def prompt(self, sample: Sample) -> Sample:
         """The sample without its target audio."""
@@ -379,3 +371,6 @@ class HiggsAudioV2Family:
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""
         copy_files(self.config.model.path, self.config.model.revision, ASSET_PATTERNS, directory)
+
+
+FAMILY = HiggsAudioV2Family

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from speechtune.families.phi4_multimodal.forward import (
     native_states,
     target_states,
 )
+from speechtune.families.phi4_multimodal.options import Config
 from speechtune.families.phi4_multimodal.prompts import (
     AFTER_ANSWER,
     AFTER_PROMPT,
@@ -55,15 +56,12 @@ from speechtune.families.phi4_multimodal.released import (
 )
 from speechtune.families.phi4_multimodal.scores import SCORE_NAMES, score_answers, warnings_of
 from speechtune.families.phi4_multimodal.speech_lora import SpeechLora, read_marker, write_marker
+from speechtune.family import Family, Scorers
 from speechtune.lora.apply import plain_model
 from speechtune.precision import PrecisionPlan
 from speechtune.storage.model_folder import load_pretrained, load_tokenizer, require_fit, require_sound
 from speechtune.tasks.pronunciation.targets import TASKS, Task, render_answer, target_of, task_of, task_samples
 from speechtune.types import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
-
-if TYPE_CHECKING:
-    from speechtune.family import Scorers
-
 
 log = logging.getLogger("speechtune")
 
@@ -71,7 +69,7 @@ MAX_NEW_TOKENS = 768  # the longest answers are transcripts: 20 s of speech take
 PROBE_FRAMES = 96
 
 
-class Phi4MultimodalFamily:
+class Phi4MultimodalFamily(Family):
     """The seam's implementation for Phi-4-multimodal, on transformers' native classes."""
 
     name = "phi4_multimodal"
@@ -80,7 +78,6 @@ class Phi4MultimodalFamily:
     abilities = frozenset({"assess pronunciation"})
     pipeline_tag = "automatic-speech-recognition"
     score_names = SCORE_NAMES
-    scorer_names = frozenset()
     fast_layers = FAST_LAYERS
     base_license = "mit"
     card_use = "For practice and research; its scores are no verdict on people, least of all on groups it never heard."
@@ -88,6 +85,8 @@ class Phi4MultimodalFamily:
     lora_presets = PRESETS
 
     def __init__(self, config: RunConfig) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(f"{type(config).__name__} is no configuration of {self.name}; see families.build_config")
         self.config = config
         self._prompts: dict[Task, tuple[list[int], list[int]]] = {}
 
@@ -165,7 +164,7 @@ class Phi4MultimodalFamily:
         """Token id of an audio position."""
         return cast(Any, self.model_config.audio_config).audio_token_id
 
-    @cached_property
+    @property
     def encode_key(self) -> str:
         """Identity of the features: the extractor's settings."""
         e = self.extractor
@@ -384,3 +383,6 @@ def _sampling(options: GenerationOptions) -> dict[str, Any]:
         return {"do_sample": False}
     named = {name: getattr(options, name) for name in ("top_k", "top_p") if getattr(options, name) is not None}
     return {"do_sample": True, "temperature": options.temperature, **named}
+
+
+FAMILY = Phi4MultimodalFamily

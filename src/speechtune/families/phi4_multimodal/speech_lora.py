@@ -16,8 +16,8 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from speechtune.config import ModelConfig
 from speechtune.errors import AdapterError, ConfigError
+from speechtune.families.phi4_multimodal.options import Phi4ModelConfig
 from speechtune.lora.base_identity import check_weights
 from speechtune.lora.files import lora_module, read_adapter, read_config, weights_file
 from speechtune.storage.hashing import file_sha256
@@ -33,7 +33,7 @@ MARKER = "speech_lora.json"
 class SpeechLora:
     """The speech LoRA of a base, and its mode; nothing is read before it is needed."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: Phi4ModelConfig) -> None:
         self.model = model
 
     @cached_property
