@@ -34,7 +34,7 @@ SIBLINGS = (
     {"export", "report", "integrations"},
     {"export", "training"},
 )
-ASKS_THE_REGISTRY = ("training.prepare", "inference.load", "export.", "commands.")
+ASKS_THE_REGISTRY = ("training.prepare", "inference.load", "export.", "commands.", "legacy.")
 LINT_SEES = {"errors"}
 
 Modules = dict[str, tuple[Path, ast.Module]]

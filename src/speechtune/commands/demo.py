@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,8 @@ SPOKEN = 0  # index of the training sample that is spoken at the end
 def run_demo(what: str, directory: Path) -> int:
     """Run one of the demonstrations in `directory`; return the exit code."""
     if what == "pronunciation":
-        from speechtune.commands.demo_pronunciation import run_demo_pronunciation
-
-        return run_demo_pronunciation(directory / "pronunciation")
+        other = import_module("speechtune.commands.demo_pronunciation")  # it uses helpers of this module
+        return other.run_demo_pronunciation(directory / "pronunciation")
     return run_demo_voice(directory)
 
 

@@ -47,11 +47,11 @@ from speechtune.families.phi4_multimodal.prompts import (
     SPECIAL,
 )
 from speechtune.families.phi4_multimodal.released import (
+    COMPONENTS,
     NATIVE_REVISION,
     PRESETS,
     RELEASED_MODEL,
     REMOTE_CODE,
-    COMPONENTS,
     released_config,
 )
 from speechtune.families.phi4_multimodal.scores import SCORE_NAMES, score_answers, warnings_of
