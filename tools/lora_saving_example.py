@@ -85,8 +85,8 @@ def main() -> int:
     with torch.no_grad():
         trained = model.eval()(**batch).logits
     for folder in sorted(options.output_dir.glob("**/lora_adapters")):
-        problems = verify_folder(folder)
-        print(f"{folder}: {'; '.join(map(str, problems)) or 'every byte is as it was written'}")
+        issues = verify_folder(folder)
+        print(f"{folder}: {'; '.join(map(str, issues)) or 'every byte is as it was written'}")
     loaded = PeftModel.from_pretrained(make_base(), str(options.output_dir / "lora_adapters"))
     with torch.no_grad():
         difference = float((loaded.eval()(**batch).logits - trained).abs().max())

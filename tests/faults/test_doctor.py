@@ -77,9 +77,9 @@ def test_corrupt_files_are_named(recipe: RunConfig, name: str, damage: Callable[
     """Guards against `expected value at line 1 column 1`: a pointer or a web page saved as tokenizer.json."""
     folder = Path(recipe.model.path)
     damage(folder / name)
-    (problem,) = inspect_folder(folder)
-    assert problem.file == name
-    assert reason in problem.reason
+    (issue,) = inspect_folder(folder)
+    assert issue.source == name
+    assert reason in issue.message
     assert verdicts_until_failure(recipe)["model files"].verdict == "fail"
     with pytest.raises(ConfigError, match=name):
         create_family(recipe).load(plan_precision("fp32"))
@@ -99,9 +99,9 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (problem,) = inspect_folder(tmp_path)
-    assert problem.file == "model-00002-of-00002.safetensors"
-    assert "missing" in problem.reason
+    (issue,) = inspect_folder(tmp_path)
+    assert issue.source == "model-00002-of-00002.safetensors"
+    assert "missing" in issue.message
 
 
 def test_faulty_data_fail_the_data_line(recipe: RunConfig, tmp_path: Path) -> None:

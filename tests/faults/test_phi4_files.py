@@ -110,7 +110,7 @@ def test_a_damaged_tokenizer_is_named(
     code, message = train(phi4_config(model={"path": str(phi4_copy)}), capsys)
     assert code == 2
     assert f"model.path={phi4_copy}: tokenizer.json: {reason}" in message
-    assert [problem.file for problem in inspect_folder(phi4_copy)] == ["tokenizer.json"]
+    assert [issue.source for issue in inspect_folder(phi4_copy)] == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize("token", ["<|end|>", "<|user|>", "<|assistant|>"])

@@ -287,15 +287,15 @@ def test_damage_is_found_and_named(case: str, tmp_path: Path) -> None:
     name, damage, reason = DAMAGE[case]
     folder = publish(tmp_path, 1)
     damage(folder / name)
-    (problem,) = verify_folder(folder)
-    assert problem.file == name and reason in problem.reason and str(problem) == f"{name}: {problem.reason}"
+    (issue,) = verify_folder(folder)
+    assert issue.source == name and reason in issue.message and str(issue).startswith(f"{name}: {issue.message}")
 
 
 def test_all_damage_is_listed(tmp_path: Path) -> None:
     folder = publish(tmp_path, 1)
     flip_a_byte(folder / "model.safetensors")
     (folder / "sub" / "note.txt").unlink()
-    assert [problem.file for problem in verify_folder(folder)] == ["model.safetensors", "sub/note.txt"]
+    assert [issue.source for issue in verify_folder(folder)] == ["model.safetensors", "sub/note.txt"]
 
 
 def test_checkpoints_are_found_in_order_of_steps(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_the_newest_valid_one_is_chosen_and_the_torn_are_named(tmp_path: Path) -
     chosen, passed_over = newest_valid(tmp_path)
     assert chosen == folders[2]
     assert [path.name for path, _ in passed_over] == ["checkpoint-4", "checkpoint-3"]
-    assert passed_over[0][1].file == "model.safetensors" and "never finished" in passed_over[1][1].reason
+    assert passed_over[0][1].source == "model.safetensors" and "never finished" in passed_over[1][1].message
     for step in (1, 2):
         flip_a_byte(folders[step] / "model.safetensors")
     chosen, passed_over = newest_valid(tmp_path)

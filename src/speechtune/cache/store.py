@@ -14,10 +14,9 @@ import json
 import math
 import os
 import time
-import uuid
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import numpy as np
 
 from speechtune.cache.packed import Numbered, PackedMap, short_key
 from speechtune.errors import AudioError, ConfigError
+from speechtune.storage.atomic_file import write_atomically
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for any dtype
 SYNC_ARRAYS = 256
@@ -216,11 +216,8 @@ class FeatureStore:
     def _claim_folder(self) -> None:
         path = self.folder / "encode_key.txt"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                draft = path.with_name(f"encode_key.{uuid.uuid4().hex}.tmp")
-                _write_synced(draft, [self.encode_key.encode()])
-                draft.replace(path)
+                write_atomically(path, self.encode_key.encode())
             found = path.read_bytes().decode(errors="replace")
         except OSError as error:
             raise ConfigError(
@@ -284,11 +281,9 @@ class _Writer:
         end = max([end, *(entry.end for entry in recent if entry not in broken)])
         if some_lost or broken:
             # Left in place, the line of a lost array would name whatever is written there next.
-            draft = self._index_path.with_suffix(".tmp")
             entries = ((key, entry) for key, entry, _ in _read_index(self._index_path, 0) if entry is not None)
             kept = ((k, e) for k, e in entries if e.end <= size and k not in drop and e not in broken)
-            _write_synced(draft, (_index_line(key, entry) for key, entry in kept))
-            draft.replace(self._index_path)
+            write_atomically(self._index_path, (_index_line(key, entry) for key, entry in kept))
         else:
             os.truncate(self._index_path, after)
         os.ftruncate(self._data, end)
@@ -378,13 +373,6 @@ def _write_at(descriptor: int, data: bytes, start: int) -> None:
     except OSError:
         os.ftruncate(descriptor, start)
         raise
-
-
-def _write_synced(path: Path, parts: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _size(path: Path) -> int:

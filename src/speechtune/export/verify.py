@@ -31,7 +31,7 @@ from speechtune.lora.files import (
     adapter_folder,
     layout_hint,
     lora_module,
-    manifest_problems,
+    manifest_issues,
     read_config,
     read_tensors,
     value_issues,
@@ -139,8 +139,7 @@ def _check_files(directory: Path) -> tuple[LoraConfig | None, dict[str, torch.Te
 
 def _check_manifest(directory: Path, file: Path) -> Check:
     if (directory / MANIFEST_NAME).exists():
-        problems = [str(problem) for problem in manifest_problems(directory)]
-        return Check("manifest", "issue" if problems else "ok", "; ".join(problems) or "every byte as written")
+        return _result("manifest", [str(issue) for issue in manifest_issues(directory)], "every byte as written")
     if file.name == BIN_NAME and zipfile.is_zipfile(file):  # which torch.load reads without looking at its checksums
         with zipfile.ZipFile(file) as archive:
             changed = archive.testzip()

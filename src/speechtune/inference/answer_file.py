@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from speechtune.config import RunConfig
 from speechtune.family import Family
 from speechtune.lora.files import CONFIG_NAME, adapter_folder, weights_file
+from speechtune.storage.atomic_file import write_atomically
 from speechtune.storage.hashing import file_sha256, folder_fingerprint
 
 log = logging.getLogger("speechtune")
@@ -29,16 +29,13 @@ class AnswerFile:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         if lines and lines[0] != head:
             aside = path.with_suffix(".old.jsonl")
-            os.replace(path, aside)
+            path.replace(aside)
             log.warning("%s: answers of another model; moved to %s", path, aside)
             lines = []
         kept = [line for line in lines[1:] if self._take(line)]
         if self.texts:
             log.info("%s: %d answers of the same model are taken over", path, len(self.texts))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_atomically(path, ("\n".join([head, *kept]) + "\n").encode())
 
     def _take(self, line: str) -> bool:
         """Whether a line holds an answer; one torn by a kill does not, and is asked again."""

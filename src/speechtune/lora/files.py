@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from speechtune.errors import AdapterError
-from speechtune.storage.verified_folder import MANIFEST_NAME, Problem, verify_folder
+from speechtune.errors import AdapterError, Issue
+from speechtune.storage.verified_folder import MANIFEST_NAME, verify_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -53,22 +53,16 @@ def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
     tensors = read_tensors(weights)
     issues = value_issues(tensors)
     if not issues and (directory / MANIFEST_NAME).exists():
-        issues = [str(problem) for problem in manifest_problems(directory) if problem.file != CONFIG_NAME]
+        # Not the config: it may be changed on purpose, to scale an adapter.
+        issues = [str(issue) for issue in manifest_issues(directory) if issue.source != CONFIG_NAME]
     if issues:
         raise AdapterError(f"{directory}: " + "; ".join(issues))
     return tensors
 
 
-def manifest_problems(directory: Path) -> list[Problem]:
+def manifest_issues(directory: Path) -> list[Issue]:
     """Differences between an adapter's config and weights and what its folder's MANIFEST.json says of them."""
-    own = {CONFIG_NAME, weights_file(directory).name}
-    try:
-        problems = verify_folder(directory)
-        listed = {entry["name"] for entry in json.loads((directory / MANIFEST_NAME).read_bytes())["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
-    unlisted = [Problem(name, f"not in {MANIFEST_NAME}") for name in sorted(own - listed)]
-    return [problem for problem in problems if problem.file in own | {MANIFEST_NAME}] + unlisted
+    return verify_folder(directory, {CONFIG_NAME, weights_file(directory).name})
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -88,6 +82,10 @@ def read_config(directory: Path) -> LoraConfig:
         raise AdapterError(f"{file}: peft_type is {getattr(config.peft_type, 'value', None)!r}, not 'LORA'")
     if not isinstance(config.r, int) or config.r < 1 or not isinstance(config.lora_alpha, int | float):
         raise AdapterError(f"{file}: r={config.r!r}, lora_alpha={config.lora_alpha!r}: no rank and scale of a LoRA")
+    try:
+        re.compile(config.target_modules if isinstance(config.target_modules, str) else "")
+    except re.error as error:
+        raise AdapterError(f"{file}: target_modules={config.target_modules!r}: not a valid regex: {error}") from None
     return config
 
 

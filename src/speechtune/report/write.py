@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +9,15 @@ from speechtune.errors import ConfigError
 from speechtune.report.html import page
 from speechtune.report.markdown import markdown
 from speechtune.report.read_run import RunReport, read_run, short_names
+from speechtune.storage.atomic_file import write_atomically
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[RunReport], Path]:
     """Write both files, as `run_report` says; what was read, and where the page is."""
     reports = [read_run(run, name) for run, name in zip(runs, short_names(runs), strict=True)]
     path = _destination([report.directory for report in reports], out)
-    _write(path, page(reports))
-    _write(path.with_suffix(".md"), markdown(reports))
+    for file, text in ((path, page(reports)), (path.with_suffix(".md"), markdown(reports))):
+        write_atomically(file, text.encode(errors="replace"))  # a text may hold half of a surrogate pair
     return reports, path
 
 
@@ -29,14 +29,3 @@ def _destination(directories: Sequence[Path], out: Path | None) -> Path:
     if out.suffix.lower() not in {".html", ".htm"}:
         raise ConfigError(f"--out {out}: name a file that ends in .html, or a folder; Markdown is written beside it")
     return out
-
-
-def _write(path: Path, content: str) -> None:
-    """Put the file in place at once: whoever has the old one open must never read half of a new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        aside.write_text(content, encoding="utf-8", errors="replace")  # a text may hold half of a surrogate pair
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

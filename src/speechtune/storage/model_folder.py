@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from speechtune.config import ModelConfig
-from speechtune.errors import ConfigError
-from speechtune.storage.verified_folder import Problem
+from speechtune.errors import ConfigError, Issue
 
 HEAD_BYTES = 256
 LFS_HEAD = b"version https://git-lfs"
@@ -26,25 +25,25 @@ OBJECTS = ("config.json", "tokenizer.json", INDEX_SUFFIX)
 """Ends of names of files that hold a JSON object; what else lies in the folder may hold anything."""
 
 
-def inspect_folder(directory: Path) -> list[Problem]:
-    """Everything wrong with the JSON and safetensors files of a folder; an empty list means all of them open.
+def inspect_folder(directory: Path) -> list[Issue]:
+    """Look at the JSON and safetensors files of a folder; an empty list means all of them open.
 
-    Found are LFS pointers and HTML pages saved under a file's name, JSON that does not parse, safetensors whose header
-    does not fit the file's size, and shards that an index names and nobody has.
+    Reported are LFS pointers and HTML pages saved under a file's name, JSON that does not parse, safetensors whose
+    header does not fit the file's size, and shards that an index names and that are not there.
     """
-    problems = []
+    issues = []
     for path in sorted(directory.glob("*")):
         if path.suffix in {".json", ".safetensors"} and path.is_file():
             reason = _reason(path)
             if reason:
-                problems.append(Problem(path.name, reason))
+                issues.append(Issue(path.name, "", "damaged_file", reason))
             elif path.name.endswith(INDEX_SUFFIX):
-                problems += _missing_shards(path)
-    return problems
+                issues += _missing_shards(path)
+    return issues
 
 
 def require_sound(place: str, option: str) -> None:
-    """Refuse a local model folder that is not there, or whose files are corrupt; a hub id passes.
+    """Refuse a local model folder that does not exist or has corrupt files; a hub id passes.
 
     Raises:
         ConfigError: names every file and its issue.
@@ -52,9 +51,9 @@ def require_sound(place: str, option: str) -> None:
     directory = Path(place)
     if not directory.is_dir() and place.startswith(("/", ".", "~")):
         raise ConfigError(f"{option}={place}: no such folder")
-    problems = inspect_folder(directory) if directory.is_dir() else []
-    if problems:
-        listed = "; ".join(map(str, problems))
+    issues = inspect_folder(directory) if directory.is_dir() else []
+    if issues:
+        listed = "; ".join(map(str, issues))
         raise ConfigError(f"{option}={place}: {listed}; download these files again")
 
 
@@ -105,14 +104,14 @@ def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -
 
 
 def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base.
+    """Load the tokenizer of a base.
 
     Raises:
-        ConfigError: there is none that loads.
+        ConfigError: there is none, or it does not load.
     """
     require_sound(settings.path, "model.path")
     try:
-        # Left open, it asks at the terminal whether to run code that the folder brings along.
+        # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
         return AutoTokenizer.from_pretrained(settings.path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.path={settings.path}: no usable tokenizer there: {error}") from None
@@ -166,10 +165,10 @@ def _issue_of_object(name: str, value: object) -> str | None:
     return None
 
 
-def _missing_shards(index: Path) -> list[Problem]:
+def _missing_shards(index: Path) -> list[Issue]:
     shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [
-        Problem(shard, f"missing, {index.name} names it")
+        Issue(shard, "", "missing_file", f"missing, {index.name} names it")
         for shard in sorted(shards)
         if not (index.parent / shard).is_file()
     ]

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be torn: written aside, synced, read back, compared, listed in MANIFEST.json, renamed."""
+"""Folders that appear only when complete: written aside, synced, read back, compared, listed in a manifest, renamed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from blake3 import blake3
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from speechtune.errors import CheckpointError
+from speechtune.errors import CheckpointError, Issue
+from speechtune.storage.atomic_file import write_atomically
 from speechtune.storage.hashing import file_blake3, map_file
 
 log = logging.getLogger("speechtune")
@@ -35,17 +35,6 @@ SPACE_MARGIN_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One reason why a folder must not be trusted."""
-
-    file: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
-
-
 def write_verified(
     directory: Path,
     write: Callable[[Path], None],
@@ -53,16 +42,16 @@ def write_verified(
     *,
     replace: bool = False,
 ) -> Path:
-    """Publish a folder only once all of it is on disk and reads back as what is in memory.
+    """Publish a folder only once all of it is on disk and reads back equal to what is in memory.
 
     Args:
         directory: final place.
-        write: fills an empty folder given to it.
+        write: fills the empty folder it is given.
         tensors: what the folder's safetensors files must hold, bit for bit.
         replace: put the new folder in the place of an older one.
 
     Raises:
-        CheckpointError: with the kind of issue, the place and the cure; an older folder is untouched then.
+        CheckpointError: with what went wrong, where, and what to do; an older folder is untouched then.
     """
     if directory.exists() and not replace:
         raise CheckpointError(f"{directory}: exists already; remove it or choose another output folder")
@@ -79,7 +68,7 @@ def write_verified(
         with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
             entries = pool.submit(_read_back, aside, tensors)
             _sync_files(aside)
-            _write_manifest(aside, entries.result())
+            write_atomically(aside / MANIFEST_NAME, json.dumps({"files": entries.result()}, indent=1).encode())
         _sync_directory(aside)
         _publish(aside, directory)
     except OSError as error:
@@ -91,52 +80,57 @@ def write_verified(
     return directory
 
 
-def verify_folder(directory: Path) -> list[Problem]:
-    """Compare a published folder with its MANIFEST.json; an empty list means every byte is as it was written."""
+def verify_folder(directory: Path, names: Collection[str] | None = None) -> list[Issue]:
+    """Compare a folder with its MANIFEST.json; an empty list means every byte is as it was written.
+
+    Args:
+        directory: the published folder.
+        names: files to look at, which must all be listed; None takes all that are.
+    """
     try:
         listed = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-        entries = [(str(entry["name"]), entry["bytes"], entry["blake3"]) for entry in listed]
+        entries = {str(entry["name"]): (entry["bytes"], entry["blake3"]) for entry in listed}
     except OSError:
-        return [Problem(MANIFEST_NAME, "missing: the folder was never finished")]
+        return [Issue(MANIFEST_NAME, "", "no_manifest", "missing: the folder was never finished")]
     except (ValueError, KeyError, TypeError):
-        return [Problem(MANIFEST_NAME, "not readable as a manifest")]
-    problems = []
-    for name, num_bytes, digest in entries:
+        return [Issue(MANIFEST_NAME, "", "bad_manifest", "not readable as a manifest")]
+    issues = []
+    for name in entries if names is None else sorted(names):
         file = directory / name
+        if name not in entries:
+            issues.append(Issue(name, "", "unlisted_file", f"not in {MANIFEST_NAME}"))
+            continue
+        num_bytes, digest = entries[name]
         if not file.is_file():
-            problems.append(Problem(name, "missing"))
+            issues.append(Issue(name, "", "missing_file", "missing"))
         elif (size := file.stat().st_size) != num_bytes:
-            problems.append(Problem(name, f"{size} bytes, {num_bytes} were written"))
+            issues.append(Issue(name, "", "changed_file", f"{size} bytes, {num_bytes} were written"))
         elif file_blake3(file) != digest:
-            problems.append(Problem(name, "changed since it was written (blake3 differs)"))
-    return problems
+            issues.append(Issue(name, "", "changed_file", "changed since it was written (blake3 differs)"))
+    return issues
 
 
 def find_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders of a run as (step, path), oldest first; verified or not."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        match = CHECKPOINT.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted((int(match[1]), path) for path in folders if (match := CHECKPOINT.fullmatch(path.name)))
 
 
-def newest_valid(output_dir: Path) -> tuple[Path | None, list[tuple[Path, Problem]]]:
-    """The newest checkpoint that verifies, and the newer ones passed over with the reason."""
+def newest_valid(output_dir: Path) -> tuple[Path | None, list[tuple[Path, Issue]]]:
+    """The newest checkpoint that verifies, and the newer ones passed over, each with its first issue."""
     passed_over = []
     for _, path in reversed(find_checkpoints(output_dir)):
-        problems = verify_folder(path)
-        if not problems:
+        issues = verify_folder(path)
+        if not issues:
             return path, passed_over
-        passed_over.append((path, problems[0]))
+        passed_over.append((path, issues[0]))
     return None, passed_over
 
 
 def prune(output_dir: Path, keep_last: int, protected: Sequence[Path] = (), up_to: int | None = None) -> list[Path]:
-    """Remove the oldest checkpoints beyond `keep_last`; never a protected one.
+    """Remove the oldest checkpoints beyond `keep_last`, never a protected one; returns those removed.
 
-    Those of steps after `up_to` neither count nor go: a resume passed over them, torn as they are.
+    Checkpoints of steps after `up_to` are damaged ones that a resume passed over: they are neither counted nor removed.
     """
     checkpoints = [path for step, path in find_checkpoints(output_dir) if up_to is None or step <= up_to]
     removed = [path for path in checkpoints[:-keep_last] if path not in protected]
@@ -284,14 +278,6 @@ def _tensor_places(content: mmap.mmap | bytes) -> list[tuple[str, int, int]]:
     header = json.loads(content[8:data_start])
     offsets = sorted((*entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
     return [(name, data_start + start, data_start + end) for start, end, name in offsets]
-
-
-def _write_manifest(directory: Path, entries: list[dict[str, Any]]) -> None:
-    manifest = directory / MANIFEST_NAME
-    with manifest.open("w", encoding="utf-8") as file:
-        json.dump({"files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _publish(aside: Path, directory: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from speechtune.errors import CheckpointError
+from speechtune.storage.atomic_file import write_atomically
 from speechtune.tasks import statistics
 
 METRICS_NAME = "metrics.json"
@@ -30,7 +29,7 @@ class Report(Protocol):
 
 
 def write_evaluation(report: Report, directory: Path) -> tuple[Path, Path]:
-    """Write `metrics.json` and `utterances.jsonl` (one row per line), each aside first and then renamed.
+    """Write `metrics.json` and `utterances.jsonl` (one row per line).
 
     Raises:
         CheckpointError: a file could not be written.
@@ -39,18 +38,12 @@ def write_evaluation(report: Report, directory: Path) -> tuple[Path, Path]:
     lines = (json.dumps(statistics.to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in report.rows)
     paths = directory / METRICS_NAME, directory / UTTERANCES_NAME
     for path, text in zip(paths, (figures, "".join(lines)), strict=True):
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             # half of a surrogate pair in an answer is no UTF-8; as "\udXXX" it is still JSON
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-            aside.replace(path)
+            write_atomically(path, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise CheckpointError(
                 f"{path}: the evaluation could not be written ({error.strerror or error}); free the disk, or name "
                 "another folder that you may write to"
             ) from error
-        finally:
-            with suppress(OSError):  # where the folder is at issue, the error above says so
-                aside.unlink(missing_ok=True)
     return paths

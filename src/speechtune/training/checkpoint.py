@@ -212,14 +212,13 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         return None
     if resume == "auto":
         chosen, passed_over = newest_valid(output_dir)
-        for path, problem in passed_over:
-            log.warning("resume passes over %s: %s", path, problem)
+        for path, issue in passed_over:
+            log.warning("resume passes over %s: %s", path, issue)
         log.info("resuming from %s", chosen) if chosen else log.info("nothing to resume in %s: a fresh run", output_dir)
         return chosen
     chosen = Path(resume)
-    problems = verify_folder(chosen)
-    if problems:
-        raise CheckpointError(f"{resume}: cannot resume from it: " + "; ".join(map(str, problems)))
+    if issues := verify_folder(chosen):
+        raise CheckpointError(f"{resume}: cannot resume from it: " + "; ".join(map(str, issues)))
     step = read_state(chosen)["step"]
     later = [path.name for n, path in find_checkpoints(output_dir) if n > step and not verify_folder(path)]
     if later:  # they would be taken for this branch's own by the next resume=auto
