@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from speechtune.integrations.transformers import LoRACheckpointCallback
+from speechtune import LoRACheckpointCallback
 from speechtune.storage.verified_folder import verify_folder
 
 SENTENCES = (

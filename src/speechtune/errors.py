@@ -53,7 +53,7 @@ class ManifestError(SpeechtuneError):
         issues: every issue found, in file order.
     """
 
-    def __init__(self, message: str, issues: tuple[object, ...] = ()) -> None:
+    def __init__(self, message: str, issues: tuple[Issue, ...] = ()) -> None:
         super().__init__(message)
         self.issues = issues
 

@@ -1,1 +1,1 @@
-"""Every clip encoded once: a content-addressed store of features on disk, and the sets read from it."""
+"""The cache of encoded clips: a content-addressed store of features on disk, and the sets read from it."""

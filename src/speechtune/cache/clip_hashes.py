@@ -1,4 +1,4 @@
-"""What a clip contains, known without reading it again."""
+"""Content hashes of clips, kept on disk so that unchanged files are not read again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from speechtune.audio import content_hash
-from speechtune.cache.packed import CLIP_KEY_BYTES, PackedMap, short_key
+from speechtune.cache.packed_map import CLIP_KEY_BYTES, PackedMap, short_key
 from speechtune.cache.store import read_json_lines
 from speechtune.types import AudioRef
 
@@ -20,7 +20,7 @@ SETTLE_SECONDS = 2.0  # coarsest modification time in use (FAT): a younger file 
 
 
 class ClipHasher:
-    """Content hash of clips, remembered on disk by path, size and times so that a start need not read all files.
+    """Content hash of a clip; that of a file is remembered by path, size and times.
 
     Args:
         root: cache folder; holds `hashes.jsonl`.
@@ -44,22 +44,22 @@ class ClipHasher:
             stat = None  # content_hash reports it
         if stat is None:
             return content_hash(ref, allow_urls=self._allow_urls)
-        # The change time is kept as well: tools like rsync and cp -p set the modification time of a new file back.
+        # With the change time, because rsync and cp -p give a new file the modification time of the old one.
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
         file = (os.path.abspath(ref.place or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
-        short = _short(file)
-        place = self._known.place(short)
+        key = _short(file)
+        place = self._known.place(key)
         if place is not None:
             return self._known.values[place].tobytes().hex()
         digest = content_hash(ref, allow_urls=self._allow_urls)
         if now - stat.st_mtime >= SETTLE_SECONDS:
-            self._known[short] = bytes.fromhex(digest)
+            self._known[key] = bytes.fromhex(digest)
             self._remember({"file": file, "hash": digest})
         return digest
 
     @cached_property
     def _known(self) -> PackedMap:
-        """What is remembered, read when first asked for: what else encoding must know is collected before."""
+        """The remembered hashes, read at the first use: collecting the clips before that takes memory, too."""
         known = PackedMap(f"V{CLIP_KEY_BYTES}")
         if self._path.exists():
             for row, _ in read_json_lines(self._path):
@@ -68,8 +68,8 @@ class ClipHasher:
                         known[_short(row["file"])] = digest
         return known
 
-    def _remember(self, row: dict) -> None:
-        # The line begins with a newline, so that one torn by a kill spoils no other. Failure costs only time.
+    def _remember(self, row: dict[str, object]) -> None:
+        # The line begins with a newline, so that a line torn by a kill does not swallow it. Failure costs only time.
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
@@ -77,5 +77,5 @@ class ClipHasher:
 
 
 def _short(file: Sequence[Any]) -> bytes:
-    """A file's path, size, times and segment, in 16 bytes."""
+    """Key of a file's path, size, times and segment."""
     return short_key(json.dumps(file))

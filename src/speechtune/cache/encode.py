@@ -1,6 +1,6 @@
-"""From samples to an encoded set: every distinct clip is encoded once, and never again.
+"""Encode every distinct clip of some samples once, into the cache.
 
-A clip is known by the content of its audio, so text, file name and order of the samples may change freely.
+A clip is known by the content of its audio, so text, file names and order of the samples may change freely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,34 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from speechtune.audio import read_audio
 from speechtune.cache.clip_hashes import ClipHasher
 from speechtune.cache.encoded_set import EncodedSet, EncodeReport
-from speechtune.cache.packed import CLIP_KEY_BYTES, ClipKeys
+from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys
 from speechtune.cache.store import FeatureStore
-from speechtune.errors import AudioError, ManifestError
+from speechtune.errors import AudioError, Issue, ManifestError, some
 from speechtune.family import Family
 from speechtune.types import Audio, AudioRef, Sample
 
-__all__ = ["ClipHasher", "ClipIssue", "EncodeReport", "EncodedSet", "FeatureStore", "encode_samples"]
-
 LOG_SECONDS = 10.0
-READERS = 2
+READERS = 2  # decoding a clip takes a fraction of the time that encoding it takes
 
 logger = logging.getLogger("speechtune")
-
-
-@dataclass(frozen=True, slots=True)
-class ClipIssue:
-    """A clip that could not be read or encoded, and the samples that need it (`sources` are "file:line")."""
-
-    clip: str
-    sample_ids: tuple[str, ...]
-    sources: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        users = ", ".join(
-            f"{name} ({where})" if where else name for name, where in zip(self.sample_ids, self.sources, strict=True)
-        )
-        return f"{self.clip}: {self.reason} [needed by {users}]"
 
 
 class _Clip(NamedTuple):
@@ -61,15 +42,17 @@ class _Clip(NamedTuple):
     ref: AudioRef
 
 
-@dataclass(frozen=True, slots=True)
-class _Clips:
-    """The clips of all samples by number: where they lie, their keys, and why some cannot be read."""
+class _Clips(NamedTuple):
+    """The distinct references to audio of all samples, by number, and why some cannot be read.
+
+    Several references may hold the same audio, and have the same key then.
+    """
 
     refs: list[AudioRef]
     keys: ClipKeys
     reasons: dict[_Clip, str]
 
-    def __getitem__(self, number: int) -> _Clip:
+    def clip(self, number: int) -> _Clip:
         return _Clip(self.keys.key(number), self.refs[number])
 
 
@@ -84,7 +67,7 @@ def encode_samples(
     verify: bool = False,
     quiet: bool = False,
 ) -> EncodedSet:
-    """Encode every distinct clip of `samples` that the cache under `root` lacks, and return the set.
+    """Encode every distinct clip of `samples` that is not in the cache under `root` yet, and return the set.
 
     Args:
         family: its `encode_audio` must not let one clip of a group change the features of another.
@@ -96,6 +79,9 @@ def encode_samples(
         verify: read all that is cached first, and encode anew what is damaged.
         quiet: a log line every 10 seconds instead of a progress bar.
 
+    Returns:
+        the set; complete unless other shards are missing.
+
     Raises:
         ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept.
         ConfigError: the cache cannot be written.
@@ -105,18 +91,18 @@ def encode_samples(
         if verify:
             store.discard(store.verify())
         clips = _find_clips(family, samples, ClipHasher(root, allow_urls=allow_urls))
-        keys, reasons = clips.keys, clips.reasons
+        keys, reasons = clips.keys, dict(clips.reasons)
         distinct = keys.distinct()
         missing = [number for number in distinct if keys.key(number) not in store]
         share = [number for number in missing if shard is None or _shard_of(keys.key(number), shard[1]) == shard[0]]
         # Longest first: a group that does not fit in memory fails at once, not in the last minute.
         share.sort(key=lambda number: _size_hint(clips.refs[number]), reverse=True)
-        groups = ([clips[number] for number in share[i : i + group_size]] for i in range(0, len(share), group_size))
+        groups = ([clips.clip(n) for n in share[i : i + group_size]] for i in range(0, len(share), group_size))
         seconds = 0.0
         with _Meter(len(share), quiet) as meter:
             for group, audios in _read_ahead(groups, family.sampling_rate, allow_urls):
-                found, encoded_seconds = _encode_group(family, store, group, audios)
-                reasons |= found
+                failed, encoded_seconds = _encode_group(family, store, group, audios)
+                reasons |= failed
                 seconds += encoded_seconds
                 meter.add(len(group), encoded_seconds)
         store.refresh()
@@ -124,21 +110,26 @@ def encode_samples(
     if reasons:
         issues = _issues(family, samples, keys, reasons)
         lines = "\n".join(f"  {issue}" for issue in issues)
-        raise ManifestError(f"{len(issues)} clip(s) cannot be encoded; repair or remove them:\n{lines}", tuple(issues))
+        raise ManifestError(f"{len(issues)} clip(s) cannot be encoded; repair or remove them:\n{lines}", issues)
     elapsed = time.monotonic() - started
     report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
     return EncodedSet(family, samples, store, keys, report)
 
 
 def _shard_of(key: str, num_shards: int) -> int:
-    """By content, so that all machines agree whatever the files are called there."""
+    """The shard of a clip; by content, so that all machines agree whatever the files are called there."""
     return int(key[:8], 16) % num_shards
 
 
 def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -> _Clips:
     """The clips of all samples, each hashed once."""
-    refs, uses, ends = _number_clips(family, samples)
-    digests = bytearray()
+    numbers: dict[AudioRef, int] = {}
+    uses, ends = array("i"), array("i")  # 4 bytes a use, where a list takes 36
+    for sample in samples:
+        uses.extend(numbers.setdefault(ref, len(numbers)) for ref in family.clips(sample))
+        ends.append(len(uses))
+    refs, digests = list(numbers), bytearray()
+    del numbers  # hashing needs the memory of its table
     reasons: dict[_Clip, str] = {}
     for ref in refs:
         try:
@@ -149,27 +140,20 @@ def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -
     return _Clips(refs, ClipKeys(digests, uses, ends), reasons)
 
 
-def _number_clips(family: Family, samples: Sequence[Sample]) -> tuple[list[AudioRef], array[int], array[int]]:
-    """The distinct clips, the number of each sample's clips among them, and where each sample's numbers end."""
-    numbers: dict[AudioRef, int] = {}
-    uses, ends = array("i"), array("i")
-    for sample in samples:
-        uses.extend(numbers.setdefault(ref, len(numbers)) for ref in family.clips(sample))
-        ends.append(len(uses))
-    return list(numbers), uses, ends
-
-
 def _issues(
     family: Family, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
-) -> list[ClipIssue]:
-    """The clips that failed, each with the samples that need it."""
+) -> tuple[Issue, ...]:
+    """One issue for each clip that failed, with the samples that need it."""
     users: dict[str | AudioRef, dict[str, str]] = {clip.key or clip.ref: {} for clip in reasons}
     for sample, sample_keys in zip(samples, keys, strict=True):
         for key, ref in zip(sample_keys, family.clips(sample), strict=True):
             if (key or ref) in users:
-                users[key or ref][sample.id] = sample.source
-    found = [(clip, reason, users[clip.key or clip.ref]) for clip, reason in reasons.items()]
-    return [ClipIssue(str(clip.ref), tuple(who), tuple(who.values()), reason) for clip, reason, who in found]
+                users[key or ref][sample.id] = f"{sample.id} ({sample.source})" if sample.source else sample.id
+    issues = []
+    for clip, reason in reasons.items():
+        needed_by = some(list(users[clip.key or clip.ref].values()))
+        issues.append(Issue(str(clip.ref), "", "clip_not_encoded", f"{reason}; needed by {needed_by}"))
+    return tuple(issues)
 
 
 def _size_hint(ref: AudioRef) -> float:
@@ -231,17 +215,17 @@ def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]
         if len(audios) > 1:
             return [result for audio in audios for result in _features(family, [audio])]
         if "out of memory" in str(error).lower():
-            raise  # an issue of the machine, not of the clip
+            raise  # the machine's limit, not the clip's fault
         return [f"cannot be encoded: {error}"]
     assert len(arrays) == len(audios), f"{family.name}: {len(arrays)} features for {len(audios)} clips"
-    return [_issue_of(array) or array for array in arrays]
+    return [_defect(array) or array for array in arrays]
 
 
 def _reason(error: AudioError, ref: AudioRef) -> str:
     return str(error).removeprefix(f"{ref}: ")
 
 
-def _issue_of(array: np.ndarray) -> str:
+def _defect(array: np.ndarray) -> str:
     if array.size == 0:
         return f"encodes to nothing (shape {array.shape}): too short"
     return "" if np.isfinite(array).all() else "encodes to NaN or infinity"

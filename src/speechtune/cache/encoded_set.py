@@ -1,4 +1,4 @@
-"""Encoded samples as training reads them: features memory-mapped from the store, one sample at a time."""
+"""Encoded samples as training reads them: assembled one at a time, their features memory-mapped from the store."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Arrays on disk by content key: append-only, memory-mapped, and safe to kill at any moment.
 
 A store is a folder of append-only parts, one per writer: `part-0000.bin` holds raw arrays, `part-0000.jsonl` one line
-per array, written after its data. So a line that is whole names data that are whole.
+per array, written after its data. So a complete line names complete data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from speechtune.cache.packed import Numbered, PackedMap, short_key
+from speechtune.cache.packed_map import Numbered, PackedMap, short_key
 from speechtune.errors import AudioError, ConfigError
 from speechtune.storage.atomic_file import write_atomically
 
@@ -31,11 +31,12 @@ ALIGNMENT = 64  # bytes; a cache line, and enough for any dtype
 SYNC_ARRAYS = 256
 SYNC_SECONDS = 10.0
 
-_LINES_AT_ONCE = 2**12
 _PLACE = np.dtype([("part", "u4"), ("offset", "i8"), ("kind", "u4"), ("crc32", "u4"), ("checked", "?")])
 
 
 class _Entry(NamedTuple):
+    """Where an array lies, and what it is."""
+
     part: str
     offset: int  # bytes
     shape: tuple[int, ...]
@@ -86,25 +87,30 @@ class FeatureStore:
 
     @cached_property
     def _index(self) -> PackedMap:
-        """Where each array lies; read when first asked for: before, clips are hashed, which takes memory, too."""
-        self.__dict__["_index"] = PackedMap(_PLACE)  # what `refresh` fills
+        """Where each array lies; read at the first use, because hashing the clips before that takes memory, too."""
+        self.__dict__["_index"] = PackedMap(_PLACE)  # `refresh` fills it
         self.refresh()
         return self.__dict__["_index"]
 
     def refresh(self) -> None:
-        """Read what other processes have added since the last look."""
-        index_now = self._index
+        """Read what other processes have added since the last call."""
+        known = self._index
         for index in sorted(self.folder.glob("part-*.jsonl")):
-            part = index.stem
             stat = index.stat()
-            inode, position = self._positions.get(part, (stat.st_ino, 0))
+            # Measured after the index: each line in it was written after its data.
+            num_data_bytes = _size(index.with_suffix(".bin"))
+            inode, position = self._positions.get(index.stem, (stat.st_ino, 0))
             if inode != stat.st_ino or stat.st_size < position:  # rewritten by a writer that dropped entries
-                index_now.clear()
+                known.clear()
                 self._positions.clear()
                 return self.refresh()
-            if stat.st_size > position:
-                position = self._read(index, position)
-            self._positions[part] = (stat.st_ino, position)
+            for key, entry, end in _read_index(index, position):
+                if end > stat.st_size:
+                    break  # came since; its data were not measured
+                if entry is not None and entry.end <= num_data_bytes:
+                    self._add(key, entry)
+                position = end
+            self._positions[index.stem] = (stat.st_ino, position)
 
     def get(self, key: str) -> np.ndarray:
         """Return the array of `key` as a read-only view into the memory-mapped part.
@@ -113,13 +119,13 @@ class FeatureStore:
             KeyError: no such key.
             AudioError: the bytes on disk are not those written (checked once per process).
         """
-        found = self._find(key)
-        if found is None:
+        located = self._find(key)
+        if located is None:
             self.refresh()
-            found = self._find(key)
-        if found is None:
+            located = self._find(key)
+        if located is None:
             raise KeyError(key)
-        place, entry = found
+        place, entry = located
         data = self._bytes(entry)
         checked = self._index.values["checked"]
         if not checked[place]:
@@ -159,10 +165,10 @@ class FeatureStore:
         self.refresh()
         damaged: list[str] = []
         for index in sorted(self.folder.glob("part-*.jsonl")):
-            for key, entry, _ in _read_index(index, 0):  # the index in memory holds no key in full
-                found = self._find(key)
-                if entry is None or found is None or found[1] != entry:
-                    continue
+            for key, entry, _ in _read_index(index):  # the index in memory holds hashes of the keys only
+                located = self._find(key)
+                if entry is None or located is None or located[1] != entry:
+                    continue  # replaced by a later entry, or without its data
                 if zlib.crc32(self._bytes(entry).data) != entry.crc32:
                     damaged.append(key)
         return damaged
@@ -174,7 +180,7 @@ class FeatureStore:
             ConfigError: another process is writing the part one of them lies in.
         """
         self.close()
-        for part in sorted({found[1].part for found in map(self._find, keys) if found is not None}):
+        for part in sorted({located[1].part for located in map(self._find, keys) if located is not None}):
             try:
                 _Writer(self.folder, part, drop=frozenset(keys)).close()
             except OSError as error:
@@ -201,31 +207,19 @@ class FeatureStore:
         part, offset, kind, crc32, _ = self._index.values[place].item()
         return place, _Entry(self._parts[part], offset, *self._kinds[kind], crc32)
 
-    def _read(self, index: Path, start: int) -> int:
-        """Take in the entries from byte `start` of a part's index; return where the next ones begin."""
-        position, lines = start, _read_index(index, start)
-        while some := list(itertools.islice(lines, _LINES_AT_ONCE)):
-            # Measured after the lines were read: a line is never older than its data.
-            size = _size(index.with_suffix(".bin"))
-            for key, entry, _ in some:
-                if entry is not None and entry.end <= size:
-                    self._add(key, entry)
-            position = some[-1][2]
-        return position
-
     def _claim_folder(self) -> None:
         path = self.folder / "encode_key.txt"
         try:
             if not path.exists():
                 write_atomically(path, self.encode_key.encode())
-            found = path.read_bytes().decode(errors="replace")
+            stored = path.read_bytes().decode(errors="replace")
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot open the cache: {error.strerror}; set data.cache_dir to a writable folder"
             ) from error
-        if found != self.encode_key:
+        if stored != self.encode_key:
             raise ConfigError(
-                f"{path}: holds {found!r}, expected {self.encode_key!r}; this folder was made for another encoding: "
+                f"{path}: holds {stored!r}, expected {self.encode_key!r}; this folder was made for another encoding: "
                 "delete it, or set data.cache_dir to another folder"
             )
 
@@ -259,14 +253,14 @@ class _Writer:
         self._synced_at = time.monotonic()
 
     def _recover(self, drop: frozenset[str]) -> int:
-        """Cut off what a killed writer left half done; return the end of the data in bytes."""
+        """Cut off what a killed writer left incomplete; return the end of the data in bytes."""
         if not self._index_path.exists():
             os.ftruncate(self._data, 0)
             return 0
         size = os.fstat(self._data).st_size
         end, after, some_lost = 0, 0, False
         recent: deque[_Entry] = deque()
-        for key, entry, position in _read_index(self._index_path, 0):
+        for key, entry, position in _read_index(self._index_path):
             after = position
             if entry is None:
                 continue
@@ -277,19 +271,22 @@ class _Writer:
             if len(recent) > SYNC_ARRAYS:
                 end = max(end, recent.popleft().end)
         # Only arrays since the last sync can have lost their bytes to a power cut while the file kept its length.
-        broken = {entry for entry in recent if not self._is_whole(entry)}
+        broken = {entry for entry in recent if not self._is_intact(entry)}
         end = max([end, *(entry.end for entry in recent if entry not in broken)])
         if some_lost or broken:
             # Left in place, the line of a lost array would name whatever is written there next.
-            entries = ((key, entry) for key, entry, _ in _read_index(self._index_path, 0) if entry is not None)
-            kept = ((k, e) for k, e in entries if e.end <= size and k not in drop and e not in broken)
-            write_atomically(self._index_path, (_index_line(key, entry) for key, entry in kept))
+            lines = (
+                _index_line(key, entry)
+                for key, entry, _ in _read_index(self._index_path)
+                if entry is not None and entry.end <= size and key not in drop and entry not in broken
+            )
+            write_atomically(self._index_path, lines)
         else:
             os.truncate(self._index_path, after)
         os.ftruncate(self._data, end)
         return end
 
-    def _is_whole(self, entry: _Entry) -> bool:
+    def _is_intact(self, entry: _Entry) -> bool:
         return zlib.crc32(os.pread(self._data, entry.end - entry.offset, entry.offset)) == entry.crc32
 
     def append(self, key: str, array: np.ndarray) -> _Entry:
@@ -332,8 +329,8 @@ def _index_line(key: str, entry: _Entry) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def _read_index(path: Path, start: int) -> Iterator[tuple[str, _Entry | None, int]]:
-    """Key, entry and the position after it of each complete line from byte `start`; what does not parse is no entry."""
+def _read_index(path: Path, start: int = 0) -> Iterator[tuple[str, _Entry | None, int]]:
+    """Key, entry (None for a line that does not parse) and end of each complete line from byte `start`."""
     for row, end in read_json_lines(path, start):
         key, entry = "", None
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):

@@ -1,1 +1,1 @@
-"""speechtune inside other trainers."""
+"""speechtune's checks and verified saving inside other training loops."""

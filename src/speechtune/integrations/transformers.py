@@ -1,4 +1,4 @@
-"""Verified LoRA adapters and the guards of our loop for a plain `transformers.Trainer`: one callback."""
+"""A callback that gives `transformers.Trainer` verified LoRA adapters and the guards of speechtune's own loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from speechtune.errors import ConfigError, TrainingError
+from speechtune.errors import ConfigError, TrainingError, some
 from speechtune.lora.apply import trainable
 from speechtune.lora.save import BORN_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
 from speechtune.tensors import checksums, tensors_fingerprint
@@ -24,18 +24,18 @@ log = logging.getLogger("speechtune")
 
 FOLDER = "lora_adapters"
 SAMPLES = ("not known to a Trainer callback",)
-WARNINGS_SHOWN = 3  # of each kind; then every hundredth
+WARNINGS_SHOWN = 3  # of each kind; then one in WARNINGS_BETWEEN
 WARNINGS_BETWEEN = 100
 
 
 class LoRACheckpointCallback(TrainerCallback):
-    """Verified adapters in `checkpoint-N/lora_adapters` and `output_dir/lora_adapters`, and guards of the training.
+    """Saves verified adapters to `checkpoint-N/lora_adapters` and `output_dir/lora_adapters`, and guards the training.
 
-    Keep it in the Trainer when you resume: transformers 5.17 resumes from a checkpoint with an adapter in a subfolder
-    without loading the trained one, and the callback puts that right.
+    Keep it in the Trainer when you resume: from a checkpoint with an adapter in a subfolder, transformers 5.17 does not
+    load the trained one; the callback does.
 
     Args:
-        on_issue: "stop" raises TrainingError where a guard finds an issue, "warn" logs it and goes on. A failed save
+        on_issue: "stop" raises TrainingError at an issue of the training, "warn" logs it and continues. A failed save
             always raises.
         model_card: text of each README.md (default: PEFT's card).
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
@@ -49,7 +49,7 @@ class LoRACheckpointCallback(TrainerCallback):
         save_embedding_layers: bool | Literal["auto"] = "auto",
     ) -> None:
         if on_issue not in ("stop", "warn"):
-            raise ConfigError(f"on_issue={on_issue!r}: neither 'stop' nor 'warn'")
+            raise ConfigError(f"on_issue={on_issue!r}: expected 'stop' or 'warn'")
         self.on_issue = on_issue
         self.model_card = model_card
         self.save_embedding_layers: bool | Literal["auto"] = save_embedding_layers
@@ -65,15 +65,15 @@ class LoRACheckpointCallback(TrainerCallback):
 
         Raises:
             AdapterError: the model holds no LoRA adapter that could be saved.
-            TrainingError: a guard found an issue.
+            TrainingError: a check failed.
         """
-        show_lines(args.should_save)
+        _show_log_lines(args.should_save)
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         peft_model = find_peft_model(model)
         name = trained_adapter(peft_model)
         named_state(peft_model, name)
         if state.global_step > 0:
-            take_over_resumed(peft_model, name)
+            _load_resumed(peft_model, name)
         self._parameters = trainable(model)
         self._has_moved, self._before = False, None
         if args.logging_nan_inf_filter:
@@ -85,7 +85,7 @@ class LoRACheckpointCallback(TrainerCallback):
         if self._parameters and len(adapter_only) < len(self._parameters):  # only reached when issues are warnings
             self._guard(guards.check_trainable, adapter_only, where=where, lora=True)
         if optimizer is not None:
-            self._guard(check_optimizer, self._parameters, optimizer.param_groups, where=where)
+            self._guard(_check_optimizer, self._parameters, optimizer.param_groups, where=where)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,7 +101,8 @@ class LoRACheckpointCallback(TrainerCallback):
         if getattr(optimizer, "scaler", None) is not None:
             return  # with float16 autocast an overflow is normal: the scaler skips the step
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = total_norm(gradients)
+        norm = float(nn.utils.get_total_norm(gradients))
+        # In half precision the norm may overflow although every gradient is finite.
         if math.isfinite(norm) or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             where = f"step {state.global_step + 1}"
             self._guard(guards.check_gradients, self._parameters, norm, where, SAMPLES, where=where)
@@ -113,7 +114,7 @@ class LoRACheckpointCallback(TrainerCallback):
             TrainingError: a parameter is not finite, or no lora_B moved.
         """
         where = f"step {state.global_step}"
-        self._guard(check_finite, self._parameters, where=where)
+        self._guard(guards.check_finite, self._parameters, where, SAMPLES, where=where)
         if self._before is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
         before, self._before = self._before, None
@@ -143,7 +144,7 @@ class LoRACheckpointCallback(TrainerCallback):
         """Put verified adapters into the checkpoint the Trainer has just written.
 
         Raises:
-            AdapterError: the adapter is not worth saving.
+            AdapterError: the adapter was never trained, or holds NaN.
             CheckpointError: it could not be written or reads back different.
         """
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
@@ -155,7 +156,7 @@ class LoRACheckpointCallback(TrainerCallback):
         """Save the final adapters, or the best ones with `load_best_model_at_end`.
 
         Raises:
-            AdapterError: the adapter is not worth saving.
+            AdapterError: the adapter was never trained, or holds NaN.
             CheckpointError: it could not be written or reads back different.
         """
         for kind, count in self._warned.items():
@@ -171,7 +172,7 @@ class LoRACheckpointCallback(TrainerCallback):
         allow_untrained: bool,
     ) -> None:
         where = f"step {state.global_step}"
-        self._guard(check_ranks_agree, self._parameters, where=where)
+        self._guard(_check_ranks_agree, self._parameters, where=where)
         save_lora_adapters(
             model,
             directory,
@@ -194,66 +195,39 @@ class LoRACheckpointCallback(TrainerCallback):
             self._warned[check.__name__] += 1
             count = self._warned[check.__name__]
             if count <= WARNINGS_SHOWN or count % WARNINGS_BETWEEN == 0:
-                log.warning("%s (on_issue='warn': going on)", message)
+                log.warning("%s (on_issue='warn': continuing)", message)
 
 
-def check_optimizer(parameters: Mapping[str, nn.Parameter], groups: Iterable[Mapping[str, Any]]) -> None:
-    """The optimizer holds exactly the trainable parameters of the model the Trainer trains.
-
-    Raises:
-        TrainingError: it holds another object's, or misses some.
-    """
+def _check_optimizer(parameters: Mapping[str, nn.Parameter], groups: Iterable[Mapping[str, Any]]) -> None:
+    """The optimizer must hold exactly the trainable parameters of the model."""
     held = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
     missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
-    strange = len(held - {id(parameter) for parameter in parameters.values()})
-    if missing or strange:
+    num_foreign = len(held - {id(parameter) for parameter in parameters.values()})
+    if missing or num_foreign:
         raise TrainingError(
-            f"the optimizer holds {strange} parameters that are not the model's, and misses {len(missing)} of the "
+            f"the optimizer holds {num_foreign} parameters that are not the model's, and misses {len(missing)} of the "
             f"model's {len(parameters)} trainable ones ({some(missing)}): was it built from another object, or before "
             "get_peft_model?"
         )
 
 
-def check_finite(parameters: Mapping[str, nn.Parameter]) -> None:
-    """After an optimizer step every trainable parameter is finite.
-
-    Raises:
-        TrainingError: names the tensors that are not.
-    """
-    if math.isfinite(total_norm(p.detach() for p in parameters.values())):
-        return
-    broken = [f"{name} ({p.dtype})" for name, p in parameters.items() if not bool(torch.isfinite(p).all())]
-    if broken:  # none: only the norm overflowed, in half precision
-        raise TrainingError(
-            f"after the optimizer step {len(broken)} of {len(parameters)} trainable parameters hold NaN or infinity: "
-            f"{some(broken)}; keep trainable parameters in float32, or lower the learning rate"
-        )
-
-
-def check_ranks_agree(parameters: Mapping[str, nn.Parameter]) -> None:
-    """All processes hold the same trainable parameters; every one of them must call this.
-
-    Raises:
-        TrainingError: they drifted apart.
-    """
+def _check_ranks_agree(parameters: Mapping[str, nn.Parameter]) -> None:
+    """All processes must hold the same trainable parameters; each of them must call this."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
-    prints: list[str] = [""] * distributed.get_world_size()
-    distributed.all_gather_object(prints, tensors_fingerprint(parameters.items()))
-    if len(set(prints)) > 1:
+    fingerprints: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(fingerprints, tensors_fingerprint(parameters.items()))
+    if len(set(fingerprints)) > 1:
         raise TrainingError(
-            f"the {len(prints)} processes hold {len(set(prints))} different adapters: gradients were not averaged; is "
-            "model.module called behind DDP, in compute_loss or a wrapper?"
+            f"the {len(fingerprints)} processes hold {len(set(fingerprints))} different adapters: gradients were not "
+            "averaged; is model.module called behind DDP, in compute_loss or a wrapper?"
         )
 
 
-def take_over_resumed(model: PeftModel, name: str) -> None:
-    """Give the trained adapter what a resume loaded as a second adapter named after our folder, and drop that one.
+def _load_resumed(model: PeftModel, name: str) -> None:
+    """Copy into the trained adapter what a resume loaded as a second adapter named after our folder; drop that one.
 
     The Trainer loads every subfolder that holds an adapter; transformers 5.17 then does not load the one beside it.
-
-    Raises:
-        TrainingError: the two do not have the same tensors.
     """
     if FOLDER not in model.peft_config or name == FOLDER:
         return
@@ -268,20 +242,10 @@ def take_over_resumed(model: PeftModel, name: str) -> None:
     log.info("resumed: adapter %r goes on from the checkpoint's %s", name, FOLDER)
 
 
-def total_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """Euclidean norm over all tensors together, with one transfer from the device."""
-    return float(nn.utils.get_total_norm(list(tensors)))
-
-
-def show_lines(main_process: bool) -> None:
-    """Show our log lines in a script that set up no logging."""
+def _show_log_lines(main_process: bool) -> None:
+    """Print our log lines in a script that set up no logging."""
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO if main_process else logging.WARNING)
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")

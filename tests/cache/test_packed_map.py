@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speechtune.cache import packed
+from speechtune.cache import packed_map
 from speechtune.cache.clip_hashes import ClipHasher
-from speechtune.cache.packed import CLIP_KEY_BYTES, ClipKeys, Numbered, PackedMap
+from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys, Numbered, PackedMap
 from speechtune.cache.store import FeatureStore
 
 ROWS = 20_000
@@ -21,26 +21,26 @@ ROWS = 20_000
 
 def test_a_packed_map_is_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that end in zeros, written again, asked for while they wait and after they are sorted in."""
-    monkeypatch.setattr(packed, "RECENT", 7)
+    monkeypatch.setattr(packed_map, "RECENT", 7)
     random = np.random.default_rng(0)
     # few different bytes, so that keys share beginnings, and end in zeros often
-    keys = [random.integers(0, 2, packed.KEY_BYTES, np.uint8).tobytes() for _ in range(80)]
-    keys += [bytes(packed.KEY_BYTES), bytes(15) + b"\1", b"\1" + bytes(15)]
-    packed_map, plain = PackedMap(np.dtype([("number", "i8"), ("flag", "?")])), {}
+    keys = [random.integers(0, 2, packed_map.KEY_BYTES, np.uint8).tobytes() for _ in range(80)]
+    keys += [bytes(packed_map.KEY_BYTES), bytes(15) + b"\1", b"\1" + bytes(15)]
+    ours, plain = PackedMap(np.dtype([("number", "i8"), ("flag", "?")])), {}
     for number in range(600):
         key = keys[random.integers(len(keys))]
         if number % 3:
-            packed_map[key] = plain[key] = (number, bool(number % 2))
-        place = packed_map.place(key) if number % 5 else None
+            ours[key] = plain[key] = (number, bool(number % 2))
+        place = ours.place(key) if number % 5 else None
         if place is not None:
-            assert packed_map.values[place].item() == plain[key]
-        assert (key in packed_map) == (key in plain)
-    assert len(packed_map) == len(plain)
+            assert ours.values[place].item() == plain[key]
+        assert (key in ours) == (key in plain)
+    assert len(ours) == len(plain)
     for key in keys:
-        place = packed_map.place(key)
-        assert (None if place is None else packed_map.values[place].item()) == plain.get(key)
-    packed_map.clear()
-    assert len(packed_map) == 0 and keys[0] not in packed_map and packed_map.place(keys[0]) is None
+        place = ours.place(key)
+        assert (None if place is None else ours.values[place].item()) == plain.get(key)
+    ours.clear()
+    assert len(ours) == 0 and keys[0] not in ours and ours.place(keys[0]) is None
 
 
 def test_clip_keys_are_the_tuples_they_stand_for() -> None:

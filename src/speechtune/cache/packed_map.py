@@ -1,4 +1,4 @@
-"""Collections of a million small things as arrays: tens of bytes each, where objects of Python take hundreds."""
+"""Maps and lists of a million short records in numpy arrays: tens of bytes each, where Python objects take hundreds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 KEY_BYTES = 16
 CLIP_KEY_BYTES = 32  # SHA-256
@@ -16,23 +17,23 @@ Value = TypeVar("Value", bound=Hashable)
 
 
 def short_key(text: str) -> bytes:
-    """A text of any length as key of a `PackedMap`."""
+    """The key of a `PackedMap` for a text of any length: its hash."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
 class PackedMap:
     """Records of one numpy dtype by keys of 16 bytes, sorted by key.
 
-    What is set waits, first in a dict and then in arrays, and is sorted in when it is looked for: a million entries
-    set one after the other are sorted once.
+    New entries wait, first in a dict and then in arrays, and are sorted in at the next search: a million entries set
+    one after the other are sorted once.
 
     Attributes:
-        values: the records that are sorted in; a place in it holds until the next call.
+        values: the sorted records; an index into it is valid until the next call.
     """
 
-    def __init__(self, dtype: Any) -> None:
+    def __init__(self, dtype: DTypeLike) -> None:
         self._keys = np.empty(0, f"S{KEY_BYTES}")
-        self.values: Any = np.empty(0, dtype)
+        self.values = np.empty(0, dtype)
         self._recent: dict[bytes, Any] = {}
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # keys and records, older than the recent ones
 
@@ -49,7 +50,7 @@ class PackedMap:
             self._pack()
 
     def place(self, key: bytes) -> int | None:
-        """Where in `values` the record of `key` stands; None where there is none."""
+        """Index in `values` of the record of `key`, or None."""
         if key in self._recent:
             self._pack()
         return self._search(key)
@@ -64,7 +65,7 @@ class PackedMap:
         if self._waiting:
             self._settle()
         place = int(self._keys.searchsorted(np.bytes_(key)))
-        # Compared as bytes: numpy leaves out zeros at the end.
+        # Compared as bytes: numpy drops zero bytes at the end of a string.
         return place if self._keys[place : place + 1].tobytes() == key else None
 
     def _pack(self) -> None:
@@ -82,14 +83,14 @@ class PackedMap:
         self._waiting = []
         order = np.argsort(keys, kind="stable")
         self._keys = keys = keys[order]
-        newest = np.append(keys[1:] != keys[:-1], True)  # of those with one key
+        newest = np.append(keys[1:] != keys[:-1], True)  # of equal keys the last, because the sort is stable
         if not newest.all():
             self._keys, order = keys[newest], order[newest]
         self.values = self.values[order]
 
 
 class Numbered(Generic[Value]):
-    """Few distinct values, each known by a number."""
+    """Distinct values, numbered from 0 in order of appearance."""
 
     def __init__(self) -> None:
         self._values: list[Value] = []
@@ -99,11 +100,11 @@ class Numbered(Generic[Value]):
         return self._values[number]
 
     def number(self, value: Value) -> int:
-        """The number of a value, a new one where it has none."""
-        found = self._numbers.setdefault(value, len(self._values))
-        if found == len(self._values):
+        """The number of a value; a new value gets the next one."""
+        number = self._numbers.setdefault(value, len(self._values))
+        if number == len(self._values):
             self._values.append(value)
-        return found
+        return number
 
 
 class ClipKeys(Sequence[tuple[str, ...]]):
@@ -135,4 +136,4 @@ class ClipKeys(Sequence[tuple[str, ...]]):
     def distinct(self) -> np.ndarray:
         """The first clip of each key, in order."""
         keys, first = np.unique(self._digests.view(f"S{CLIP_KEY_BYTES}"), return_index=True)
-        return np.sort(first[keys != b""])  # numpy leaves out zeros at the end
+        return np.sort(first[keys != b""])  # numpy drops zero bytes at the end: zeros are b""
