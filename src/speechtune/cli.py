@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="the whole pipeline on a small model and real speech, in minutes on a CPU")
-    demo.add_argument("what", nargs="?", choices=("voice", "pronunciation"), default="voice", help="(default: voice)")
+    demo.add_argument("what", nargs="?", default="voice", help="voice (the default), pronunciation, or a family's name")
     demo.add_argument(
         "--dir", dest="directory", type=Path, default=Path("speechtune-demo"), help="folder (default: %(default)s)"
     )

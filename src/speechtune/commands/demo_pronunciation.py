@@ -12,15 +12,13 @@ from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
-from transformers import Phi4MultimodalForCausalLM
 
 from speechtune.commands.demo import files_written, print_table, prove_saved, report_row
 from speechtune.commands.score import print_score, read_requests
 from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig, RunConfig
 from speechtune.errors import ConfigError
-from speechtune.families import build_config
-from speechtune.families.phi4_multimodal import tiny as tiny_phi4
+from speechtune.families import build_config, family_part
 from speechtune.inference.evaluate_pronunciation import evaluate
 from speechtune.inference.score import assessor, score_samples
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, print_evaluation
@@ -30,7 +28,7 @@ STEPS = 240
 ASSETS = "demo-pronunciation"
 
 
-def run_demo_pronunciation(directory: Path) -> int:
+def run_demo_pronunciation(directory: Path, family: str) -> int:
     """Validate, train, verify, merge and evaluate under `directory`; print the tables; return the exit code."""
     started = time.monotonic()
     console = Console()
@@ -41,9 +39,7 @@ def run_demo_pronunciation(directory: Path) -> int:
         if report.issues:
             return ConfigError.exit_code
         console.rule("2. train")
-        config = demo_config(data, directory)
-        if not (directory / "base" / "config.json").is_file():
-            make_base(directory / "base")
+        config = demo_config(family, data, directory)
         if (config.output_dir / "config.yaml").exists():
             shutil.rmtree(config.output_dir)
         outcome = run_training(config)
@@ -51,7 +47,7 @@ def run_demo_pronunciation(directory: Path) -> int:
             return 128 + outcome.result.signal
         console.rule("3. verify, merge")
         merged = directory / "run" / "merged"
-        rows = prove_saved(outcome, merged, lambda: Phi4MultimodalForCausalLM.from_pretrained(merged))
+        rows = prove_saved(outcome, merged)
         console.rule("4. score one recording, and measure all those of the test speakers")
         found = measure(data, directory, config.output_dir / "lora_adapters", console)
     print_evaluation(found, console)
@@ -60,18 +56,13 @@ def run_demo_pronunciation(directory: Path) -> int:
     return 0
 
 
-def make_base(directory: Path) -> None:
-    """A small random model of the real classes, with a speech LoRA as the released one has."""
-    tiny_phi4.make_model(directory, hidden_size=96, output_scale=10.0, speech_lora_rank=4)
-
-
-def demo_config(data: Path, directory: Path) -> RunConfig:
-    """The demo's recipe: speech LoRA merged, a new adapter on language model and speech encoder, both tasks."""
+def demo_config(family: str, data: Path, directory: Path) -> RunConfig:
+    """The demo's recipe: a new adapter on language model and speech encoder of the embedded base, both tasks."""
     return build_config(
         {
-            "family": "phi4_multimodal",
+            "family": family,
             "output_dir": directory / "run",
-            "model": {"path": str(directory / "base"), "speech_lora": "merge"},
+            "model": family_part(family, "tiny").make_base(directory / "base", ()),
             "data": {"train": data / "train", "cache_dir": directory / "cache"},
             "lora": {"rank": 32, "alpha": 64, "dropout": 0.05, "targets": "language+audio"},
             "train": {"max_steps": STEPS, "batch_size": 12, "learning_rate": 2e-3, "warmup_steps": 20},

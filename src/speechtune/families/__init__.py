@@ -5,7 +5,7 @@ A family is a package with these parts, and nothing outside it knows its name:
 - `__init__.py`: `MODEL_TYPES`, the `model_type`s of config.json that belong to it; imports nothing heavy.
 - `options.py`: `Config`, a `RunConfig` with the family's own options in `model:` and `data:`.
 - `family.py`: `FAMILY`, its implementation of `speechtune.family.Family`.
-- `tiny.py`: `make_base`, its embedded default: a small base for demonstrations and tests.
+- `tiny.py`: `make_base` and `load_plain`, its embedded default: a small base for demonstrations.
 """
 
 from __future__ import annotations

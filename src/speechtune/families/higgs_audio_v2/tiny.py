@@ -17,8 +17,9 @@ from transformers.models.higgs_audio_v2_tokenizer.configuration_higgs_audio_v2_t
     HiggsAudioV2TokenizerConfig,
 )
 
+from speechtune.audio import read_audio
 from speechtune.families.higgs_audio_v2.codec import codec_class
-from speechtune.types import Audio
+from speechtune.types import Audio, AudioRef
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -35,6 +36,25 @@ SPECIAL_TOKENS = (
     "<|scene_desc_start|>",
     "<|scene_desc_end|>",
 )
+
+
+def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
+    """Make the demonstration's small model and codec, once; return the recipe's `model` section.
+
+    Args:
+        directory: where to write.
+        speech: some seconds of real speech that the codec's codebooks are drawn from.
+    """
+    model, codec = directory / "model", directory / "codec"
+    if not (codec / "config.json").is_file():
+        make_model(model, hidden_size=96, codebook_size=258, output_scale=10.0)
+        make_codec(codec, [read_audio(ref, 24_000) for ref in speech], codebook_size=256)
+    return {"path": str(model), "codec_path": str(codec)}
+
+
+def load_plain(directory: Path) -> HiggsAudioV2ForConditionalGeneration:
+    """A merged model as plain transformers loads it."""
+    return HiggsAudioV2ForConditionalGeneration.from_pretrained(directory, use_text_head=True)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ the released model: leaving it out changes every answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +24,29 @@ from speechtune.families.phi4_multimodal.prompts import CONTROL_TOKENS, RUBRICS
 from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
 from speechtune.families.phi4_multimodal.speech_lora import FOLDER
 from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN
+from speechtune.types import AudioRef
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|image|>", "<|audio|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 NUMBER_OF_TOKENS = 1024
 SPARE_ROWS = 32
 """Rows of the embedding that belong to no token yet, as in the released model."""
+
+
+def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
+    """Make the demonstration's small model with a speech LoRA, once; return the recipe's `model` section.
+
+    Args:
+        directory: where to write.
+        speech: not needed here.
+    """
+    if not (directory / "config.json").is_file():
+        make_model(directory, hidden_size=96, output_scale=10.0, speech_lora_rank=4)
+    return {"path": str(directory), "speech_lora": "merge"}
+
+
+def load_plain(directory: Path) -> Phi4MultimodalForCausalLM:
+    """A merged model as plain transformers loads it."""
+    return Phi4MultimodalForCausalLM.from_pretrained(directory)
 
 
 def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = NUMBER_OF_TOKENS) -> PreTrainedTokenizerFast:
