@@ -27,7 +27,7 @@ def test_help_starts_without_heavy_modules() -> None:
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture) -> None:
     parser = build_parser()
-    verbs = "demo validate encode train generate score evaluate report push merge adapters doctor lint"
+    verbs = "demo recipes validate encode train generate score evaluate report push merge adapters doctor lint"
     for verb in verbs.split():
         with pytest.raises(SystemExit) as stop:
             parser.parse_args([verb, "--help"])

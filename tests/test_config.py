@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from types import UnionType
 from typing import Union, get_args, get_origin
@@ -10,11 +11,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from speechtune.config import OPTIONS_OF_TWO_TYPES, RunConfig, option_kinds
+from speechtune.config import OPTIONS_OF_TWO_TYPES, RunConfig, option_names, shipped_recipes
 from speechtune.errors import ConfigError
 from speechtune.families import build_config, config_class, family_packages, load_config
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes().values())
+OTHER_NAMES = yaml.safe_load((files("speechtune") / "assets/option_names.yaml").read_text(encoding="utf-8"))
 SMALLEST = {"family": "higgs_audio_v2", "model": {"path": "base"}}
 
 # Recipes of users name these: removing or renaming one breaks them. A change here is deliberate, and has a line in
@@ -120,12 +122,12 @@ OF_FAMILIES = {
 
 
 def test_the_list_of_options_is_frozen() -> None:
-    assert list(option_kinds(RunConfig)) == OPTIONS.split()
+    assert option_names(RunConfig) == OPTIONS.split()
 
 
 @pytest.mark.parametrize("family", family_packages())
 def test_the_options_of_a_family_are_frozen(family: str) -> None:
-    added = [name for name in option_kinds(config_class(family)) if name not in OPTIONS.split()]
+    added = [name for name in option_names(config_class(family)) if name not in OPTIONS.split()]
     assert added == OF_FAMILIES[family].split()
     assert undescribed(config_class(family)) == []
 
@@ -226,10 +228,12 @@ def test_overrides_reach_head_weights_and_come_after_the_recipe(recipe: Path) ->
     ("override", "parts"),
     [
         ("train.learning_rate", ["section.key=value"]),
-        ("train.learning_rat=1", ["no option 'train.learning_rat'", "'train.learning_rate'"]),
-        ("learning_rate=1", ["no option", "'train.learning_rate'"]),
-        ("data.batch_size=1", ["no option", "batch_size'"]),
-        ("train=1", ["no option 'train'"]),
+        ("=1", ["section.key=value"]),
+        ("train.learning_rat=1", ["train.learning_rat: no such option", "'train.learning_rate'"]),
+        ("learning_rate=1", ["no such option", "'train.learning_rate'"]),
+        ("data.batch_size=1", ["no such option", "'train.batch_size'"]),
+        ("train=1", ["train: a section of options"]),
+        ("family.name=x", ["'family' is not a section"]),
         ("train.betas=[1, ", ["not a YAML value"]),
         ("train.batch_size=two", ["train.batch_size", "'two'"]),
         ("train.batch_size=1.5", ["train.batch_size", "1.5"]),
@@ -243,6 +247,75 @@ def test_a_bad_override_is_refused(recipe: Path, override: str, parts: list[str]
         load_config(recipe, [override])
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+BROUGHT = """
+learning_rate lr per_device_train_batch_size gradient_accumulation_steps grad_accum num_train_epochs max_steps
+warmup_steps warmup_ratio save_steps eval_steps logging_steps save_total_limit lr_scheduler_type weight_decay adam_beta1
+adam_beta2 adam_epsilon max_grad_norm bf16 fp16 gradient_checkpointing output_dir report_to seed dataloader_num_workers
+resume_from_checkpoint group_by_length optim torch_compile use_liger_kernel fsdp deepspeed per_device_eval_batch_size
+metric_for_best_model load_best_model_at_end r lora_alpha lora_dropout target_modules use_rslora use_dora
+modules_to_save trainable_token_indices init_lora_weights bias task_type model_name_or_path attn_implementation
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("train.lr", "train.learning_rate"),
+        ("train.save_steps", "checkpoint.every_steps"),
+        ("train.grad_accum", "train.accumulation"),
+        ("lora.r", "lora.rank"),
+        ("train.LR-Scheduler-Type", "train.schedule"),
+        ("logging_steps", "tracking.log_every_steps"),
+        ("train.patience", "evaluate.patience"),
+    ],
+)
+def test_names_from_other_trainers_lead_to_the_option(recipe: Path, name: str, option: str) -> None:
+    """Guards against suggestions by spelling alone: train.lr gave train.eps, train.save_steps gave train.max_steps."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, [f"{name}=1"])
+    assert f"{name}: no such option; did you mean {option!r}?" in str(caught.value)
+
+
+def test_the_table_of_other_names_is_sound() -> None:
+    """Every option in it exists, no name stands in it twice, and none is an option's own."""
+    options = OTHER_NAMES["options"]
+    assert set(options) <= set(option_names(RunConfig))
+    names = [name for others in options.values() for name in others] + list(OTHER_NAMES["no_option"])
+    own = {option.rpartition(".")[2] for option in option_names(RunConfig)}
+    assert len(names) == len(set(names)) and own.isdisjoint(names)
+    assert set(BROUGHT.split()) <= {*names, *own}
+    assert all(isinstance(reason, str) for reason in OTHER_NAMES["no_option"].values())
+
+
+def test_what_there_is_no_option_for_is_said(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.warmup_ratio: no such option: train\.warmup_steps is a number"):
+        load_config(recipe, ["train.warmup_ratio=0.1"])
+
+
+def test_bad_overrides_and_the_issues_of_the_recipe_come_in_one_message(tmp_path: Path) -> None:
+    """Guards against one issue per start: the first bad override hid all others."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("family: higgs_audio_v2\nmodel: {path: base}\nlora: {r: 4}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["train.lr=1", "epochs", "train.epochs=-1", "train.seed=1"])
+    message = str(caught.value)
+    assert message.startswith(f"{path}, with 4 override(s): 4 issue(s)")
+    for part in ("train.lr:", "override 'epochs':", "train.epochs:", "lora.r:"):
+        assert part in message, message
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file comes first, and an unknown name says which there are."""
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(shipped_recipes()["paper_r64"])
+    assert load_config(Path("paper_r64")) == load_config(Path("paper_r64.yaml")) == shipped
+    (tmp_path / "paper_r64").write_text(yaml.safe_dump(SMALLEST), encoding="utf-8")
+    assert load_config(Path("paper_r64")).model.path == "base"
+    for unknown in ("paper_r65", "nowhere/paper_r64"):
+        with pytest.raises(ConfigError, match=r"cannot read the recipe.*higgs_3b_full, higgs_3b_lora, .*paper_r64"):
+            load_config(Path(unknown))
 
 
 def test_two_evaluation_sets_are_refused_naming_both(recipe: Path) -> None:

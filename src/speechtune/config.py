@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -247,110 +247,133 @@ class RunConfig(Section, frozen=True):
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def build_config(values: dict[str, Any], where: str, kind: type[ConfigT]) -> ConfigT:
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def build_config(values: dict[str, Any], where: str, kind: type[ConfigT], issues: Sequence[str] = ()) -> ConfigT:
     """Validate nested `values`; every issue is listed in one ConfigError that starts with `where`.
 
     Args:
         values: the sections of a recipe.
         where: file or command line they come from.
         kind: the family's class of options, see `speechtune.families.config_class`.
+        issues: what is known to be wrong already.
     """
+    lines = list(issues)
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
+        if not lines:
+            return config
     except ValidationError as error:
-        known = list(option_kinds(kind))
-        lines = [f"  {_describe(item, known)}" for item in _one_an_option(error.errors(include_url=False))]
-        raise ConfigError(f"{where}: {len(lines)} issue(s) in the configuration\n" + "\n".join(lines)) from None
+        known = option_names(kind)
+        lines += [_describe(item, known) for item in _one_an_option(error.errors(include_url=False))]
+    raise ConfigError("\n  ".join([f"{where}: {len(lines)} issue(s) in the configuration", *lines]))
 
 
 def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[RunConfig]]) -> RunConfig:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
 
     Args:
-        recipe: the file.
+        recipe: the file, or the name of a shipped recipe.
         overrides: each replaces one option.
         kind_of: the recipe's `family` -> the class of its options.
 
     Raises:
         ConfigError: the file, an override or a value cannot be used; names each one.
     """
+    shipped = shipped_recipes()
+    recipe = recipe if recipe.is_file() else shipped.get(str(recipe).removesuffix(".yaml"), recipe)
     try:
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{recipe}: cannot read the recipe: {error.strerror}") from None
+        names = ", ".join(shipped)
+        message = f"{recipe}: cannot read the recipe: {error.strerror}; recipes that come with speechtune: {names}"
+        raise ConfigError(message) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{recipe}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a mapping of sections, found {type(values).__name__}")
-    kind = kind_of(values.get("family"))
-    for override in overrides:
-        _apply(values, override, option_kinds(kind))
-    return build_config(values, str(recipe), kind)
+    # Names are not looked at here: validation refuses an unknown one, in the recipe and in an override alike.
+    issues = [issue for override in overrides if (issue := _apply(values, override)) is not None]
+    where = f"{recipe}, with {len(overrides)} override(s)" if overrides else str(recipe)
+    return build_config(values, where, kind_of(values.get("family")), issues)
 
 
-def option_kinds(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Dotted name of every option -> its type, in order of definition."""
-    kinds: dict[str, Any] = {}
+def option_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all options, in order of definition."""
+    names: list[str] = []
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            kinds |= option_kinds(kind, f"{prefix}{name}.")
+            names += option_names(kind, f"{prefix}{name}.")
         else:
-            kinds[prefix + name] = kind
-    return kinds
+            names.append(prefix + name)
+    return names
 
 
-def _apply(values: dict[str, Any], override: str, known: Mapping[str, Any]) -> None:
+def _apply(values: dict[str, Any], override: str) -> str | None:
+    """Put one override into nested `values`; what is wrong with its form, if anything."""
     name, separator, text = override.partition("=")
-    if not separator:
-        raise ConfigError(f"override {override!r}: expected section.key=value, e.g. train.epochs=3")
-    in_mapping = get_origin(known.get(name.rpartition(".")[0])) is dict
-    if name not in known and not in_mapping:
-        raise ConfigError(f"override {override!r}: no option {name!r}{_nearest(name, list(known))}")
+    if not name or not separator:
+        return f"override {override!r}: expected section.key=value, e.g. train.epochs=3"
     try:
         value = yaml.safe_load(text)  # reads 2e-5 as a text; pydantic makes the number of it where one is wanted
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        return f"override {override!r}: {text!r} is not a YAML value"
     *sections, key = name.split(".")
     node = values
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is not a section in the recipe")
+            return f"override {override!r}: {section!r} is not a section in the recipe"
     node[key] = value
+    return None
 
 
 def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
     """One issue where pydantic lists one for every type that an option may have."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    issues: dict[tuple[Any, ...], dict[str, Any]] = {}
     for item in items:
         place = tuple(item["loc"])
         place = place[:-1] if place[:-1] in OPTIONS_OF_TWO_TYPES else place
-        if place in found:
-            found[place]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
+        if place in issues:
+            issues[place]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
         else:
-            found[place] = {**item, "loc": place}
-    return list(found.values())
+            issues[place] = {**item, "loc": place}
+    return list(issues.values())
 
 
 def _describe(item: Any, known: Sequence[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{name}: no such option{_nearest(name, known)}"
+        return f"{name}: no such option{_advice(name, known)}"
     if item["type"] == "missing":
         return f"{name}: required, but not given"
+    if item["type"] == "model_type":
+        return f"{name}: a section of options, not a value (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error" and not name:
         return message
     return f"{name}: {message} (got {item['input']!r})"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not matches:  # the right name in the wrong section
-        tail = name.rpartition(".")[2]
-        matches = [full for full in known if full.rpartition(".")[2] == tail]
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+def _advice(name: str, known: Sequence[str]) -> str:
+    """What to write in place of an option that does not exist."""
+    other_names = yaml.safe_load((Path(__file__).parent / "assets/option_names.yaml").read_text(encoding="utf-8"))
+    last = name.rpartition(".")[2].lower().replace("-", "_").lstrip("_")
+    if last in other_names["no_option"]:
+        return f": {other_names['no_option'][last]}"
+
+    def likeness(option: str) -> tuple[float, ...]:
+        # The last part counts first: a shared "train." must not make train.eps the nearest to train.lr.
+        pairs = ((last, option.rpartition(".")[2]), (name, option))
+        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    same = [option for option, others in other_names["options"].items() if last in others]
+    nearest = max(same or [*known, *dict.fromkeys(option.partition(".")[0] for option in known)], key=likeness)
+    return f"; did you mean {nearest!r}?" if same or likeness(nearest)[0] >= 0.6 else ""
 
 
 OPTIONS_OF_TWO_TYPES = {("batch", "tokens"), ("train", "gradient_checkpointing")}

@@ -15,7 +15,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from speechtune.cli import build_parser
-from speechtune.config import RunConfig, option_kinds
+from speechtune.config import RunConfig, option_names
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"
@@ -61,11 +61,11 @@ def test_what_is_named_exists(path: Path) -> None:
     text = commands(path)
     options = set(re.findall(r"\b((?:[a-z]+\.)?[a-z_]+)=", text)) - {"output_dir"}
     dotted = {name for name in options if "." in name}
-    assert "checkpoint.resume" in dotted and dotted <= set(option_kinds(RunConfig)), dotted - set(
-        option_kinds(RunConfig)
+    assert "checkpoint.resume" in dotted and dotted <= set(option_names(RunConfig)), dotted - set(
+        option_names(RunConfig)
     )
     verbs = set(re.findall(r"-m speechtune ([a-z]+)", text))
-    known = next(action.choices for action in build_parser()._actions if action.dest == "verb")
+    known = next(action.choices for action in build_parser()._actions if action.metavar == "VERB")
     assert "train" in verbs and known is not None and verbs <= set(known)
     flags = {
         flag for line in re.findall(r"torchrun (.*?)-m speechtune", text) for flag in re.findall(r"--[\w-]+", line)

@@ -118,7 +118,7 @@ def test_train_v2_with_lora(tmp_path: Path, foreign_base: Path, tiny_base: Path,
         ],
         *["--freeze_audio_tower", "--freeze_audio_encoder_proj", "--report_to", "tensorboard"],
     )
-    assert log.count("no Whisper tower") == 1
+    assert log.count("no Whisper encoder") == 1
     assert "has no text head" in log
     output = tmp_path / "output"
     adapters = output / "lora_adapters"
@@ -172,5 +172,14 @@ def test_flags_reach_their_options(caplog: pytest.LogCaptureFixture) -> None:
     assert config.tracking.trackers == ()
     detailed = parse([*REQUIRED, "--enable_strategic_logging", "--strategic_logging_steps", "7"])
     assert detailed.tracking.detail_every_steps == 7
-    with pytest.raises(ConfigError, match=r"data\.eval.*data\.validation_split"):
+
+
+def test_messages_name_the_flags() -> None:
+    """Guards against advice about options that this command line does not take."""
+    with pytest.raises(ConfigError, match=r"--eval_data_file \(e\.json\) and --validation_split \(0\.1\) are both set"):
         parse([*REQUIRED, "--eval_data_file", "e.json", "--validation_split", "0.1"])
+    with pytest.raises(ConfigError) as caught:
+        parse([*REQUIRED, "--num_train_epochs", "-1", "--enable_strategic_logging", "--strategic_logging_steps", "0"])
+    assert all(
+        f"{flag}: Input should be" in str(caught.value) for flag in ("num_train_epochs", "strategic_logging_steps")
+    )

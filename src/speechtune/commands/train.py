@@ -23,14 +23,14 @@ def run_train(recipe: Path, overrides: Sequence[str], *, dry_run: bool = False, 
     return show_plan(config) if dry_run else train(config, as_json=as_json)
 
 
-def train(config: RunConfig, *, as_json: bool = False) -> int:
-    """Train and report; 128 + signal number when a signal ended the run."""
+def train(config: RunConfig, *, as_json: bool = False, resume: str = "checkpoint.resume=auto") -> int:
+    """Train and report; 128 + signal number when a signal ended the run, which `resume` continues where it is given."""
     outcome = run_training(config)
     result, proof = outcome.result, outcome.proof
     if as_json:
         print(json.dumps({"state": asdict(result.state), "proof": asdict(proof), "signal": result.signal}))
     if result.signal is not None:
-        print(f"stopped at step {result.state.step}; go on with checkpoint.resume=auto", file=sys.stderr)
+        print(f"stopped at step {result.state.step}; go on with {resume}", file=sys.stderr)
         return 128 + result.signal
     return 0
 

@@ -13,34 +13,18 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from speechtune.config import RunConfig
+from speechtune.config import RunConfig, shipped_recipes
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.families import load_config
+from speechtune.legacy.flags import Flag, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
 CONFIGS = ("pretrained_r320", "paper_r64")
-RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
-"""Inside an installed package, and in the repository."""
 GPUS = "0"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SPLITS = ("train", "test")
-
-
-class Flag(NamedTuple):
-    """One flag: its name, the option it replaces, and what both recipes say where it is not given."""
-
-    name: str
-    option: str
-    default: str | int | float | None
-    help: str
-
-    @property
-    def key(self) -> str:
-        """Name in parsed options."""
-        return self.name.removeprefix("--").replace("-", "_")
 
 
 FLAGS = (
@@ -123,7 +107,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     for name, reason in UNSUPPORTED.items():
         if getattr(options, name.removeprefix("--")) is not None:
             raise ConfigError(f"{name}: {reason}. Instead: {INSTEAD}")
-    config = configure(options)
+    with flags_in_messages(flag for flag in FLAGS if getattr(options, flag.key) is not None):
+        config = configure(options)
     if options.dry_run:
         from speechtune.commands.train import show_plan
 
@@ -135,16 +120,16 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         os.execv(sys.executable, torchrun(processes, given))  # torchrun itself then gets a scheduler's signals
     from speechtune.commands.train import train
 
-    return train(config)
+    return train(config, resume="--resume")
 
 
 def configure(options: argparse.Namespace) -> RunConfig:
     """The recipe, with what was given on the command line in place of its values.
 
     Raises:
-        ConfigError: no such recipe, or a value that cannot be used.
+        ConfigError: a value that cannot be used.
     """
-    recipe = find_recipe(options.config)
+    recipe = shipped_recipes()[options.config]
     given = {flag.option: getattr(options, flag.key) for flag in FLAGS}
     given["checkpoint.resume"] = options.resume
     overrides = [
@@ -157,21 +142,6 @@ def configure(options: argparse.Namespace) -> RunConfig:
     if options.model is not None and options.model != load_config(recipe).model.path:
         overrides.append("model.revision=null")  # the recipe's revision is one of its own base
     return load_config(recipe, [*overrides, *options.set])
-
-
-def find_recipe(name: str) -> Path:
-    """File of a recipe that comes with this package.
-
-    Raises:
-        ConfigError: it did not come along.
-    """
-    for folder in RECIPE_FOLDERS:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise ConfigError(
-        f"--config {name}: no {name}.yaml in {' or '.join(map(str, RECIPE_FOLDERS))}; run this script in a checkout of "
-        "the repository, or give `speechtune train` a recipe of your own"
-    )
 
 
 def require_data(config: RunConfig) -> None:

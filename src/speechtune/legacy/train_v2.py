@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from speechtune.config import RunConfig
 from speechtune.families import build_config
+from speechtune.legacy.flags import Flag, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
-
-class Flag(NamedTuple):
-    """One flag: its name, the option it sets, and its default; a bool default makes it a switch."""
-
-    name: str
-    option: str
-    default: Any
-    help: str
-
-
-REQUIRED = object()
+REQUIRED = None
 FLAGS = (
     Flag("--model_path", "model.path", REQUIRED, "base model: hub id or folder"),
     Flag("--audio_tokenizer_path", "model.codec_path", REQUIRED, "codec: hub id or folder"),
@@ -49,11 +41,11 @@ FLAGS = (
     Flag("--logging_dir", "tracking.logging_dir", "./logs", "folder of the tracker"),
     Flag("--disable_eval", "evaluate.enabled", False, "no evaluation during training"),
     Flag("--freeze_llm", "train.freeze", False, "full fine-tuning: train audio embeddings and heads only"),
-    Flag("--enable_strategic_logging", "tracking.detail_every_steps", False, "log the samples of a step now and then"),
-    Flag("--strategic_logging_steps", "tracking.detail_every_steps", 100, "steps between those lines"),
+    Flag("--strategic_logging_steps", "tracking.detail_every_steps", 100, "steps between lines about the samples"),
+    Flag("--enable_strategic_logging", "tracking.detail_every_steps", False, "log the samples of a step at times"),
     Flag("--resume", "checkpoint.resume", "", "auto, or a checkpoint to go on from (not in the original)"),
 )
-TOWER_FLAGS = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
+NOTHING_TO_FREEZE = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
 FIXED = {  # what the original left to its trainer's defaults
     "lora.targets": "attention",
     "checkpoint.keep_last": 3,
@@ -78,18 +70,23 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         else:
             shown = f"{flag.help} (default: %(default)s)" if flag.default != "" else flag.help
             parser.add_argument(flag.name, type=type(flag.default), default=flag.default, help=shown)
-    for name in TOWER_FLAGS:
-        parser.add_argument(name, action="store_true", help="accepted; this base has no Whisper tower to freeze")
+    for name in NOTHING_TO_FREEZE:
+        parser.add_argument(name, action="store_true", help="accepted; this base has no Whisper encoder to freeze")
     given = vars(parser.parse_args(arguments))
-    towers = [name for name in TOWER_FLAGS if given[name.removeprefix("--")]]
-    if towers:
-        log.warning("%s: the Higgs Audio v2 base has no Whisper tower and no projector; nothing to freeze", towers)
-    return build_config(nest(options_of(given)), "command line")
+    ignored = [name for name in NOTHING_TO_FREEZE if given[name.removeprefix("--")]]
+    if ignored:
+        log.warning("%s: the Higgs Audio v2 base has no Whisper encoder and no projector; nothing to freeze", ignored)
+    sections: dict[str, dict[str, Any]] = defaultdict(dict)
+    for option, value in options_of(given).items():
+        section, _, key = option.rpartition(".")
+        sections[section][key] = value
+    with flags_in_messages(FLAGS):
+        return build_config({"family": "higgs_audio_v2", **sections.pop(""), **sections}, "command line")
 
 
 def options_of(given: dict[str, Any]) -> dict[str, Any]:
     """Dotted options from parsed flags."""
-    values = {flag.option: given[flag.name.removeprefix("--")] for flag in FLAGS}
+    values = {flag.option: given[flag.key] for flag in FLAGS}
     values["train.precision"] = "bf16" if given["bf16"] else "auto"
     values["evaluate.enabled"] = not given["disable_eval"]
     values["tracking.trackers"] = [] if given["report_to"] == "none" else [given["report_to"]]
@@ -103,21 +100,14 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     return values | FIXED
 
 
-def nest(values: dict[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`, with the family named."""
-    nested: dict[str, Any] = {"family": "higgs_audio_v2"}
-    for option, value in values.items():
-        *sections, key = option.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-    return nested
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with the original's flags; returns the exit code."""
     from speechtune.commands.guarded import guarded
     from speechtune.commands.train import train
 
-    return guarded(lambda: train(parse(arguments)))
+    def run() -> int:
+        config = parse(arguments)
+        with flags_in_messages(FLAGS):
+            return train(config, resume="--resume auto")
+
+    return guarded(run)

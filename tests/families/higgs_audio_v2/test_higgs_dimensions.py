@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from speechtune.config import LoraSettings, RunConfig
+from speechtune.config import LoraSettings, RunConfig, shipped_recipes
 from speechtune.families import create_family, load_config
 from speechtune.families.higgs_audio_v2.family import RELEASED_MODEL, HiggsAudioV2Family
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("higgs_*.yaml"))
+RECIPES = [path for name, path in shipped_recipes().items() if name.startswith("higgs_")]
 TEXT_HEAD = 128_256 * 3072
 
 

@@ -14,7 +14,6 @@ from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.released import RELEASED_MODEL
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
 
-RECIPES = Path(__file__).parents[3] / "recipes"
 BASE = 4_743_988_032
 """With the text head tied to the embedding, counted once."""
 EMBEDDING = 200_064 * 3072
@@ -61,7 +60,7 @@ def test_a_dry_run_prints_the_counts_of_the_released_model(
 ) -> None:
     """Without weights, data or the hub, though the recipes name a revision there."""
     assert trained == language_lora(rank)
-    assert show_plan(load_config(RECIPES / f"{recipe}.yaml")) == 0
+    assert show_plan(load_config(Path(recipe))) == 0
     counts = counts_in(capsys.readouterr().out)
     assert counts.pop("all") == (BASE, trained)
     assert sum(total for total, _ in counts.values()) == BASE
@@ -104,7 +103,7 @@ def test_presets_grow_by_whole_parts(released: Phi4MultimodalFamily) -> None:
 
 def test_the_native_revision_is_that_of_the_recipes() -> None:
     """Other revisions may have other dimensions: those are asked for, not assumed."""
-    revisions = {load_config(RECIPES / f"{name}.yaml").model.revision for name in ("paper_r64", "pretrained_r320")}
+    revisions = {load_config(Path(name)).model.revision for name in ("paper_r64", "pretrained_r320")}
     assert revisions == {"refs/pr/70"}
-    config: RunConfig = load_config(RECIPES / "paper_r64.yaml", ["model.revision=main"])
+    config: RunConfig = load_config(Path("paper_r64"), ["model.revision=main"])
     assert config.model.revision == "main"
