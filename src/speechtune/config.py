@@ -114,7 +114,7 @@ class TrainConfig(Section, frozen=True):
     group_by_length: bool = True
     """Put samples of like length into the same micro-batch of a global batch (the global batch stays random)."""
     freeze: str | None = None
-    """Regex over parameter names kept frozen in full fine-tuning; with LoRA the whole base is frozen anyway."""
+    """Regex over parameter names kept frozen in full fine-tuning; with LoRA the base is frozen anyway."""
     seed: int = 42
     """Seeds adapter initialisation, order of samples, dropout and the validation split."""
     workers: int | None = Field(default=None, ge=0)
@@ -143,7 +143,7 @@ class SpeedConfig(Section, frozen=True):
     liger: bool = False
     """Liger kernels (extra `liger`) for norms and gated units of the fast forward, on a GPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several ranks: a whole model each (DDP), or its weights sharded over them (FSDP2)."""
+    """Several ranks: a complete model each (DDP), or its weights sharded over them (FSDP2)."""
 
 
 class EvaluateConfig(Section, frozen=True):
@@ -156,7 +156,7 @@ class EvaluateConfig(Section, frozen=True):
     batch_size: int = Field(default=1, ge=1)
     """Samples per device in evaluation."""
     prompts: int | None = Field(default=None, ge=0)
-    """Samples answered, heard and scored at every evaluation, always the same ones, chosen by seed; None takes 4 where
+    """Samples answered and scored at every evaluation, always the same ones, chosen by seed; None takes 4 where
     there is evaluation data and 0 where there is none (a number takes them from the training data then)."""
     temperature: float | None = Field(default=None, ge=0.0)
     """Of these answers; 0 is greedy, None what the model's generation config says (for assessment: greedy)."""
@@ -229,9 +229,7 @@ class RunConfig(Section, frozen=True):
         if self.speed.compile and self.speed.liger:
             raise ValueError("speed.compile and speed.liger are two ways to do the same: set one")
         if self.train.freeze is not None and self.lora.enabled:
-            raise ValueError(
-                "train.freeze is for full fine-tuning; with lora.enabled the whole base is frozen: remove it"
-            )
+            raise ValueError("train.freeze is for full fine-tuning; with lora.enabled the base is frozen: remove it")
         return self
 
     @property

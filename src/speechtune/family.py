@@ -1,7 +1,4 @@
-"""The seam between the toolkit and a model family: four data types and one protocol.
-
-Everything outside `families/` knows only what stands here.
-"""
+"""What a model family provides to the toolkit, and the scorers that it may use; nothing outside `families/` knows more."""
 
 from __future__ import annotations
 
@@ -151,7 +148,7 @@ class Transcriber(Protocol):
     """Codes of the languages it knows; None for no limit."""
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
-        """What is said in each clip; a language of None is found out, where the recogniser can."""
+        """The text of each clip; a language of None is detected, where the recogniser can."""
         ...
 
 

@@ -122,10 +122,10 @@ class HiggsAudioV2Family(Family):
         model = self.config.model
         tokenizer = load_tokenizer(model, model.revision)
         for token, field in ((AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
-            found, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
-            if found != wanted:
+            token_id, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
+            if token_id != wanted:
                 raise ConfigError(
-                    f"model.path={model.path}: the tokenizer gives {token} the id {found}, the model's {field} is "
+                    f"model.path={model.path}: the tokenizer gives {token} the id {token_id}, the model's {field} is "
                     f"{wanted}; tokenizer and model do not belong together"
                 )
         return tokenizer

@@ -80,7 +80,7 @@ class Phi4MultimodalFamily(Family):
     score_names = SCORE_NAMES
     fast_layers = FAST_LAYERS
     base_license = "mit"
-    card_use = "For practice and research; its scores are no verdict on people, least of all on groups it never heard."
+    card_use = "For practice and research; do not use its scores to judge people, least of all groups that its training data lacks."
     card_note = "The base's speech LoRA must be in place as base_recipe.json says; `speechtune score` sees to that."
     lora_presets = PRESETS
 
@@ -144,7 +144,7 @@ class Phi4MultimodalFamily(Family):
 
     @cached_property
     def speech(self) -> SpeechLora:
-        """The speech LoRA that lets the base hear, and what becomes of it."""
+        """The base's speech LoRA, without which it cannot process audio, and what becomes of it."""
         return SpeechLora(self.config.model)
 
     @property
@@ -174,7 +174,7 @@ class Phi4MultimodalFamily(Family):
     # -- model -----------------------------------------------------------------------------------------------------
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
-        """Load the base and give it its hearing: the speech LoRA merged, stacked, or left out as configured."""
+        """Load the base with its speech LoRA merged, stacked, or left out as configured."""
         settings = self.config.model
         require_sound(settings.path, "model.path")
         if settings.attention == "flash_attention_2":
@@ -256,8 +256,8 @@ class Phi4MultimodalFamily(Family):
         (features_TM,) = features
         prompt_S = self.prompt_ids(task, len(features_TM))
         text = render_answer(target_of(sample))
-        if found := SPECIAL.search(text):
-            raise ManifestError(f"{sample.source or sample.id}: the answer holds the special token {found.group()!r}")
+        if special := SPECIAL.search(text):
+            raise ManifestError(f"{sample.source or sample.id}: the answer holds the special token {special.group()!r}")
         answer = self._tokenize(text + AFTER_ANSWER)
         ids_S = np.concatenate([prompt_S, np.asarray(answer, np.int32)])
         arrays = {
@@ -313,11 +313,11 @@ class Phi4MultimodalFamily(Family):
     def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         """Right tokens and all tokens of the answers, per task."""
         base = cast(Any, plain_model(model))
-        found = {}
+        correct = {}
         for head, states_PD in self._target_states(base, batch).items():
             right_P = base.lm_head(states_PD).argmax(-1) == batch.inputs[f"{head}_targets"]
-            found[f"token_accuracy_{head}"] = (int(right_P.sum()), batch.target_counts[head])
-        return found
+            correct[f"token_accuracy_{head}"] = (int(right_P.sum()), batch.target_counts[head])
+        return correct
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
         """See `score_answers`; no scorer is needed."""
@@ -342,7 +342,7 @@ class Phi4MultimodalFamily(Family):
         return logits_1SV, self._generate(base, inputs, greedy).numpy()
 
     def save_assets(self, directory: Path) -> None:
-        """Write tokenizer and feature extractor, and that this model already hears."""
+        """Write tokenizer and feature extractor, and a marker that the speech LoRA is in the weights."""
         self.tokenizer.save_pretrained(directory)
         self.extractor.save_pretrained(directory)
         write_marker(directory, self.speech.describe() | read_marker(Path(self.config.model.path)))
