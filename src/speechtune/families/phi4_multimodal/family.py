@@ -80,7 +80,7 @@ class Phi4MultimodalFamily(Family):
     score_names = SCORE_NAMES
     fast_layers = FAST_LAYERS
     base_license = "mit"
-    card_use = "For practice and research; do not use its scores to judge people, least of all groups that its training data lacks."
+    card_use = "For practice and research; its scores must not be used to judge people or groups of people."
     card_note = "The base's speech LoRA must be in place as base_recipe.json says; `speechtune score` sees to that."
     lora_presets = PRESETS
 
