@@ -1,4 +1,4 @@
-"""What a model family provides to the toolkit, and the scorers that it may use; nothing outside `families/` knows more."""
+"""What a model family provides, and the scorers it may use; nothing outside `families/` knows more of it."""
 
 from __future__ import annotations
 
