@@ -167,10 +167,10 @@ def _adapter_verbs(verbs: Verbs) -> None:
     extract("--base", help="hub id or folder of the base (default: files near the checkpoint)")
     extract("--rslora", action="store_true", default=None, help="the training scaled by sqrt(rank)")
     extract("--adapter-name", help="which adapter, where the checkpoint holds several")
-    convert = adapters.add("convert", "change an adapter's layout: native or the original's (boson)", "adapters")
+    convert = adapters.add("convert", "rename an adapter's tensors: native or the original's (boson)", "adapters")
     convert("adapter", type=Path, help="adapter folder, safetensors or .bin")
     convert("output", type=Path, help="new adapter folder")
-    convert("--to", choices=("native", "boson"), required=True, help="layout wanted")
+    convert("--to", required=True, metavar="LAYOUT", help="native, or one its family knows, such as boson")
     convert("--base", help="hub id or folder of the base (default: the one the adapter names)")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +22,25 @@ if TYPE_CHECKING:
 
 
 Ability = Literal["speak", "assess pronunciation"]
+NATIVE = "native"
+"""The layout of adapters whose tensors are named after the modules of transformers' own classes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """How another package names the parameters of a family's model, and so the tensors of its adapters.
+
+    Attributes:
+        names: matches the beginning of each of its names.
+        native_names: matches the beginning of each native name.
+        to_native: the native name of a parameter.
+        from_native: the way back.
+    """
+
+    names: re.Pattern[str]
+    native_names: re.Pattern[str]
+    to_native: Callable[[str], str]
+    from_native: Callable[[str], str]
 
 
 class Family(Protocol):
@@ -46,6 +67,8 @@ class Family(Protocol):
     """Scores that need a scorer of their own."""
     lora_presets: Mapping[str, str]
     """Preset name -> regex over module names; the key "default" names the one used when none is given."""
+    adapter_layouts: Mapping[str, AdapterLayout] = MappingProxyType({})
+    """Layouts other than NATIVE that its adapters may have, by name."""
 
     @property
     def encode_key(self) -> str:

@@ -35,10 +35,11 @@ from speechtune.commands.adapters import run_convert, run_extract, run_find, run
 from speechtune.errors import AdapterError, CheckpointError
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, read_lora
+from speechtune.export.find import find_adapters
 from speechtune.export.merge import merge
-from speechtune.export.verify import find_adapters, verify_adapter
-from speechtune.families.higgs_audio_v2.boson import boson_name, layout_of, rename_key
-from speechtune.inference.load import model_config
+from speechtune.export.verify import verify_adapter
+from speechtune.families.higgs_audio_v2.boson import boson_name, rename_key
+from speechtune.inference.load import model_config, open_adapter
 from speechtune.storage.verified_folder import verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +86,8 @@ def test_adapters_are_found_by_content(run: Path, adapter: Path, tiny_base: Path
     (root / ".writing-lora_adapters-x").mkdir()
     shutil.copyfile(adapter / "adapter_config.json", root / ".writing-lora_adapters-x" / "adapter_config.json")
 
-    found, checkpoints = find_adapters(root)
+    folders, checkpoints = find_adapters(root)
+    found = [verify_adapter(folder, look_up_base=False) for folder in folders]
     rows = {str(Path(one.path).relative_to(root)): one for one in found}
     assert set(rows) == {
         "lora_adapters", "checkpoint-7", "checkpoint-9/lora_adapters", "speech-lora", "mit Leerzeichen"
@@ -97,7 +99,7 @@ def test_adapters_are_found_by_content(run: Path, adapter: Path, tiny_base: Path
     assert rows["lora_adapters"].bytes == (adapter / "adapter_model.safetensors").stat().st_size
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", rows["lora_adapters"].modified or "")
     assert checkpoints == [root, full]
-    steps = {Path(one.path).name: one.step for one in find_adapters(run)[0]}
+    steps = {folder.name: verify_adapter(folder, look_up_base=False).step for folder in find_adapters(run)[0]}
     assert steps == {"checkpoint-2": 2, "checkpoint-4": 4, "lora_adapters": 4}
 
 
@@ -248,7 +250,7 @@ def test_a_wrapper_of_the_original_package(adapter: Path, tiny_base: Path, tmp_p
     write_full(tmp_path / "full", {key: tensor for key, tensor in state.items() if "lora_" in key}, "bin")
     assert run_extract(tmp_path / "full", tmp_path / "out", alpha=8, base=str(tiny_base / "model")) == 0
     assert "--to native" in capsys.readouterr().out
-    assert layout_of(read_weights(tmp_path / "out")) == "boson"
+    assert open_adapter(tmp_path / "out").layout == "boson"
     convert(tmp_path / "out", tmp_path / "native", "native")
     trained, rescued = read_weights(adapter), read_weights(tmp_path / "native")
     assert rescued.keys() == trained.keys() and all(torch.equal(rescued[key], trained[key]) for key in trained)
@@ -392,7 +394,8 @@ def test_what_a_merged_folder_keeps(run: Path, tiny_base: Path, tmp_path: Path) 
     shutil.copytree(tiny_base / "model", base)
     (base / "processor_config.json").write_text('{"audio_tokenizer": {"audio_tokenizer_name_or_path": "my/codec"}}')
     config = model_config(str(base), str(tiny_base / "codec"))
-    report = merge(config, run / "checkpoint-4", tmp_path / "merged", compare_on="Any text.", max_shard_size="200KB")
+    stored = open_adapter(run / "checkpoint-4")
+    report = merge(config, stored, tmp_path / "merged", compare_on="Any text.", max_shard_size="200KB")
     assert filecmp.cmp(base / "processor_config.json", tmp_path / "merged" / "processor_config.json", shallow=False)
     generation = [json.loads((folder / "generation_config.json").read_text()) for folder in (base, tmp_path / "merged")]
     assert generation[0]["ras_win_len"] == 7 and generation[0] == generation[1]
@@ -406,8 +409,8 @@ def test_what_a_merged_folder_keeps(run: Path, tiny_base: Path, tmp_path: Path) 
     assert found.adapter_effect > 0.1 and found.merged_difference < 1e-5 and found.changed_positions > 0
     assert not verify_folder(tmp_path / "merged")
     with pytest.raises(CheckpointError, match="exists already"):
-        merge(config, run / "checkpoint-4", tmp_path / "merged")
-    merge(config, run / "checkpoint-4", tmp_path / "bare", save_tokenizer=False, dtype="bfloat16")
+        merge(config, stored, tmp_path / "merged")
+    merge(config, stored, tmp_path / "bare", save_tokenizer=False, dtype="bfloat16")
     halved = load_file(tmp_path / "bare" / "model.safetensors")
     assert {tensor.dtype for tensor in halved.values()} == {torch.bfloat16}
     assert not list((tmp_path / "bare").glob("tokenizer*"))

@@ -27,6 +27,7 @@ from helpers import DemoClip
 from speechtune.errors import AdapterError
 from speechtune.export.verify import Verification, verify_adapter
 from speechtune.families.higgs_audio_v2 import tiny
+from speechtune.inference.load import open_adapter
 from speechtune.lora.apply import load_adapter
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -191,7 +192,7 @@ SILENT: dict[str, Callable[[Path], None]] = {
 def refused(base: nn.Module, folder: Path) -> str:
     """The message with which loading refuses."""
     with pytest.raises(AdapterError) as caught:
-        load_adapter(copy.deepcopy(base), folder)
+        load_adapter(copy.deepcopy(base), open_adapter(folder))
     return str(caught.value)
 
 
@@ -222,7 +223,7 @@ def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_
     issues = verify_adapter(listed).issues
     assert len(issues) == 1 and issues[0].startswith("manifest: adapter_"), issues
     if name == "lora_alpha changed":  # a scale can be changed on purpose; changed weights cannot
-        load_adapter(copy.deepcopy(loaded_base), listed)
+        load_adapter(copy.deepcopy(loaded_base), open_adapter(listed))
     else:
         assert "blake3 differs" in refused(loaded_base, listed)
     (listed / "MANIFEST.json").unlink()
@@ -230,7 +231,7 @@ def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_
     status = {check.name: check.status for check in report.checks}
     assert report.valid and status["manifest"] == "unchecked"
     assert status["values"] == ("warning" if name == "one lora_B zeroed" else "ok")
-    load_adapter(copy.deepcopy(loaded_base), listed)
+    load_adapter(copy.deepcopy(loaded_base), open_adapter(listed))
 
 
 def test_a_bin_carries_its_own_checksums(adapter: Path) -> None:

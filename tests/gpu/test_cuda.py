@@ -13,7 +13,7 @@ from helpers import DemoClip
 from speechtune.config import RunConfig
 from speechtune.families import build_config
 from speechtune.families.phi4_multimodal import tiny as tiny_phi4
-from speechtune.inference.load import load_model, model_config
+from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import verify_folder
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
@@ -77,7 +77,7 @@ def test_pronunciation_trains_and_its_adapter_answers_alike(tmp_path: Path, demo
     }
     outcome = run_training(build_config(values, "test"))
     assert outcome.proof.base_unchanged and outcome.proof.lora_b_moved == outcome.proof.lora_b_total > 0
-    adapter = tmp_path / "run" / "lora_adapters"
+    adapter = open_adapter(tmp_path / "run" / "lora_adapters")
     trained, _ = outcome.job.family.probe(outcome.job.model.eval())
     family, loaded = load_model(model_config(None, None, adapter), adapter, outcome.job.precision)
     assert float((family.probe(loaded)[0] - trained).abs().max()) <= 1e-2 * float(trained.abs().max())

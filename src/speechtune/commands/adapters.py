@@ -14,12 +14,13 @@ from rich.table import Column, Table
 
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, settings_nearby
+from speechtune.export.find import find_adapters
 from speechtune.export.merge import MAX_SHARD_SIZE, Dtype, merge
 from speechtune.export.push import Upload, plan_upload, upload
-from speechtune.export.verify import Verification, _weights_or_none, find_adapters, verify_adapter
-from speechtune.families.higgs_audio_v2.boson import Layout
-from speechtune.inference.load import model_config
-from speechtune.lora.files import adapter_folder, read_tensors
+from speechtune.export.verify import Verification, verify_adapter
+from speechtune.family import NATIVE
+from speechtune.inference.load import model_config, open_adapter
+from speechtune.lora.files import read_tensors, weights_file
 
 COLORS = {"ok": "green", "issue": "red", "warning": "yellow", "unchecked": "dim"}
 
@@ -34,8 +35,7 @@ def run_verify(
 ) -> int:
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
     if find_all:
-        found, _ = find_adapters(path)
-        reports = [verify_adapter(Path(one.path), base) for one in found]
+        reports = [verify_adapter(folder, base) for folder in find_adapters(path)[0]]
     else:
         reports = [verify_adapter(path, base)]
     valid = bool(reports) and all(report.valid for report in reports)
@@ -56,9 +56,9 @@ def _print_verification(console: Console, report: Verification, verbose: bool) -
     for check in report.checks:
         table.add_row(check.name, f"[{COLORS[check.status]}]{check.status}[/]", escape(check.detail))
     console.print(table)
-    if verbose and (file := _weights_or_none(Path(report.path))) and report.valid:
+    if verbose and report.valid:
         tensors = Table("tensor", "shape", "dtype", "norm")
-        for name, tensor in sorted(read_tensors(file).items()):
+        for name, tensor in sorted(read_tensors(weights_file(Path(report.path))).items()):
             kind = str(tensor.dtype).removeprefix("torch.")
             tensors.add_row(name, str(tuple(tensor.shape)), kind, f"{float(tensor.float().norm()):.4g}")
         console.print(tensors)
@@ -70,7 +70,8 @@ def _print_verification(console: Console, report: Verification, verbose: bool) -
 
 def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int:
     """List every adapter under `root`; 0 when one was found, else 1."""
-    adapters, checkpoints = find_adapters(root)
+    folders, checkpoints = find_adapters(root)
+    adapters = [verify_adapter(folder, look_up_base=False) for folder in folders]
     if as_json:
         rows = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": [str(path) for path in checkpoints]}
         print(json.dumps(rows, ensure_ascii=False))
@@ -100,7 +101,7 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
 def run_convert(
     adapter: Path,
     output: Path,
-    to: Layout,
+    to: str,
     *,
     base: str | None = None,
     compare: bool = True,
@@ -149,8 +150,9 @@ def run_extract(
         *(f"{check.name}: {check.status}: {check.detail}" for check in report.verification.checks),
         *(f"not known: {reason}" for reason in report.unknown),
     ]
-    if report.layout == "boson":
-        lines.append(f"keys are in the boson layout: next, `speechtune adapters convert {output} OUTPUT --to native`")
+    if report.layout not in (None, NATIVE):
+        command = f"speechtune adapters convert {output} OUTPUT --to {NATIVE}"
+        lines.append(f"keys are in the {report.layout} layout: next, `{command}`")
     console = Console()
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -174,17 +176,16 @@ def run_merge(
     as_json: bool = False,
 ) -> int:
     """Merge an adapter into the base it names, or into `base`, and print what was measured; 0."""
-    folder = adapter_folder(adapter)
-    said = (found.codec for level in settings_nearby(folder) for found in level if found.codec)
-    config = model_config(base, codec or next(said, None), folder)
-    text = test_input if compare_models else None
+    stored = open_adapter(adapter)
+    named = (nearby.codec for level in settings_nearby(stored.directory) for nearby in level if nearby.codec)
+    config = model_config(base, codec or next(named, None), stored)
     report = merge(
         config,
-        adapter,
+        stored,
         output,
         dtype=dtype,
         save_tokenizer=save_tokenizer,
-        compare_on=text,
+        compare_on=test_input if compare_models else None,
         max_shard_size=max_shard_size,
     )
     if as_json:

@@ -24,7 +24,8 @@ from speechtune.export.merge import merge
 from speechtune.export.verify import verify_adapter
 from speechtune.families import build_config, family_part
 from speechtune.inference.generate import write_output
-from speechtune.inference.load import load_model
+from speechtune.inference.load import load_model, open_adapter
+from speechtune.lora.files import FOLDER_NAME
 from speechtune.report.write import write_report
 from speechtune.training.run import Outcome, run_training
 from speechtune.types import AudioRef, GenerationOptions, Output
@@ -200,14 +201,15 @@ def prove_saved(outcome: Outcome, merged: Path) -> list[tuple[str, str]]:
         SpeechtuneError: something does not hold.
     """
     config, family = outcome.job.config, outcome.job.family
-    adapter = config.output_dir / "lora_adapters"
+    adapter = config.output_dir / FOLDER_NAME
+    stored = open_adapter(adapter)
     trained, _ = family.probe(outcome.job.model.eval())
-    _, reloaded = load_model(config, adapter)
+    _, reloaded = load_model(config, stored)
     reload_difference = float((family.probe(reloaded)[0] - trained).abs().max())
     verified = verify_adapter(adapter, config.model.path)
     if not verified.valid:
-        raise TrainingError(f"{adapter}: " + "; ".join(f"{c.name}: {c.detail}" for c in verified.checks))
-    report = merge(config, adapter, merged)
+        raise TrainingError(f"{adapter}: " + "; ".join(verified.issues))
+    report = merge(config, stored, merged)
     load_plain = family_part(config.family, "tiny").load_plain
     merged_difference = float((family.probe(load_plain(merged).eval())[0] - trained).abs().max())
     if reload_difference > 1e-5 or merged_difference > 1e-3:

@@ -20,7 +20,9 @@ from speechtune.config import DataConfig, RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families import build_config, family_part
 from speechtune.inference.evaluate_pronunciation import evaluate
+from speechtune.inference.load import open_adapter
 from speechtune.inference.score import assessor, score_samples
+from speechtune.lora.files import FOLDER_NAME
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, print_evaluation
 from speechtune.training.run import run_training
 
@@ -49,7 +51,7 @@ def run_demo_pronunciation(directory: Path, family: str) -> int:
         merged = directory / "run" / "merged"
         rows = prove_saved(outcome, merged)
         console.rule("4. score one recording, and measure all those of the test speakers")
-        found = measure(data, directory, config.output_dir / "lora_adapters", console)
+        found = measure(data, directory, config.output_dir / FOLDER_NAME, console)
     print_evaluation(found, console)
     console.print("(synthetic voices with scores by a rule: these figures tell of the pipeline, not of people)")
     print_table("speechtune demo pronunciation", [*rows, files_written(config), report_row(config)], started, console)
@@ -77,7 +79,7 @@ def demo_config(family: str, data: Path, directory: Path) -> RunConfig:
 def measure(data: Path, directory: Path, adapter: Path, console: Console) -> EvaluationReport:
     """Score one recording for the eye, then evaluate the adapter on the test speakers."""
     cache = directory / "cache"
-    _, family, model = assessor(None, adapter)
+    _, family, model = assessor(None, open_adapter(adapter))
     sample, *_ = read_requests([], None, data / "test")
     (score,) = score_samples(family, model, [sample], cache, max_tokens=160)
     print_score(score, console)

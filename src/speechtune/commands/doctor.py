@@ -26,6 +26,7 @@ from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
+from speechtune.lora.files import read_adapter
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.storage.model_folder import inspect_folder
 from speechtune.storage.verified_folder import check_writable, write_verified
@@ -226,7 +227,7 @@ class Patient:
             if not self.config.lora.enabled:
                 return "the full model reads back bit for bit"
             trained, _ = self.family.probe(self.model.eval())
-            fresh = load_adapter(self.family.load(self.plan), saved).eval()
+            fresh = load_adapter(self.family.load(self.plan), read_adapter(saved))
             difference = float((self.family.probe(fresh)[0] - trained).abs().max())
         guards.check_equal(difference, 0.0, "the reloaded adapter")
         return f"reads back bit for bit; logits differ by {difference:.1e}"

@@ -11,7 +11,7 @@ from speechtune.config import DataConfig
 from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
 from speechtune.inference.generate import answer, provenance, write_output, write_outputs
-from speechtune.inference.load import load_model, model_config
+from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
 
@@ -51,9 +51,10 @@ def run_generate(
         clips = (Clip(AudioRef(reference), reference_text or ""),) if reference else ()
         samples = [Sample(out.stem, text, None, clips, system, scene)]
     options = GenerationOptions(**sampling)
-    config = model_config(model, codec, adapter)
-    family, loaded = load_model(config, adapter, ability="speak")
-    origin = provenance(config, adapter)
+    stored = open_adapter(adapter) if adapter else None
+    config = model_config(model, codec, stored)
+    family, loaded = load_model(config, stored, ability="speak")
+    origin = provenance(config, stored)
     outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)
     if manifest:
         rows = write_outputs(outputs, out, origin)

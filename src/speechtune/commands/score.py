@@ -15,6 +15,7 @@ from speechtune.data.audio_checks import check_audio, find_long_clips
 from speechtune.data.prompts import read_recordings
 from speechtune.data.sources import find_source, load_samples
 from speechtune.errors import ConfigError, ManifestError, printable
+from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
 from speechtune.tasks.pronunciation.alignment import _dictionary
 from speechtune.types import AudioRef, Sample
@@ -109,7 +110,7 @@ def run_score(
     samples = read_requests(audio, text, manifest)
     if any(sample.text and "labels" not in sample.extra for sample in samples):
         _dictionary()  # a missing one must not show after hours of answering
-    _, family, loaded = assessor(model, adapter)
+    _, family, loaded = assessor(model, open_adapter(adapter) if adapter else None)
     scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig
 
 from speechtune.errors import AdapterError
-from speechtune.export.convert import native_adapter, write_adapter
 from speechtune.export.verify import Verification, verify_adapter
-from speechtune.families.higgs_audio_v2.boson import layout_of
-from speechtune.lora.files import CONFIG_NAME, KEY_PREFIX, read_tensors
+from speechtune.families import adapter_layouts
+from speechtune.lora.files import CONFIG_NAME, FOLDER_NAME, KEY_PREFIX, layout_of, read_tensors, write_adapter
 from speechtune.storage.verified_folder import STATE_NAME, write_verified
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -107,14 +107,21 @@ def extract(
     alpha_value, alpha_from, source = _find_alpha(checkpoint, levels, alpha, rank)
     base_value, base_from = (base, "--base") if base else _find_base(levels)
     scaled = rslora if rslora is not None else source.rslora if source else None
-    values = lora_values(weights, rank) | {"lora_alpha": alpha_value, "base_model_name_or_path": base_value}
-    values |= {"use_rslora": bool(scaled), "alpha_pattern": dict(source.alpha_pattern or {}) if source else {}}
+    try:
+        config = LoraConfig(
+            **lora_values(weights, rank),
+            lora_alpha=alpha_value,  # pyright: ignore[reportArgumentType]  # PEFT divides by it; a float is fine
+            base_model_name_or_path=base_value,
+            use_rslora=bool(scaled),
+            alpha_pattern=dict(source.alpha_pattern or {}) if source else {},
+        )
+    except ValueError as error:
+        raise AdapterError(f"{checkpoint}: PEFT knows no adapter with these parts: {error}") from None
     verified: list[Verification] = []
 
     def write(aside: Path) -> None:
-        write_adapter(aside, values, weights.tensors)
-        with native_adapter(aside) as native:
-            verified.append(replace(verify_adapter(native), path=str(output)))
+        write_adapter(aside, config, weights.tensors)
+        verified.append(replace(verify_adapter(aside, any_layout=True), path=str(output)))
         if verified[0].issues:
             raise AdapterError(f"{checkpoint}: what was extracted does not verify: " + "; ".join(verified[0].issues))
 
@@ -124,12 +131,12 @@ def extract(
         len(weights.tensors),
         len(weights.ranks),
         rank,
-        values["rank_pattern"],
+        config.rank_pattern or {},
         alpha_value,
         alpha_from,
         base_value,
         base_from,
-        layout_of(weights.tensors),
+        layout_of(weights.tensors, adapter_layouts()),
         tuple(_unknown(base_value, scaled, alpha, source)),
         verified[0],
     )
@@ -148,8 +155,6 @@ def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source:
 def lora_values(weights: Weights, rank: int) -> dict[str, Any]:
     """What the tensors alone tell of an adapter's configuration; `target_modules` names exactly the modules found."""
     return {
-        "peft_type": "LORA",
-        "auto_mapping": None,
         "r": rank,
         "rank_pattern": {module: found for module, found in weights.ranks.items() if found != rank},
         "target_modules": sorted(weights.ranks),
@@ -234,7 +239,7 @@ def weight_files(checkpoint: Path) -> list[Path]:
 def settings_nearby(checkpoint: Path) -> list[list[Settings]]:
     """What files in the checkpoint's folder, then in its parent and the parent's `lora_adapters`, say of the run."""
     folder = (checkpoint.parent if checkpoint.is_file() else checkpoint).absolute()
-    levels = [[folder, folder / "lora_adapters"], [folder.parent, folder.parent / "lora_adapters"]]
+    levels = [[folder, folder / FOLDER_NAME], [folder.parent, folder.parent / FOLDER_NAME]]
     return [[found for place in places for found in _settings_in(place)] for places in levels]
 
 

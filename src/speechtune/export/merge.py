@@ -20,15 +20,15 @@ from torch import nn
 from speechtune import __version__
 from speechtune.config import RunConfig
 from speechtune.errors import AdapterError, CheckpointError
-from speechtune.export.convert import native_adapter
 from speechtune.export.verify import training_step
 from speechtune.families import create_family
-from speechtune.family import Family
+from speechtune.family import NATIVE, Family
 from speechtune.lora.apply import adapter_off, load_adapter, model_tensors
-from speechtune.lora.base_identity import check_base, read_recipe
-from speechtune.lora.files import CONFIG_NAME, adapter_folder, weights_file
+from speechtune.lora.base_identity import check_base
+from speechtune.lora.files import StoredAdapter
+from speechtune.lora.layouts import in_layout
 from speechtune.precision import PrecisionPlan
-from speechtune.storage.hashing import file_sha256, folder_fingerprint
+from speechtune.storage.hashing import folder_fingerprint
 from speechtune.storage.model_folder import load_tokenizer
 from speechtune.storage.verified_folder import check_writable, write_verified
 
@@ -71,7 +71,7 @@ class MergeReport:
 
 def merge(
     config: RunConfig,
-    adapter: Path,
+    adapter: StoredAdapter,
     output: Path,
     *,
     dtype: Dtype | None = None,
@@ -83,7 +83,7 @@ def merge(
 
     Args:
         config: names the base.
-        adapter: PEFT folder: safetensors or .bin, native or boson layout, also a checkpoint's folder.
+        adapter: native, or of a layout that the family offers.
         output: a folder that does not exist yet.
         dtype: of the stored weights; None keeps the base's.
         save_tokenizer: copy tokenizer and processor files too.
@@ -102,10 +102,9 @@ def merge(
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
     facts = provenance(family, config, base, adapter)
-    if recipe := read_recipe(adapter_folder(adapter)):
-        check_base(recipe, adapter, family, base, MERGE_PLAN)
-    with native_adapter(adapter) as native:
-        model = load_adapter(base, native).eval()
+    if adapter.identity:
+        check_base(adapter.identity, adapter.directory, family, base, MERGE_PLAN)
+    model = load_adapter(base, in_layout(adapter, NATIVE, family.adapter_layouts))
     merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
     merged = cast(Any, merged.to(stored_dtype))
     facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), "adapter_effect": report.adapter_effect}
@@ -186,9 +185,8 @@ def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> 
     return model(**inputs).logits.float()
 
 
-def provenance(family: Family, config: RunConfig, base: nn.Module, adapter: Path) -> dict[str, Any]:
+def provenance(family: Family, config: RunConfig, base: nn.Module, adapter: StoredAdapter) -> dict[str, Any]:
     """What a merged model was made of: base and its parts by revision or content, adapter by content, versions."""
-    directory = adapter_folder(adapter)
     folder = Path(config.model.path)
     parts: dict[str, Any] = {}
     for part, (path, revision) in family.parts.items():
@@ -198,10 +196,10 @@ def provenance(family: Family, config: RunConfig, base: nn.Module, adapter: Path
         "base_model_path": config.model.path,
         "base_revision": config.model.revision or getattr(cast(Any, base).config, "_commit_hash", None),
         "base_sha256": folder_fingerprint(folder) if folder.is_dir() else None,
-        "lora_adapter_path": str(directory),
-        "lora_adapter_sha256": file_sha256(weights_file(directory)),
-        "lora_config_sha256": file_sha256(directory / CONFIG_NAME),
-        "lora_step": training_step(directory),
+        "lora_adapter_path": str(adapter.directory),
+        "lora_adapter_sha256": adapter.sha256["weights"],
+        "lora_config_sha256": adapter.sha256["config"],
+        "lora_step": training_step(adapter.directory),
         **parts,
         "versions": {
             "speechtune": __version__,

@@ -1,4 +1,4 @@
-"""Upload an adapter to the Hugging Face hub: verified first, with its card, its recipe, and what can be heard of it."""
+"""Upload an adapter to the Hugging Face hub: verified first, with its card, the identity of its base, and samples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.export.verify import verify_adapter
-from speechtune.lora.files import adapter_folder
-from speechtune.lora.save import CARD_NAME
+from speechtune.lora.files import CARD_NAME, adapter_folder
 
 log = logging.getLogger("speechtune")
 
@@ -48,7 +47,7 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
         samples: send recordings of the run's last evaluation too, where there are some.
 
     Raises:
-        AdapterError: the adapter is not whole, or was never trained.
+        AdapterError: the adapter is damaged, or was never trained.
         ConfigError: no such name on the hub could be, or the card's metadata is not valid.
     """
     try:
@@ -60,12 +59,11 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
     folder = adapter_folder(path)
     verified = verify_adapter(folder, look_up_base=False)
     if not verified.valid:
-        issues = "; ".join(f"{check.name}: {check.detail}" for check in verified.checks if check.status == "issue")
-        raise AdapterError(f"{folder}: not uploaded: {issues}")
+        raise AdapterError(f"{folder}: not uploaded: {'; '.join(verified.issues)}")
     check_card(folder / CARD_NAME)
     files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     if samples:
-        files |= _heard(folder.parent / SAMPLES)
+        files |= _samples(folder.parent / SAMPLES)
     size = sum(file.stat().st_size for file in files.values())
     return Upload(repository, private, {name: str(file) for name, file in files.items()}, size, None)
 
@@ -84,15 +82,14 @@ def check_card(file: Path) -> None:
         raise ConfigError(f"{file}: the metadata block is not valid: {error}") from None
     missing = [name for name in ("library_name", "pipeline_tag") if not card.data.get(name)]
     if missing:
-        raise ConfigError(f"{file}: the metadata block lacks {missing[0]}")
+        raise ConfigError(f"{file}: the metadata block has no {missing[0]}")
 
 
-def _heard(directory: Path) -> dict[str, Path]:
+def _samples(directory: Path) -> dict[str, Path]:
     """Recordings of the last evaluation, by their place in the repository."""
     rounds = sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     last = rounds[-1:] if len(rounds) > 1 else []  # step 0 alone is the base's
-    found = [file for folder in last for file in sorted(folder.glob("*.wav"))[:MAX_SAMPLES]]
-    return {f"{SAMPLES}/{file.name}": file for file in found}
+    return {f"{SAMPLES}/{file.name}": file for folder in last for file in sorted(folder.glob("*.wav"))[:MAX_SAMPLES]}
 
 
 def upload(plan: Upload, *, api: HfApi | None = None) -> str:

@@ -24,7 +24,7 @@ from pydantic import field_validator
 from speechtune import config
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
-from speechtune.family import Family
+from speechtune.family import AdapterLayout, Family
 
 ENTRY_POINTS = "speechtune.families"
 
@@ -89,6 +89,12 @@ def create_family(run: RunConfig) -> Family:
         ConfigError: no such family.
     """
     return family_part(run.family, "family").FAMILY(run)
+
+
+def adapter_layouts() -> dict[str, AdapterLayout]:
+    """Layouts other than the native one that adapters of any family may have, by name."""
+    families = [family_part(name, "family").FAMILY for name in family_packages()]
+    return {name: layout for family in families for name, layout in family.adapter_layouts.items()}
 
 
 def family_of(model_path: str) -> str:

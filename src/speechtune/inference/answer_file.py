@@ -9,9 +9,9 @@ from typing import Any
 
 from speechtune.config import RunConfig
 from speechtune.family import Family
-from speechtune.lora.files import CONFIG_NAME, adapter_folder, weights_file
+from speechtune.lora.files import StoredAdapter
 from speechtune.storage.atomic_file import write_atomically
-from speechtune.storage.hashing import file_sha256, folder_fingerprint
+from speechtune.storage.hashing import folder_fingerprint
 
 log = logging.getLogger("speechtune")
 
@@ -54,7 +54,7 @@ class AnswerFile:
             file.write(json.dumps({"id": sample_id, "key": key, "text": text}) + "\n")
 
 
-def answerer(config: RunConfig, family: Family, adapter: Path | None) -> dict[str, Any]:
+def answerer(config: RunConfig, family: Family, adapter: StoredAdapter | None) -> dict[str, Any]:
     """Who answers: the base as it is prepared, by path, revision and (local, without adapter) content; the adapter too.
 
     An adapter counts by its weights and its configuration, which scales them.
@@ -63,5 +63,4 @@ def answerer(config: RunConfig, family: Family, adapter: Path | None) -> dict[st
     who: dict[str, Any] = {"model": model.path, "revision": model.revision, "prepared": family.recipe()}
     if adapter is None:
         return who | {"content": folder_fingerprint(base) if base.is_dir() else None}
-    folder = adapter_folder(adapter)
-    return who | {"adapter": [file_sha256(weights_file(folder)), file_sha256(folder / CONFIG_NAME)]}
+    return who | {"adapter": [adapter.sha256["weights"], adapter.sha256["config"]]}

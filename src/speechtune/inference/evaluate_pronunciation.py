@@ -13,6 +13,7 @@ from speechtune.config import DataConfig
 from speechtune.data.sources import Source, find_source, load_samples, read_source
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.inference.answer_file import AnswerFile, answerer
+from speechtune.inference.load import open_adapter
 from speechtune.inference.score import answer_by_length, assessor
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
 from speechtune.tasks.pronunciation.targets import TASKS, task_of, task_samples
@@ -107,8 +108,9 @@ def evaluate(
         importlib.import_module(module)
     samples = _task_samples(data, tasks)
     trained = training_samples(data, train, DataConfig())
-    config, family, loaded = assessor(model, adapter)
-    identity = answerer(config, family, adapter) | {"max_new_tokens": max_new_tokens}
+    stored = open_adapter(adapter) if adapter else None
+    config, family, loaded = assessor(model, stored)
+    identity = answerer(config, family, stored) | {"max_new_tokens": max_new_tokens}
     answers = AnswerFile(out / ANSWERS_NAME, identity)
     hasher = ClipHasher(cache_dir)
     keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio is not None}

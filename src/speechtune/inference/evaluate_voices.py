@@ -18,7 +18,8 @@ from speechtune.errors import ConfigError
 from speechtune.family import Family, Scorers
 from speechtune.inference.answer_file import AnswerFile, answerer
 from speechtune.inference.generate import answer, provenance
-from speechtune.inference.load import load_model, model_config
+from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.lora.files import StoredAdapter
 from speechtune.tasks.voice_cloning.comparison import Comparison, compare, write_comparison
 from speechtune.tasks.voice_cloning.measures import VoiceRow, measure
 from speechtune.types import Audio, AudioRef, GenerationOptions, Output, Sample
@@ -37,7 +38,7 @@ class System:
 
     name: str
     model: str | None
-    adapter: Path | None
+    adapter: StoredAdapter | None
 
 
 def systems_of(model: str | None, adapters: Sequence[Path], include_base: bool) -> list[System]:
@@ -46,9 +47,9 @@ def systems_of(model: str | None, adapters: Sequence[Path], include_base: bool) 
     Raises:
         ConfigError: nothing to evaluate, or two adapters of the same name.
     """
-    systems = [System("/".join(adapter.resolve().parts[-2:]), model, adapter) for adapter in adapters]
+    systems = [System("/".join(adapter.resolve().parts[-2:]), model, open_adapter(adapter)) for adapter in adapters]
     if include_base or not adapters:
-        base = model or model_config(None, None, adapters[0] if adapters else None).model.path
+        base = model or model_config(None, None, systems[0].adapter if systems else None).model.path
         systems.insert(0, System(BASE, base, None))
     names = [system.name for system in systems]
     doubled = next((name for name in names if names.count(name) > 1), None)

@@ -15,8 +15,7 @@ from speechtune.audio import file_name, write_wav
 from speechtune.cache.encode import encode_samples
 from speechtune.config import RunConfig
 from speechtune.family import Family
-from speechtune.lora.files import adapter_folder, weights_file
-from speechtune.storage.hashing import file_sha256
+from speechtune.lora.files import StoredAdapter
 from speechtune.types import GenerationOptions, Output, Sample
 
 log = logging.getLogger("speechtune")
@@ -45,9 +44,9 @@ def answer(
         yield from outputs
 
 
-def provenance(config: RunConfig, adapter: Path | None) -> dict[str, Any]:
+def provenance(config: RunConfig, adapter: StoredAdapter | None) -> dict[str, Any]:
     """What a generated recording says of its origin, in its own file."""
-    weights = None if adapter is None else file_sha256(weights_file(adapter_folder(adapter)))
+    weights = adapter.sha256["weights"] if adapter else None
     return {"generated": True, "model": config.model.path, "adapter_sha256": weights}
 
 

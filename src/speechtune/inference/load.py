@@ -9,11 +9,11 @@ from torch import nn
 
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
-from speechtune.families import build_config, create_family, family_of
+from speechtune.families import adapter_layouts, build_config, create_family, family_of
 from speechtune.family import Ability, Family
 from speechtune.lora.apply import load_adapter
-from speechtune.lora.base_identity import check_base, read_recipe
-from speechtune.lora.files import adapter_folder, stored_base
+from speechtune.lora.base_identity import check_base
+from speechtune.lora.files import StoredAdapter, adapter_folder, read_adapter
 from speechtune.precision import PrecisionPlan, plan_precision
 
 ELSEWHERE: dict[Ability, str] = {
@@ -23,15 +23,23 @@ ELSEWHERE: dict[Ability, str] = {
 """What to do instead with a model that has not an ability."""
 
 
-def model_config(model: str | None, codec: str | None, adapter: Path | None = None) -> RunConfig:
+def open_adapter(path: Path) -> StoredAdapter:
+    """Read and check an adapter, whatever layout its names follow: its folder, or that of its run or checkpoint.
+
+    Raises:
+        AdapterError: as `lora.files.read_adapter`.
+    """
+    return read_adapter(adapter_folder(path), adapter_layouts())
+
+
+def model_config(model: str | None, codec: str | None, adapter: StoredAdapter | None = None) -> RunConfig:
     """A configuration for using a model; the base defaults to the one the adapter names.
 
     Raises:
         ConfigError: neither a model nor an adapter that names one.
     """
-    folder = adapter_folder(adapter) if adapter else None
-    recipe = read_recipe(folder) if folder else None
-    path = model or (stored_base(folder) if folder else None)
+    recipe = adapter.identity if adapter else None
+    path = model or (adapter.config.base_model_name_or_path if adapter else None)
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
     values: dict[str, Any] = {"path": path} | ({"codec_path": codec} if codec else {})
@@ -44,13 +52,13 @@ def model_config(model: str | None, codec: str | None, adapter: Path | None = No
 
 
 def load_model(
-    config: RunConfig, adapter: Path | None, plan: PrecisionPlan | None = None, ability: Ability | None = None
+    config: RunConfig, adapter: StoredAdapter | None, plan: PrecisionPlan | None = None, ability: Ability | None = None
 ) -> tuple[Family, nn.Module]:
     """Family and model in evaluation mode, the adapter on it where one is given.
 
     Args:
         config: names the base.
-        adapter: adapter folder; None for the base alone.
+        adapter: None for the base alone.
         plan: precision; None decides by device.
         ability: what the model is wanted for, checked before its weights are read.
 
@@ -64,8 +72,7 @@ def load_model(
         raise ConfigError(f"{config.model.path}: a {family.name} model does not {ability}; {ELSEWHERE[ability]}")
     model = family.load(plan)
     if adapter is not None:
-        folder = adapter_folder(adapter)
-        if recipe := read_recipe(folder):
-            check_base(recipe, folder, family, model, plan)
-        model = load_adapter(model, folder)
+        if adapter.identity:
+            check_base(adapter.identity, adapter.directory, family, model, plan)
+        model = load_adapter(model, adapter)
     return family, model.eval()

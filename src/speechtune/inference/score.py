@@ -16,6 +16,7 @@ from speechtune.errors import ConfigError, printable
 from speechtune.family import Family
 from speechtune.inference.generate import answer
 from speechtune.inference.load import load_model, model_config
+from speechtune.lora.files import StoredAdapter
 from speechtune.tasks.pronunciation.alignment import WordScore, align_words
 from speechtune.tasks.pronunciation.answers import Answer, read_answer
 from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
@@ -123,7 +124,7 @@ def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
     return Score(name, audio, values, transcript, phones, words, unknown, raw, complete)
 
 
-def assessor(model: str | None, adapter: Path | None) -> tuple[RunConfig, Family, nn.Module]:
+def assessor(model: str | None, adapter: StoredAdapter | None) -> tuple[RunConfig, Family, nn.Module]:
     """Configuration, family and model for answering; the base defaults to the one the adapter names.
 
     Raises:

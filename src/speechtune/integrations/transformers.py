@@ -16,13 +16,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from speechtune.errors import ConfigError, TrainingError, some
 from speechtune.lora.apply import trainable
+from speechtune.lora.files import FOLDER_NAME
 from speechtune.lora.save import BORN_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
 from speechtune.tensors import checksums, tensors_fingerprint
 from speechtune.training import guards
 
 log = logging.getLogger("speechtune")
 
-FOLDER = "lora_adapters"
 SAMPLES = ("not known to a Trainer callback",)
 WARNINGS_SHOWN = 3  # of each kind; then one in WARNINGS_BETWEEN
 WARNINGS_BETWEEN = 100
@@ -147,7 +147,7 @@ class LoRACheckpointCallback(TrainerCallback):
             AdapterError: the adapter was never trained, or holds NaN.
             CheckpointError: it could not be written or reads back different.
         """
-        directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+        directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER_NAME
         self._save(args, state, kwargs["model"], directory, allow_untrained=not self._has_moved)
 
     def on_train_end(
@@ -161,7 +161,7 @@ class LoRACheckpointCallback(TrainerCallback):
         """
         for kind, count in self._warned.items():
             log.warning("the training had %d issues of the kind %s", count, kind)
-        self._save(args, state, kwargs["model"], Path(str(args.output_dir)) / FOLDER, allow_untrained=False)
+        self._save(args, state, kwargs["model"], Path(str(args.output_dir)) / FOLDER_NAME, allow_untrained=False)
 
     def _save(
         self,
@@ -229,17 +229,17 @@ def _load_resumed(model: PeftModel, name: str) -> None:
 
     The Trainer loads every subfolder that holds an adapter; transformers 5.17 then does not load the one beside it.
     """
-    if FOLDER not in model.peft_config or name == FOLDER:
+    if FOLDER_NAME not in model.peft_config or name == FOLDER_NAME:
         return
-    stored, live = named_state(model, FOLDER), named_state(model, name)
+    stored, live = named_state(model, FOLDER_NAME), named_state(model, name)
     shapes = {key: tensor.shape for key, tensor in stored.items()}
     if shapes != {key: tensor.shape for key, tensor in live.items()}:
-        raise TrainingError(f"the checkpoint's {FOLDER} does not have the tensors of the adapter {name!r}")
+        raise TrainingError(f"the checkpoint's {FOLDER_NAME} does not have the tensors of the adapter {name!r}")
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(stored[key])
-    model.delete_adapter(FOLDER)
-    log.info("resumed: adapter %r goes on from the checkpoint's %s", name, FOLDER)
+    model.delete_adapter(FOLDER_NAME)
+    log.info("resumed: adapter %r goes on from the checkpoint's %s", name, FOLDER_NAME)
 
 
 def _show_log_lines(main_process: bool) -> None:

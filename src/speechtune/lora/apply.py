@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError
 from speechtune.family import Family
-from speechtune.lora.files import layout_hint, read_adapter, read_config
+from speechtune.lora.files import StoredAdapter, read_adapter
 
 ADAPTER = "default"
 """Name under which PEFT keeps the adapter that is trained here; others on the model belong to its base."""
@@ -137,12 +139,11 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 def _start_from(adapted: PeftModel, directory: Path) -> None:
     """Copy a saved adapter's weights into a fresh one of the same shape."""
-    stored, config, live = read_adapter(directory), read_config(directory), adapter_state(adapted)
-    own = adapted.peft_config[ADAPTER]
-    found = {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
-    asked = {"rank": own.r, "alpha": own.lora_alpha, "rslora": own.use_rslora, "dora": own.use_dora}  # pyright: ignore[reportAttributeAccessIssue]
-    if found != asked:
-        raise AdapterError(f"{directory}: the adapter to go on from has {found}, this run's lora section says {asked}")
+    source, live = read_adapter(directory), adapter_state(adapted)
+    has, asked = (_scale(config) for config in (source.config, adapted.peft_config[ADAPTER]))
+    if has != asked:
+        raise AdapterError(f"{directory}: the adapter to go on from has {has}, this run's lora section says {asked}")
+    stored = source.tensors
     if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in live.items()}:
         raise AdapterError(
             f"{directory}: the adapter to go on from has other tensors than this run's: {len(stored)} and {len(live)}, "
@@ -152,6 +153,12 @@ def _start_from(adapted: PeftModel, directory: Path) -> None:
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(stored[name])  # the state's tensors share memory with the parameters
+
+
+def _scale(config: PeftConfig) -> dict[str, object]:
+    """What, besides its tensors, says how strongly an adapter changes its base."""
+    assert isinstance(config, LoraConfig)
+    return {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:
@@ -202,34 +209,35 @@ def lora_b_norms(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(tensor.float().norm()) for name, tensor in state.items() if "lora_B" in name}
 
 
-def load_adapter(model: nn.Module, directory: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter onto its base, and refuse what PEFT only warns about.
+def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
+    """Put a saved adapter onto its base for inference, and refuse what PEFT only warns about.
 
     Raises:
-        AdapterError: whatever `read_adapter` refuses; another key layout than the base's (the message names the command
-            that converts it); keys missing or left over; shapes that differ.
+        AdapterError: keys missing or left over, shapes that differ, another layout than the base's (the message names
+            the command that converts it).
     """
-    stored = read_adapter(directory)
-    modules = {name for name, _ in plain_model(model).named_modules()}
-    if hint := layout_hint(stored, modules):
-        raise AdapterError(f"{directory}: {hint}")
+    config = copy.deepcopy(stored.config)
+    config.inference_mode = True
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(directory), ADAPTER, is_trainable=is_trainable)
-            activate(model)
+            model.add_adapter(ADAPTER, config)
             loaded = model
         else:
-            loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)  # pyright: ignore[reportArgumentType]
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise AdapterError(f"{directory}: the adapter does not load: {error}") from None
+            loaded = PeftModel(cast(PreTrainedModel, model), config, ADAPTER)
+        set_peft_model_state_dict(loaded, dict(stored.tensors), ADAPTER)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = stored.layout_hint or f"the adapter does not load: {error}"
+        raise AdapterError(f"{stored.directory}: {reason}") from None
+    activate(loaded)
     wanted = adapter_state(loaded)
-    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    missing, extra = sorted(set(wanted) - set(stored.tensors)), sorted(set(stored.tensors) - set(wanted))
     if missing or extra:
-        raise AdapterError(
-            f"{directory}: the adapter does not belong to this base: {len(missing)} tensors missing "
-            f"(first {missing[:2]}), {len(extra)} left over (first {extra[:2]})"
+        reason = stored.layout_hint or (
+            f"the adapter does not belong to this base: {len(missing)} tensors missing (first {missing[:2]}), "
+            f"{len(extra)} left over (first {extra[:2]})"
         )
-    return loaded
+        raise AdapterError(f"{stored.directory}: {reason}")
+    return loaded.eval()
 
 
 def describe_settings(settings: LoraSettings, pattern: str) -> dict[str, Any]:

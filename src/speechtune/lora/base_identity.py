@@ -17,10 +17,10 @@ from torch import nn
 from speechtune.config import RunConfig
 from speechtune.errors import AdapterError, ConfigError, TrainingError, some
 from speechtune.family import Family
-from speechtune.lora.save import RECIPE_NAME
 from speechtune.precision import PrecisionPlan
 from speechtune.tensors import non_finite
 
+RECIPE_NAME = "base_recipe.json"
 NUM_LOGITS = 256
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 """Greatest distance of two fingerprints, relative to their length, per precision of the coarser of the two bases."""

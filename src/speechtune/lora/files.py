@@ -1,31 +1,75 @@
-"""Saved adapters: their files read without running code, and what is wrong with them whatever their base."""
+"""Saved adapters: their files read without running code, and checked for what no base could make good."""
 
 from __future__ import annotations
 
-import json
+import copy
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from speechtune.errors import AdapterError, Issue
+from speechtune.family import NATIVE, AdapterLayout
+from speechtune.lora.base_identity import BaseRecipe, read_recipe
+from speechtune.storage.hashing import file_sha256
 from speechtune.storage.verified_folder import MANIFEST_NAME, verify_folder
 
+FOLDER_NAME = "lora_adapters"
 WEIGHTS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
+CARD_NAME = "README.md"
 KEY_PREFIX = "base_model.model."
 LORA_PART = re.compile(r"\.lora_(embedding_)?([AB]|magnitude_vector)\b")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what .bin files put around their tensors
 # torch.load meets damage at any depth of zip, pickle and tensor storage
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError)
 UNREADABLE += (RuntimeError, KeyError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter read from disk, opened once for everything that is done with it.
+
+    Attributes:
+        directory: the folder it was read from.
+        config: its configuration.
+        tensors: its weights under the names they have on disk.
+        layout: what its names follow: NATIVE, or a layout that a family offers; None for neither.
+        identity: the base it was trained on; None for adapters of other tools.
+    """
+
+    directory: Path
+    config: LoraConfig
+    tensors: Mapping[str, torch.Tensor]
+    layout: str | None
+    identity: BaseRecipe | None
+
+    @property
+    def layout_hint(self) -> str:
+        """What to do where a model does not know these names; "" where the names are not the cause."""
+        if self.layout in (None, NATIVE):
+            return ""
+        return (
+            f"its keys have the {self.layout} layout, unlike the base's ({min(self.tensors)}): convert it with "
+            "`speechtune adapters convert PATH OUTPUT --to native`"
+        )
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Hashes of its two files: "weights" and "config", which scales them."""
+        return {
+            "weights": file_sha256(weights_file(self.directory)),
+            "config": file_sha256(self.directory / CONFIG_NAME),
+        }
 
 
 def adapter_folder(path: Path) -> Path:
@@ -36,28 +80,30 @@ def adapter_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
-    inner = path / "lora_adapters"
+    inner = path / FOLDER_NAME
     names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
     return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
 
 
-def read_adapter(directory: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a saved adapter; refuses one that no base could make good.
+def read_adapter(directory: Path, layouts: Mapping[str, AdapterLayout] | None = None) -> StoredAdapter:
+    """Open a saved adapter; refuses one that no base could make good.
+
+    Args:
+        directory: its own folder.
+        layouts: those its names may follow besides the native one.
 
     Raises:
         AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
             never trained, weights that are not those MANIFEST.json lists.
     """
-    read_config(directory)
-    weights = weights_file(directory)
-    tensors = read_tensors(weights)
+    config, tensors = read_config(directory), read_tensors(weights_file(directory))
     issues = value_issues(tensors)
     if not issues and (directory / MANIFEST_NAME).exists():
         # Not the config: it may be changed on purpose, to scale an adapter.
         issues = [str(issue) for issue in manifest_issues(directory) if issue.source != CONFIG_NAME]
     if issues:
         raise AdapterError(f"{directory}: " + "; ".join(issues))
-    return tensors
+    return StoredAdapter(directory, config, tensors, layout_of(tensors, layouts or {}), read_recipe(directory))
 
 
 def manifest_issues(directory: Path) -> list[Issue]:
@@ -86,6 +132,8 @@ def read_config(directory: Path) -> LoraConfig:
         re.compile(config.target_modules if isinstance(config.target_modules, str) else "")
     except re.error as error:
         raise AdapterError(f"{file}: target_modules={config.target_modules!r}: not a valid regex: {error}") from None
+    if not isinstance(config.auto_mapping, dict):
+        config.auto_mapping = None  # the original package wrote `true` here
     return config
 
 
@@ -121,20 +169,30 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         # Memory-mapped: of a full checkpoint only the wanted tensors are read.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        tensors = _unwrapped(loaded)
-        return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
+        return {name: tensor.clone() for name, tensor in _unwrapped(loaded).items() if wanted(name)}
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{path}: truncated or not a weights file: {reason}") from None
 
 
-def _unwrapped(loaded: Any) -> dict[str, torch.Tensor]:
+def _unwrapped(loaded: object) -> dict[str, torch.Tensor]:
     for name in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError("no tensors by name in it")
     return {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def write_adapter(directory: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write config and weights of an adapter into an existing folder."""
+    config = copy.copy(config)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(modules := getattr(config, name), set):
+            setattr(config, name, sorted(modules))  # PEFT writes a set in another order each time
+    config.save_pretrained(str(directory))
+    own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}  # none may share memory
+    save_file(own, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def value_issues(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -158,34 +216,15 @@ def value_issues(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def lora_module(name: str) -> str | None:
     """Name of the module in the base that a tensor of an adapter belongs to; None when it is no LoRA tensor."""
-    found = LORA_PART.search(name)
-    return name[: found.start()].removeprefix(KEY_PREFIX) if found else None
+    part = LORA_PART.search(name)
+    return name[: part.start()].removeprefix(KEY_PREFIX) if part else None
 
 
-def layout_hint(names: Iterable[str], modules: set[str]) -> str | None:
-    """What to do when an adapter's names differ from the base's modules by a leading `model.` alone."""
-    stored = {module for name in names if (module := lora_module(name))}
-    if not stored or stored & modules:
-        return None
-    for to, moved in (
-        ("native", {f"model.{name}" for name in stored}),
-        ("boson", {name.removeprefix("model.") for name in stored}),
-    ):
-        if moved <= modules:
-            return (
-                f"its keys have another layout than the base's (it says {min(stored)}, the base has {min(moved)}): "
-                f"convert it with `speechtune adapters convert PATH OUTPUT --to {to}`"
-            )
-    return None
-
-
-def stored_base(directory: Path) -> str | None:
-    """The base an adapter says it was trained on.
-
-    Raises:
-        AdapterError: no readable adapter_config.json.
-    """
-    try:
-        return json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{directory}/{CONFIG_NAME}: not readable: {error}") from None
+def layout_of(names: Iterable[str], layouts: Mapping[str, AdapterLayout]) -> str | None:
+    """The layout that all names of an adapter's tensors follow: one of `layouts`, NATIVE, or None for neither."""
+    bare = [name.removeprefix(KEY_PREFIX) for name in names]
+    for name, layout in layouts.items():
+        if all(layout.names.match(one) for one in bare):
+            return name
+    native = all(any(layout.native_names.match(one) for layout in layouts.values()) for one in bare)
+    return NATIVE if native or not layouts else None

@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
+from speechtune.lora.base_identity import RECIPE_NAME
+from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from speechtune.storage.verified_folder import MANIFEST_NAME, check_writable, write_verified
 
 log = logging.getLogger("speechtune")
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-CARD_NAME = "README.md"
-RECIPE_NAME = "base_recipe.json"
-ADAPTER_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, MANIFEST_NAME, "adapter_model.bin"})
+ADAPTER_FILES = frozenset({WEIGHTS_NAME, BIN_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, MANIFEST_NAME})
 COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
 SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
 NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"

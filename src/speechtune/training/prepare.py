@@ -29,8 +29,8 @@ from speechtune.lora.apply import (
     target_pattern,
     trainable,
 )
-from speechtune.lora.base_identity import describe_base
-from speechtune.lora.save import CARD_NAME, RECIPE_NAME
+from speechtune.lora.base_identity import RECIPE_NAME, describe_base
+from speechtune.lora.files import CARD_NAME
 from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints
 from speechtune.tensors import tensors_fingerprint

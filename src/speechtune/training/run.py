@@ -17,7 +17,8 @@ from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.family import Family
 from speechtune.lora.apply import adapter_state, frozen, trainable
-from speechtune.lora.save import CARD_NAME, save_lora_adapters
+from speechtune.lora.files import CARD_NAME, FOLDER_NAME
+from speechtune.lora.save import save_lora_adapters
 from speechtune.storage.verified_folder import STATE_NAME
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
 from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
@@ -128,7 +129,7 @@ def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, to
     output_dir = job.config.output_dir
     if isinstance(job.model, PeftModel):
         notes = {**job.notes, CARD_NAME: model_card(job.config, job.family, job.train_set, result.scores)}
-        directory = output_dir / "lora_adapters"
+        directory = output_dir / FOLDER_NAME
         save_lora_adapters(job.model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
     write_state(output_dir / STATE_NAME, result.state)
     summary = {

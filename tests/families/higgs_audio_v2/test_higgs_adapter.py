@@ -23,6 +23,7 @@ from speechtune.config import LoraSettings, RunConfig
 from speechtune.errors import AdapterError
 from speechtune.export.merge import merge
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.inference.load import open_adapter
 from speechtune.lora.apply import apply_lora, load_adapter, model_tensors
 from speechtune.storage.verified_folder import write_verified
 from speechtune.training.checkpoint import save_weights
@@ -105,7 +106,7 @@ def test_plain_peft_loads_the_adapter(
 
 def test_our_loader_gives_the_same_logits(trained: Trained, tiny_family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """`load_adapter` is stricter than PEFT, and no different where it accepts."""
-    model = load_adapter(tiny_family.load(FP32), trained.folder).eval()
+    model = load_adapter(tiny_family.load(FP32), open_adapter(trained.folder)).eval()
     assert float((plain_logits(model, native_inputs(tiny_family, cases)) - trained.logits).abs().max()) <= 1e-6
 
 
@@ -118,7 +119,7 @@ def test_fresh_adapter_changes_nothing_and_is_refused(
     assert torch.equal(plain_logits(fresh, batch), plain_logits(plain_base, batch))
     folder = save_adapter(fresh, tmp_path / "zero")
     with pytest.raises(AdapterError, match="every lora_B is zero"):
-        load_adapter(tiny_family.load(FP32), folder)
+        load_adapter(tiny_family.load(FP32), open_adapter(folder))
 
 
 def changed_copy(trained: Trained, folder: Path, rename: Callable[[str], str | None]) -> Path:
@@ -144,7 +145,7 @@ def test_adapter_of_the_original_package_is_refused(
         deaf = PeftModel.from_pretrained(plain_base, str(folder)).eval()
     assert torch.equal(plain_logits(deaf, batch), untouched)
     with pytest.raises(AdapterError, match="layout"):
-        load_adapter(tiny_family.load(FP32), folder)
+        load_adapter(tiny_family.load(FP32), open_adapter(folder))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_adapter_of_another_base_is_refused(
     folder = changed_copy(trained, tmp_path / "other", rename)
     with warnings.catch_warnings(), pytest.raises(AdapterError, match=reason):
         warnings.simplefilter("ignore")
-        load_adapter(tiny_family.load(FP32), folder)
+        load_adapter(tiny_family.load(FP32), open_adapter(folder))
 
 
 def test_targets_match_nothing(tiny_family: HiggsAudioV2Family) -> None:
@@ -183,7 +184,7 @@ def test_merged_folder_is_a_plain_model(
     tmp_path: Path,
 ) -> None:
     """Merged, saved, loaded by transformers alone: the trained model's logits and its greedy rows."""
-    report = merge(make_config(), trained.folder, tmp_path / "merged")
+    report = merge(make_config(), open_adapter(trained.folder), tmp_path / "merged")
     plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     logits = plain_logits(plain, native_inputs(tiny_family, cases))
@@ -209,6 +210,6 @@ def test_merge_keeps_the_dtype_of_the_base(
     )
     shutil.copytree(tiny_base / "model", tmp_path / "half")
     half.save_pretrained(tmp_path / "half")
-    merge(make_config(model={"path": str(tmp_path / "half")}), trained.folder, tmp_path / "merged")
+    merge(make_config(model={"path": str(tmp_path / "half")}), open_adapter(trained.folder), tmp_path / "merged")
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}

@@ -18,10 +18,9 @@ from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.export.merge import merge
 from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
-from speechtune.inference.load import load_model, model_config
+from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.apply import apply_lora
-from speechtune.lora.base_identity import read_recipe
-from speechtune.lora.save import RECIPE_NAME
+from speechtune.lora.base_identity import RECIPE_NAME, read_recipe
 from speechtune.tasks.pronunciation.targets import render_answer, target_of
 from speechtune.training.run import Outcome, run_training
 from speechtune.types import Sample
@@ -74,10 +73,10 @@ def test_plain_transformers_gives_all_sixteen_answers_word_for_word(
 def test_saved_reloaded_and_merged_answer_alike(phi4_run: Outcome, phi4_base: Path, tmp_path: Path) -> None:
     adapter = phi4_run.job.config.output_dir / "lora_adapters"
     trained, _ = phi4_run.job.family.probe(phi4_run.job.model.eval())
-    config = model_config(None, None, adapter)
-    family, reloaded = load_model(config, adapter)
+    config = model_config(None, None, open_adapter(adapter))
+    family, reloaded = load_model(config, open_adapter(adapter))
     assert distance(family.probe(reloaded)[0], trained) < 1e-5
-    report = merge(config, adapter, tmp_path / "merged")
+    report = merge(config, open_adapter(adapter), tmp_path / "merged")
     assert report.greedy_equal and report.adapter_effect > 1
     plain = plain_base(tmp_path / "merged")
     assert distance(family.probe(plain)[0], trained) < 1e-5
@@ -118,7 +117,7 @@ def test_what_each_mode_makes_of_the_speech_lora(
     add_by_hand(by_hand, adapter)
     wanted = native_logits(by_hand, phi4_base, sample)
     assert distance(native_logits(run.job.model.eval(), phi4_base, sample), wanted) < 1e-5
-    _, loaded = load_model(model_config(None, None, adapter), adapter)
+    _, loaded = load_model(model_config(None, None, open_adapter(adapter)), open_adapter(adapter))
     assert distance(native_logits(loaded, phi4_base, sample), wanted) < 1e-5
     without = native_logits(plain_base(phi4_base), phi4_base, sample)
     assert distance(wanted, without) > 1e-2
@@ -185,30 +184,30 @@ def test_an_adapter_is_refused_on_another_base_than_its_own(
     damage: str, runs: dict[str, Outcome], phi4_base: Path, tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(runs["merge"].job.config.output_dir / "lora_adapters", tmp_path / "adapter")
-    config = model_config(None, None, adapter)
+    config = model_config(None, None, open_adapter(adapter))
     reason = "prepared as"
     if damage == "another base":
         base = shutil.copytree(phi4_base, tmp_path / "base")
         model = plain_base(base)
         model.model.layers[1].mlp.down_proj.weight.data.mul_(1.2)
         model.save_pretrained(base)
-        config, reason = model_config(str(base), None, adapter), "answers a fixed input otherwise"
+        config, reason = model_config(str(base), None, open_adapter(adapter)), "answers a fixed input otherwise"
     elif damage == "speech LoRA dropped":
         config = config.model_copy(update={"model": config.model.model_copy(update={"speech_lora": "drop"})})
     elif damage == "another speech LoRA":
         base = shutil.copytree(phi4_base, tmp_path / "base")
         shutil.rmtree(base / "speech-lora")
         shutil.copytree(runs["continue"].job.config.output_dir / "lora_adapters", base / "speech-lora")
-        config = model_config(str(base), None, adapter)
+        config = model_config(str(base), None, open_adapter(adapter))
     else:
         (adapter / RECIPE_NAME).write_text('{"family": ')
         with pytest.raises(AdapterError, match="not readable as the recipe"):
-            model_config(None, None, adapter)
+            model_config(None, None, open_adapter(adapter))
         return
     with pytest.raises(AdapterError, match=reason):
-        load_model(config, adapter)
+        load_model(config, open_adapter(adapter))
     with pytest.raises(AdapterError, match=reason):
-        merge(config, adapter, tmp_path / "merged")
+        merge(config, open_adapter(adapter), tmp_path / "merged")
 
 
 def test_checkpoints_carry_the_recipe_too(runs: dict[str, Outcome]) -> None:
@@ -237,11 +236,11 @@ def test_other_things_trained_beside_lora_survive_saving_and_merging(
     trained, _ = outcome.job.family.probe(outcome.job.model.eval())
     moved = [n for n, p in outcome.job.model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert bool(moved) == (not lora.get("dora"))
-    found = model_config(None, None, adapter)
+    found = model_config(None, None, open_adapter(adapter))
     assert list(found.lora.trainable_tokens) == lora.get("trainable_tokens", [])
-    family, reloaded = load_model(found, adapter)
+    family, reloaded = load_model(found, open_adapter(adapter))
     assert distance(family.probe(reloaded)[0], trained) < 1e-5
-    merge(found, adapter, tmp_path / "merged")
+    merge(found, open_adapter(adapter), tmp_path / "merged")
     plain = plain_base(tmp_path / "merged")
     assert distance(family.probe(plain)[0], trained) < 1e-4
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from speechtune.errors import ConfigError
-from speechtune.lora.files import KEY_PREFIX
+from speechtune.family import AdapterLayout
 
 KEY_RENAMES = (
     (re.compile(r"^audio_codebook_embeddings\."), "model.embed_audio_tokens.embed_audio_tokens."),
@@ -149,23 +148,11 @@ def load_legacy(directory: Path, dtype: torch.dtype, attention: str) -> nn.Modul
     return model
 
 
-Layout = Literal["native", "boson"]
-Rename = Callable[[str], str]
 BOSON_RENAMES = (
     (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
     (re.compile(r"^model\.(embed_tokens|layers|norm)\b"), r"\1"),
     (re.compile(r"^(audio_lm_head|text_lm_head)\."), r"audio_decoder_proj.\1."),
 )
-BOSON_NAME = re.compile(r"^(layers|embed_tokens|norm|audio_codebook_embeddings|audio_decoder_proj)\.")
-NATIVE_NAME = re.compile(r"^(model|audio_lm_head|text_lm_head)\.")
-
-
-def layout_of(names: Iterable[str]) -> Layout | None:
-    """Layout of an adapter's tensor names; None when they are of neither."""
-    bare = [name.removeprefix(KEY_PREFIX) for name in names]
-    if bare and all(BOSON_NAME.match(name) for name in bare):
-        return "boson"
-    return "native" if bare and all(NATIVE_NAME.match(name) for name in bare) else None
 
 
 def boson_name(name: str) -> str:
@@ -175,4 +162,10 @@ def boson_name(name: str) -> str:
     return name
 
 
-RENAMES: Mapping[Layout, Rename] = {"native": rename_key, "boson": boson_name}
+BOSON = AdapterLayout(
+    names=re.compile(r"^(layers|embed_tokens|norm|audio_codebook_embeddings|audio_decoder_proj)\."),
+    native_names=re.compile(r"^(model|audio_lm_head|text_lm_head)\."),
+    to_native=rename_key,
+    from_native=boson_name,
+)
+"""Names of adapters trained with the original package."""

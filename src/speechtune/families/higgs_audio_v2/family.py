@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import AutoConfig, HiggsAudioV2Config, HiggsAudioV2ForConditio
 
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
-from speechtune.families.higgs_audio_v2.boson import is_legacy, legacy_config, load_legacy
+from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
 from speechtune.families.higgs_audio_v2.codec import HiggsCodec
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.higgs_audio_v2.layout import (
@@ -91,6 +92,8 @@ class HiggsAudioV2Family(Family):
         "attention+audio_ffn": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
         "all": r".*\.(self_attn\.(q|k|v|o)_proj|(audio_)?mlp\.(gate|up|down)_proj)",
     }
+
+    adapter_layouts = MappingProxyType({"boson": BOSON})
 
     def __init__(self, config: RunConfig) -> None:
         if not isinstance(config, Config):

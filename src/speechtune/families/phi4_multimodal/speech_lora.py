@@ -19,7 +19,7 @@ from torch import nn
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.families.phi4_multimodal.options import Phi4ModelConfig
 from speechtune.lora.base_identity import check_weights
-from speechtune.lora.files import lora_module, read_adapter, read_config, weights_file
+from speechtune.lora.files import lora_module, read_adapter, weights_file
 from speechtune.storage.hashing import file_sha256
 
 log = logging.getLogger("speechtune")
@@ -117,7 +117,8 @@ def attach(model: nn.Module, folder: Path) -> PeftModel:
     Raises:
         AdapterError: not a sound LoRA, or not of this model.
     """
-    tensors, stored = read_adapter(folder), read_config(folder)
+    adapter = read_adapter(folder)
+    tensors, stored = dict(adapter.tensors), adapter.config
     wanted = sorted({module for name in tensors if (module := lora_module(name))})
     missing = sorted(set(wanted) - {name for name, _ in model.named_modules()})
     if missing:
