@@ -206,7 +206,7 @@ def write_samples(folder: Path, clips: Sequence[DemoClip], steps: Sequence[int])
             write_wav(folder / name / f"p{n}.wav", Audio(noisy, 24_000))
     for step in steps:
         rows = [
-            {"id": f"p{n}", "heard": clip.text.lower(), "wer": 1 - step / (steps[-1] or 1), "sim": 0.8, "mos": 3.6}
+            {"id": f"p{n}", "transcript": clip.text.lower(), "wer": 1 - step / (steps[-1] or 1), "sim": 0.8, "mos": 3.6}
             | {"stopped": step > 0, "seconds": clip.duration_seconds, "duration_ratio": 1.02}
             for n, clip in enumerate(clips)
         ]

@@ -16,13 +16,14 @@ import pytest
 import report_cases
 from helpers import DemoClip
 from report_cases import HIGGS, PHI4, make_bare_run, make_run, step_record, write_lines
+from speechtune.commands.report import run_report
 from speechtune.errors import ConfigError
 from speechtune.report.html import page
 from speechtune.report.markdown import markdown
 from speechtune.report.plots import Line, Panel, downsample, linear_ticks, log_ticks, make_scale, svg
 from speechtune.report.read_run import STOPPED, UNFINISHED, read_run
-from speechtune.report.sound import AudioBudget, encode_sound, log_mel, png, spread
-from speechtune.report.write import run_report
+from speechtune.report.sound import AudioBudget, encode_sound, png, spread
+from speechtune.training.tracking import mel_picture
 from speechtune.types import Audio
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> [a](http://x) | `b`"
@@ -34,7 +35,7 @@ def body_of(html: str) -> str:
     return html[html.index("<body>") :]
 
 
-def test_a_finished_run_is_told_in_full(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+def test_a_finished_run_in_full(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
     run = make_run(tmp_path / "voice", demo_clips[:2])
     assert run_report([run]) == 0
     html, text = ((run / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
@@ -74,9 +75,17 @@ def test_a_finished_run_is_told_in_full(tmp_path: Path, demo_clips: list[DemoCli
 def test_a_pronunciation_run_needs_no_other_code(tmp_path: Path) -> None:
     run = make_run(tmp_path / "phones", kind=PHI4)
     write_lines(run / "samples" / "prompts.jsonl", [{"id": "u1", "text": "hello", "speaker": "s1"}])
-    write_lines(run / "samples" / "step-60" / "scores.jsonl", [{"id": "u1", "heard": '{"accuracy": 8}', "per": 0.1}])
+    write_lines(
+        run / "samples" / "step-60" / "scores.jsonl", [{"id": "u1", "transcript": '{"accuracy": 8}', "per": 0.1}]
+    )
     html = page([read_run(run)])
-    for wanted in ("PCC of accuracy", "F1 of mispronunciation", "share of answers that parse", "PER 0.1", "heard: {"):
+    for wanted in (
+        "PCC of accuracy",
+        "F1 of mispronunciation",
+        "share of answers that parse",
+        "PER 0.1",
+        "transcript: {",
+    ):
         assert wanted in html, wanted
     assert "loss of the text head" in html and "all heads weighted" not in html
     assert "no audio kept" not in html and "<audio" not in html
@@ -101,8 +110,8 @@ def test_a_run_stopped_by_a_guard(tmp_path: Path) -> None:
     write_lines(run / "warnings.jsonl", [{"step": 30, "kind": "guard", "message": "step 31: the audio loss is nan"}])
     report = read_run(run)
     assert report.state == STOPPED
-    for told in (page([report]), markdown([report])):
-        assert "stopped by a guard at step 30 of 60: step 31: the audio loss is nan" in told
+    for shown in (page([report]), markdown([report])):
+        assert "stopped by a guard at step 30 of 60: step 31: the audio loss is nan" in shown
     write_lines(run / "metrics.jsonl", (step_record(step, 60, HIGGS["heads"]) for step in range(1, 45)))
     assert read_run(run).state == UNFINISHED  # resumed, and past the place
 
@@ -115,9 +124,13 @@ def test_not_a_number_is_shown_and_breaks_nothing(tmp_path: Path, capsys: pytest
         file.write(json.dumps(bad) + '\n{"step": 32, "lo')  # and the line that was being written
     assert run_report([run], as_json=True) == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in strict JSON"))
-    (told,) = facts["runs"]
-    assert told["non_finite_steps"] == 1 and told["last"]["loss"] is None and told["last_step"] == 31
-    assert any("metrics.jsonl: 1 line" in line for line in told["missing"])
+    (facts_of_run,) = facts["runs"]
+    assert (
+        facts_of_run["non_finite_steps"] == 1
+        and facts_of_run["last"]["loss"] is None
+        and facts_of_run["last_step"] == 31
+    )
+    assert any("metrics.jsonl: 1 line" in line for line in facts_of_run["missing"])
     html = Path(facts["html"]).read_text(encoding="utf-8")
     assert "1 step(s) with a loss or norm not finite: 31" in html and "step 31, broken: NaN or infinite" in html
     assert "nan" not in " ".join(re.findall(r' d="([^"]*)"', html))
@@ -148,7 +161,9 @@ def test_texts_from_data_stay_texts(tmp_path: Path, demo_clips: list[DemoClip]) 
     evil = [replace(demo_clips[0], text=EVIL, speaker=EVIL, language="<b>")]
     run = make_run(tmp_path / "<script>alert(3)<", evil)
     write_lines(run / "warnings.jsonl", [{"step": 1, "kind": EVIL, "message": EVIL}])
-    write_lines(run / "samples" / "step-60" / "scores.jsonl", [{"id": "p0", "heard": EVIL + "\ud800", "wer": EVIL}])
+    write_lines(
+        run / "samples" / "step-60" / "scores.jsonl", [{"id": "p0", "transcript": EVIL + "\ud800", "wer": EVIL}]
+    )
     info = report_cases.run_info()
     info["hardware"]["name"] = info["data"]["languages"] = info["command"] = EVIL
     info["parameters"] = [{"component": EVIL, "total": EVIL, "trainable": 1}]
@@ -185,6 +200,14 @@ def test_an_id_reaches_no_file_outside_the_samples(tmp_path: Path, demo_clips: l
     assert "<audio" not in page([read_run(run)])
 
 
+def test_a_clip_is_found_under_the_name_that_training_gave_its_file(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    """Guards against reports without sound where ids hold slashes or spaces: training writes those as `_`."""
+    run = make_run(tmp_path / "run", demo_clips[:1])
+    write_lines(run / "samples" / "prompts.jsonl", [{"id": "a/b c", "text": "t"}])
+    (run / "samples" / "reference" / "p0.wav").rename(run / "samples" / "reference" / "a_b_c.wav")
+    assert page([read_run(run)]).count("<audio") == 1
+
+
 def test_several_runs_are_laid_side_by_side(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
     first = make_run(tmp_path / "a" / "run", demo_clips[:1])
     second = make_run(tmp_path / "b" / "run", demo_clips[:1], seed=7)
@@ -206,11 +229,11 @@ def test_runs_on_other_data_are_not_compared_silently(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     report_cases.write_json(second / "run_info.json", {"data": {"fingerprint": "e" * 64}})
     reports = [read_run(first), read_run(second)]
-    for told in (page(reports), markdown(reports)):
-        assert re.search(r"differ in hash of the data: compare their losses with care", told)
+    for shown in (page(reports), markdown(reports)):
+        assert re.search(r"differ in hash of the data: compare their losses with care", shown)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_different_names(tmp_path: Path) -> None:
     runs = [make_bare_run(tmp_path / name / "same") for name in "ab"]
     assert run_report(runs, tmp_path / "r.html") == 0
     assert str(runs[0]) in (tmp_path / "r.md").read_text() and str(runs[1]) in (tmp_path / "r.md").read_text()
@@ -221,16 +244,16 @@ def test_damaged_checkpoints_are_found(tmp_path: Path) -> None:
     (run / "checkpoint-20" / "adapter_model.safetensors").write_bytes(b"other")
     (run / "checkpoint-60" / "MANIFEST.json").unlink()
     report = read_run(run)
-    assert all(c.problem for c in report.checkpoints)
+    assert all(c.damage for c in report.checkpoints)
     assert page([report]).count("DAMAGED") == 2 and markdown([report]).count("DAMAGED") == 2
 
 
-def test_a_checkpoint_that_cannot_be_checked_is_not_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_checked_is_not_intact(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     files = {"files": [{"name": "x" * 5000, "bytes": 1, "blake3": ""}]}
     report_cases.write_json(run / "checkpoint-20" / "MANIFEST.json", files)
     first, second = read_run(run).checkpoints
-    assert first.problem and "too long" in first.problem and second.problem is None
+    assert first.damage and "too long" in first.damage and second.damage is None
 
 
 def test_steps_no_plot_can_show_are_left_out(tmp_path: Path) -> None:
@@ -276,8 +299,8 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
 def test_sound_keeps_to_its_limit(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
     report = read_run(make_run(tmp_path / "run", demo_clips[:3]))
     everything = AudioBudget()
-    whole = page([report], everything)
-    assert whole.count("<audio") == 15 and not everything.left_out
+    full = page([report], everything)
+    assert full.count("<audio") == 15 and not everything.left_out
     budget = AudioBudget(limit=everything.used // 2)
     half = page([report], budget)
     assert budget.used <= budget.limit and budget.left_out
@@ -322,7 +345,7 @@ def test_ticks_are_round() -> None:
 
 def test_a_mel_picture_shows_the_pitch() -> None:
     seconds = np.arange(24_000) / 24_000
-    low, high = (log_mel(Audio(np.sin(2 * np.pi * f * seconds).astype(np.float32), 24_000)) for f in (200, 4000))
+    low, high = (mel_picture(Audio(np.sin(2 * np.pi * f * seconds).astype(np.float32), 24_000)) for f in (200, 4000))
     assert low.shape[0] == 64 and abs(low.shape[1] - 100) <= 2
     assert low[:, 50].argmax() > high[:, 50].argmax() + 20  # the low tone lies further down
 

@@ -10,7 +10,7 @@ import pytest
 import report_cases
 from browser import Browser, find_chromium
 from helpers import DemoClip
-from speechtune.report.write import run_report
+from speechtune.commands.report import run_report
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(

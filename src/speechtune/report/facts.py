@@ -1,19 +1,18 @@
-"""The facts of a report as rows of text, said once for the page, for Markdown and for machines."""
+"""The facts of a report as text: names with values, and tables whose first row names the columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from speechtune.report.read_run import STOPPED, RunReport, number, section
 from speechtune.training.tracking import duration, flatten
 
-Rows = list[tuple[str, str]]
+Rows = list[tuple[str, str]]  # name and value
 
+CURVE_ROWS = 12  # steps of the training table, evenly spread
 CODEBOOK = "codebook_accuracy_"
-SHORT_HASH = 16  # characters of a hash where runs stand side by side
-SAME_MEANING = ("family", "hash of the base's weights", "hash of the data")  # or losses cannot be compared
 
 PARTS_OF_TIME = (
     ("data_seconds", "waiting for data"),
@@ -76,12 +75,12 @@ def measure_label(name: str) -> str:
 
 
 def better(name: str) -> str:
-    """Which way of a measure is better, or nothing."""
+    """Which values of a measure are better; empty if not known."""
     return MEASURES.get(name, ("", "higher is better" if "accuracy" in name else ""))[1]
 
 
 def state_line(report: RunReport) -> str:
-    """Where the run stands, in words."""
+    """State and step of a run, and why a guard stopped it."""
     total = report.total_steps
     at = f"at step {report.last_step:,}" + (f" of {total:,}" if total else "")
     if report.state == STOPPED:
@@ -89,22 +88,38 @@ def state_line(report: RunReport) -> str:
     return f"{report.state} {at}"
 
 
+def progress(report: RunReport) -> list[tuple[str, object, object]]:
+    """Each measure with the zero-shot base's value (None where it is not known) and the last one."""
+    if not report.evaluations:
+        return []
+    has_base = len(report.evaluations) > 1 and report.evaluations[0]["step"] == 0
+    base = _measures(report.evaluations[0]) if has_base else {}
+    return [(name, base.get(name), value) for name, value in _measures(report.evaluations[-1]).items()]
+
+
+def change(base: object, value: object) -> str:
+    """A value after the base's and an arrow, if that is known."""
+    return figure(value) if base is None else f"{figure(base)} → {figure(value)}"
+
+
+def _measures(record: Mapping[str, Any]) -> dict[str, object]:
+    """Evaluation loss and scores of an evaluation; those of the codebooks as their mean."""
+    scores = section(record, "scores")
+    codebooks = [value for name in scores if name.startswith(CODEBOOK) and (value := number(scores[name])) is not None]
+    values = {"eval_loss": record.get("eval_loss"), **{k: v for k, v in scores.items() if not k.startswith(CODEBOOK)}}
+    mean = {"accuracy, mean over codebooks": fmean(codebooks)} if codebooks else {}
+    return {name: value for name, value in {**values, **mean}.items() if value is not None}
+
+
 def headline(report: RunReport) -> Rows:
-    """The few figures that stand on top."""
+    """The key figures at the top of a page."""
     total = report.total_steps
     rows = [("steps", f"{report.last_step:,}" + (f" of {total:,}" if total else ""))]
     losses = [value for _, value in report.training_curve("loss")]
     if losses:
         rows.append(("training loss, first → last", f"{figure(losses[0])} → {figure(losses[-1])}"))
-    if report.evaluations:
-        first, last = report.evaluations[0], report.evaluations[-1]
-        for name, now in [("eval_loss", last.get("eval_loss")), *section(last, "scores").items()][:4]:
-            base = first.get("eval_loss") if name == "eval_loss" else section(first, "scores").get(name)
-            if now is not None:
-                shown = f"{figure(base)} → {figure(now)}" if first["step"] == 0 and base is not None else figure(now)
-                rows.append((measure_label(name), shown))
-    proof = section(report.summary, "proof")
-    if proof:
+    rows += [(measure_label(name), change(base, value)) for name, base, value in progress(report)[:4]]
+    if proof := section(report.summary, "proof"):
         moved = f"{figure(proof.get('lora_b_moved'))} of {figure(proof.get('lora_b_total'))}"
         rows.append(("lora_B moved", moved if proof.get("lora_b_total") else "full fine-tuning"))
     if report.summary.get("seconds") is not None:
@@ -147,11 +162,10 @@ def _adapter(lora: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
         return "-"
     if lora.get("enabled") is False:
         return "the full model"
-    parts = [f"LoRA, rank {figure(lora.get('rank'))}, alpha {figure(lora.get('alpha'))}"]
-    parts.append(f"dropout {figure(lora.get('dropout'))}")
-    parts += [name for name in ("rslora", "dora") if lora.get(name)]
+    numbers = [f"{name} {figure(lora.get(name))}" for name in ("rank", "alpha", "dropout")]
+    variants = [name for name in ("rslora", "dora") if lora.get(name)]
     targets = section(identity, "lora").get("targets") or lora.get("targets")
-    return ", ".join(parts) + f", on {targets}"
+    return ", ".join(["LoRA", *numbers, *variants, f"on {targets}"])
 
 
 def _rate(train: Mapping[str, Any]) -> str:
@@ -179,37 +193,33 @@ def data_rows(report: RunReport) -> Rows:
         rows.append(("evaluation data", str(configured["eval"])))
     elif held_out:
         rows.append(("evaluation data", f"{held_out:.0%} of the training data, held out"))
-    for key, label in (("samples", "samples"), ("hours", "hours"), ("speakers", "speakers")):
-        if key in data:
-            rows.append((label, figure(data[key])))
-    if section(data, "languages"):
-        rows.append(("languages", ", ".join(f"{name}: {figure(n)}" for name, n in section(data, "languages").items())))
+    rows += [(key, figure(data[key])) for key in ("samples", "hours", "speakers") if key in data]
+    if languages := section(data, "languages"):
+        rows.append(("languages", ", ".join(f"{name}: {figure(n)}" for name, n in languages.items())))
     if "eval_samples" in data:
         rows.append(("evaluation samples", figure(data["eval_samples"])))
     return rows
 
 
 def parameter_rows(report: RunReport) -> list[tuple[str, str, str]]:
-    """(part, base parameters, trainable ones) by part of the model, with a sum; empty if not recorded."""
+    """Components with their base and trainable parameters, after a row of names, and a sum; empty if not recorded."""
     entries = report.info.get("parameters")
     components = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
     if not components:
         return []
-    rows = [(str(t.get("component")), figure(t.get("total")), figure(t.get("trainable"))) for t in components]
-    total, trained = (sum(number(t.get(key)) or 0 for t in components) for key in ("total", "trainable"))
+    rows = [(str(c.get("component")), figure(c.get("total")), figure(c.get("trainable"))) for c in components]
+    total, trained = (sum(number(c.get(key)) or 0 for c in components) for key in ("total", "trainable"))
     share = f" ({trained / total:.2%})" if total else ""
-    return [*rows, ("all", f"{total:,.0f}", f"{trained:,.0f}{share}")]
+    return [("part", "base parameters", "trainable"), *rows, ("all", f"{total:,.0f}", f"{trained:,.0f}{share}")]
 
 
 def time_parts(report: RunReport) -> list[tuple[str, float]]:
-    """Seconds by what they went into, the rest as `other`; empty if the run did not record it."""
+    """Seconds by activity, the rest as `other`; empty if the run did not record them."""
     times = section(report.summary, "time")
     parts = [(label, seconds) for key, label in PARTS_OF_TIME if (seconds := number(times.get(key))) is not None]
     total = number(times.get("total_seconds"))
-    if parts and total is not None:
-        rest = total - sum(seconds for _, seconds in parts)
-        return [*parts, ("other", rest)] if rest > 0 else parts
-    return parts
+    rest = (total or 0.0) - sum(seconds for _, seconds in parts)
+    return [*parts, ("other", rest)] if parts and rest > 0 else parts
 
 
 def time_rows(report: RunReport) -> Rows:
@@ -222,9 +232,8 @@ def time_rows(report: RunReport) -> Rows:
         rows.append(("positions, median", f"{rates['tokens_per_second']:,.0f} per second"))
     if "data_wait_share" in rates:
         rows.append(("share of a step spent waiting for data, mean", f"{rates['data_wait_share']:.1%}"))
-    cost = [number(record.get("seconds", record.get("eval_seconds"))) for record in report.evaluations]
-    seconds = [value for value in cost if value is not None]
-    if seconds:
+    durations = [number(record.get("seconds", record.get("eval_seconds"))) for record in report.evaluations]
+    if seconds := [value for value in durations if value is not None]:
         rows.append(("evaluations", f"{len(seconds)} in {time_of(sum(seconds))}"))
     if report.summary.get("seconds") is not None:
         rows.append(("training, from first step to last", time_of(report.summary["seconds"])))
@@ -247,110 +256,22 @@ def evaluation_table(report: RunReport) -> list[list[str]]:
     return rows
 
 
-def checkpoint_table(report: RunReport) -> list[list[str]]:
-    """Checkpoints after a row of names; empty without any."""
-    if not report.checkpoints:
+def training_table(report: RunReport) -> list[list[str]]:
+    """Losses, rate and norm at some steps, after a row of names; empty without any."""
+    steps = report.steps
+    if not steps:
         return []
-    rows = [["checkpoint", "size", "evaluation loss", "checked", ""]]
-    for c in report.checkpoints:
-        checked = f"DAMAGED: {c.problem}" if c.problem else f"whole: {c.checked}"
-        rows.append([c.name, megabytes(c.num_bytes), figure(c.eval_loss), checked, "best" if c.best else ""])
-    return rows
-
-
-def best_line(report: RunReport) -> str:
-    """Which checkpoint is the best one, and whether it is still there."""
-    best = report.best_step
-    if best is None:
-        return "Without an evaluation after step 0 no checkpoint can be called the best; the last one is the newest."
-    there = any(c.step == best for c in report.checkpoints)
-    value, metric = (
-        report.trainer_state.get("best_value"),
-        section(report.config, "evaluate").get("best_metric", "loss"),
-    )
-    name = "evaluation loss" if metric == "loss" else measure_label(str(metric))
-    by = "the lowest evaluation loss recorded" if value is None else f"{name} {figure(value)}"
-    return f"Best: checkpoint-{best}, {by}" + ("." if there else "; it is not in the folder.")
-
-
-def flat_config(report: RunReport) -> dict[str, str]:
-    """The resolved configuration as dotted names and text."""
-
-    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", "-" if value is None else str(value)
-
-    return dict(walk(report.config, ""))
-
-
-def differences(reports: Sequence[RunReport]) -> list[list[str]]:
-    """Options and facts in which runs differ, one row each: name, then a value per run."""
-    columns = [{**flat_config(r), **{f"({name})": value for name, value in _compared(r)}} for r in reports]
-    return [row for row in _side_by_side(columns) if len(set(row[1:])) > 1]
-
-
-def _compared(report: RunReport) -> Rows:
-    wanted = {*SAME_MEANING[1:], "precision", "hardware", "versions", "samples per optimizer step"}
-    rows = [(name, value) for name, value in identity_rows(report) if name in wanted]
-    return [(name, value[:SHORT_HASH] if name.startswith("hash") else value) for name, value in rows]
-
-
-def final_figures(reports: Sequence[RunReport]) -> list[list[str]]:
-    """Final figures side by side: name, then a value per run."""
-    results: list[dict[str, str]] = []
-    for report in reports:
-        column = {"state": report.state, "steps": f"{report.last_step:,}"}
-        if report.steps:
-            last = flatten(report.steps[-1])
-            wanted = [name for name in last if name == "loss" or name.startswith("losses/")]
-            column |= {f"last training {name.replace('losses/', 'loss, ')}": figure(last[name]) for name in wanted}
-        results.append({**column, **_evaluated(report), "best step": figure(report.best_step)})
-    return _side_by_side(results) + _side_by_side([dict(time_rows(report)) for report in reports])
-
-
-def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [[name, *(column.get(name, "-") for column in columns)] for name in names]
-
-
-def _evaluated(report: RunReport) -> dict[str, str]:
-    """Each measure's last value, after the base's and an arrow where that is known; codebooks as their mean."""
-    if not report.evaluations:
-        return {}
-    first, last = (_measures(report.evaluations[i]) for i in (0, -1))
-    base = first if report.evaluations[0]["step"] == 0 else {}
-    column = {}
-    alone = len(report.evaluations) == 1
-    for name, value in last.items():
-        if base and alone:
-            column[f"{measure_label(name)} (zero-shot)"] = figure(value)
-            continue
-        before = f"{figure(base[name])} → " if base.get(name) is not None else ""
-        column[measure_label(name) + (" (zero-shot → last)" if before else "")] = before + figure(value)
-    return column
-
-
-def _measures(record: Mapping[str, Any]) -> dict[str, Any]:
-    scores = section(record, "scores")
-    codebooks = [value for name in scores if name.startswith(CODEBOOK) and (value := number(scores[name])) is not None]
-    values = {"eval_loss": record.get("eval_loss"), **{k: v for k, v in scores.items() if not k.startswith(CODEBOOK)}}
-    mean = {"accuracy, mean over codebooks": fmean(codebooks)} if codebooks else {}
-    return {name: value for name, value in {**values, **mean}.items() if value is not None}
-
-
-def not_comparable(reports: Sequence[RunReport]) -> str | None:
-    """A sentence of warning, where losses of these runs do not mean the same."""
-    differing = [
-        name for name in SAME_MEANING if len({dict(identity_rows(report))[name] for report in reports} - {"-"}) > 1
-    ]
-    return f"The runs differ in {', '.join(differing)}: compare their losses with care." if differing else None
+    heads = [f"losses/{head}" for head in section(steps[-1], "losses")]
+    names = ["step", "loss", *heads, "learning_rate", "grad_norm"]
+    count = min(CURVE_ROWS, len(steps))
+    chosen = sorted({round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)})
+    flat = [{"step": steps[i]["step"], **flatten(steps[i])} for i in chosen]
+    rows = [[figure(values.get(name)) for name in names] for values in flat]
+    return [[name.replace("losses/", "loss, ").replace("_", " ") for name in names], *rows]
 
 
 def to_json(report: RunReport) -> dict[str, Any]:
-    """The report's facts for a machine; NaN and infinity become null, curves are left in metrics.jsonl."""
+    """The facts of a report for JSON, without the curves; NaN and infinity become null."""
     command, recorded = report.command
     facts = {
         "run": str(report.directory),
@@ -365,7 +286,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "throughput": report.throughput(),
         "time": report.summary.get("time"),
         "checkpoints": [
-            {"name": c.name, "bytes": c.num_bytes, "problem": c.problem, "eval_loss": c.eval_loss, "best": c.best}
+            {"name": c.name, "bytes": c.num_bytes, "damage": c.damage, "eval_loss": c.eval_loss, "best": c.best}
             for c in report.checkpoints
         ],
         "warnings": report.warnings,

@@ -1,4 +1,4 @@
-"""The report as Markdown: the same facts without pictures and sound, for a pull request or a terminal."""
+"""The report as Markdown, without pictures and sound, for a pull request or a terminal."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ from collections.abc import Sequence
 from html import escape
 
 from speechtune.report import facts
-from speechtune.report.read_run import RunReport, section
-from speechtune.training.tracking import flatten
-
-CURVE_ROWS = 12
-"""Steps of the training curve that are written out, evenly spread."""
+from speechtune.report.read_run import RunReport
+from speechtune.report.sections import (
+    Block,
+    Definitions,
+    Listing,
+    Note,
+    Section,
+    Table,
+    comparison,
+    not_comparable,
+    sections,
+)
 
 
 def markdown(reports: Sequence[RunReport]) -> str:
-    """The whole text for one run or several."""
+    """The text for one run or several."""
     if len(reports) == 1:
-        return "\n".join(_one_run(reports[0], "#")) + "\n"
+        return "\n".join(_one_run(reports[0], "#"))
     lines = [f"# {len(reports)} runs compared", ""]
-    warning = facts.not_comparable(reports)
-    if warning:
-        lines += [plain(warning), ""]
-    names = ["", *(report.name for report in reports)]
-    lines += ["## What differs", "", *_table([names, *facts.differences(reports)])]
-    lines += ["## Final figures", "", *_table([names, *facts.final_figures(reports)])]
+    warning = not_comparable(reports)
+    lines += [plain(warning), ""] if warning else []
+    for section in comparison(reports):
+        lines += _section(section, "##")
     for report in reports:
         lines += _one_run(report, "##")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def plain(value: object) -> str:
@@ -36,66 +41,32 @@ def plain(value: object) -> str:
 
 
 def _one_run(report: RunReport, level: str) -> list[str]:
-    lines = [f"{level} {plain(report.name)}", "", plain(facts.state_line(report)) + ".", ""]
-    for title, rows in (
-        ("What was trained on what", facts.identity_rows(report)),
-        ("Data", facts.data_rows(report)),
-    ):
-        lines += [f"{level}# {title}", "", *(f"- {plain(name)}: {plain(value)}" for name, value in rows), ""]
-    parameters = facts.parameter_rows(report)
-    if parameters:
-        lines += _table([("part", "base parameters", "trainable"), *parameters])
-    lines += [f"{level}# Training", "", *_table(_training_table(report)), *_non_finite(report)]
-    lines += [f"{level}# Evaluation", "", *_table(facts.evaluation_table(report))]
-    lines += [f"{level}# Guards and warnings", "", *_warnings(report), ""]
-    checkpoints = facts.checkpoint_table(report)
-    lines += [f"{level}# Checkpoints", "", *([facts.best_line(report), ""] if checkpoints else [])]
-    lines += _table(checkpoints)
-    lines += [f"{level}# Throughput and time", ""]
-    lines += [*(f"- {plain(name)}: {plain(value)}" for name, value in facts.time_rows(report)), ""]
-    lines += [f"{level}# The same again", "", *_command(report)]
-    lines += [f"{level}# What this report lacks", "", *(f"- {plain(line)}" for line in report.missing or ["nothing"])]
-    return [*lines, ""]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    if len(rows) < 2:
-        return ["Nothing recorded." if not rows else "No difference.", ""]
-    lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
-
-
-def _training_table(report: RunReport) -> list[list[str]]:
-    steps = report.steps
-    if not steps:
-        return []
-    heads = list(section(steps[-1], "losses"))
-    names = ["step", "loss", *(f"losses/{head}" for head in heads), "learning_rate", "grad_norm"]
-    count = min(CURVE_ROWS, len(steps))
-    chosen = sorted({round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)})
-    flat = [{"step": steps[i]["step"], **flatten(steps[i])} for i in chosen]
-    return [
-        [name.replace("losses/", "loss, ").replace("_", " ") for name in names],
-        *([facts.figure(values.get(name)) for name in names] for values in flat),
+    parts = [
+        Section("what", "What was trained on what", [Definitions(facts.identity_rows(report))]),
+        Section("data", "Data", [Definitions(facts.data_rows(report)), Table(facts.parameter_rows(report))]),
+        Section("curves", "Training", [Table(facts.training_table(report))]),
+        Section("evaluation", "Evaluation", [Table(facts.evaluation_table(report))]),
+        *sections(report),
     ]
+    lines = [f"{level} {plain(report.name)}", "", plain(facts.state_line(report)) + ".", ""]
+    return [*lines, *(line for part in parts for line in _section(part, level + "#"))]
 
 
-def _non_finite(report: RunReport) -> list[str]:
-    broken = report.non_finite
-    return [f"{len(broken)} step(s) with a loss or norm not finite, the first at {broken[0]}.", ""] if broken else []
+def _section(section: Section, level: str) -> list[str]:
+    blocks = [line for block in section.blocks for line in _block(block)]
+    return [f"{level} {section.title}", "", *(blocks or ["Nothing recorded.", ""])]
 
 
-def _warnings(report: RunReport) -> list[str]:
-    if report.warnings:
-        return [
-            f"- step {plain(w.get('step', '?'))}, {plain(w.get('kind', ''))}: {plain(w.get('message', ''))}"
-            for w in report.warnings
-        ]
-    kept = (report.directory / "warnings.jsonl").exists()
-    return ["None." if kept else "This run kept no warnings.jsonl, so nothing is known of warnings."]
-
-
-def _command(report: RunReport) -> list[str]:
-    command, recorded = report.command
-    note = [] if recorded else ["The run recorded no command; its resolved configuration does the same:", ""]
-    return [*note, *("    " + line for line in command.splitlines()), ""]
+def _block(block: Block) -> list[str]:
+    match block:
+        case Note(text):
+            return [plain(text), ""]
+        case Definitions(rows):
+            return [*(f"- {plain(name)}: {plain(value)}" for name, value in rows), ""]
+        case Listing(texts, is_code):
+            return [*(f"    {text}" if is_code else f"- {plain(text)}" for text in texts), ""]
+        case Table(rows) if rows:
+            lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
+            return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
+        case _:
+            return []

@@ -1,4 +1,4 @@
-"""Curves of runs as SVG, drawn here so that a page needs no script to show them."""
+"""Curves of runs as SVG: a page shows them without any script."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from speechtune.report.facts import CODEBOOK, better, figure, measure_label
 from speechtune.report.read_run import RunReport, names_in
 
 MAX_POINTS = 160
-"""Points kept of a curve; of more, each stands for an equal part of the steps, with their range as a band."""
+"""Most points drawn of a curve; in a longer one each is the mean of some steps, and a band shows their range."""
 LOG_FROM = 50.0
 """Ratio of greatest to smallest value from which an axis of losses or norms is logarithmic."""
 MAX_MARKS = 40
 COLOURS = 8  # variables --c0 to --c7 of the style sheet; more lines repeat them
-SOLID = 4  # lines after these are dashed, for eyes that cannot tell eight colours
+SOLID = 4  # later lines are dashed, because not everybody can tell eight colours apart
 
 WIDTH, HEIGHT = 440.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 428.0, 12.0, 212.0
@@ -69,12 +69,12 @@ def training_panels(reports: Sequence[RunReport]) -> list[Panel]:
 
 def throughput_panels(reports: Sequence[RunReport]) -> list[Panel]:
     """How fast the steps went, and how long they waited for data."""
-    wanted = [
-        ("seconds of audio per second", "audio_seconds_per_second", False),
-        ("positions per second", "tokens_per_second", False),
-        ("share of the step spent waiting for data", "data_wait_share", False),
-    ]
-    return _panels(reports, wanted)
+    wanted = {
+        "seconds of audio per second": "audio_seconds_per_second",
+        "positions per second": "tokens_per_second",
+        "share of the step spent waiting for data": "data_wait_share",
+    }
+    return _panels(reports, [(title, name, False) for title, name in wanted.items()])
 
 
 def _panels(reports: Sequence[RunReport], wanted: Iterable[tuple[str, str, bool]]) -> list[Panel]:
@@ -130,7 +130,7 @@ def downsample(curve: Curve, limit: int = MAX_POINTS) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From steps and values to places in the drawing."""
+    """Maps steps and values to coordinates of the drawing."""
 
     first: float
     last: float
@@ -139,18 +139,18 @@ class Scale:
     log: bool
 
     def x(self, step: float) -> float:
-        """Place from the left."""
+        """Distance from the left."""
         return LEFT + (step - self.first) / (self.last - self.first) * (RIGHT - LEFT)
 
     def y(self, value: float) -> float:
-        """Place from the top."""
+        """Distance from the top."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         place = math.log10(max(value, self.low)) if self.log else value
         return BOTTOM - (place - low) / (high - low) * (BOTTOM - TOP)
 
 
 def make_scale(panel: Panel, drawn: Sequence[Sequence[Point]]) -> Scale:
-    """Axes that hold all of a panel, the base's lines too; never of zero length."""
+    """Axes that contain all of a panel, the base's lines too; never of zero length."""
     points = [point for line in drawn for point in line]
     steps = [point.step for point in points]
     values = [v for p in points if p.value is not None for v in (p.low, p.high)]
@@ -175,7 +175,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two values, some left out where they are many, 2 and 5 added where they are few."""
+    """Powers of ten between two values; of many only some, with few also their multiples by 2 and 5."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     every = max(1, (last - first) // 5)
     ticks = [10.0**n for n in range(first, last + 1, every)]
@@ -192,12 +192,10 @@ def compact(value: float) -> str:
 
 
 def svg(panel: Panel) -> str:
-    """One panel as an SVG element; all of its looks are in the style sheet."""
+    """One panel as an SVG element, coloured by the style sheet; its data attributes are for the script."""
     drawn = [downsample(line.curve) for line in panel.lines]
     scale = make_scale(panel, drawn)
-    parts = [_axes(scale)]
-    for line, points in zip(panel.lines, drawn, strict=True):
-        parts.append(_draw(line, points, scale, dots=panel.dots))
+    lines = [_draw(line, points, scale, dots=panel.dots) for line, points in zip(panel.lines, drawn, strict=True)]
     attributes = (
         f'data-first="{scale.first:g}" data-last="{scale.last:g}" data-low="{scale.low!r}" data-high="{scale.high!r}" '
         f'data-log="{int(scale.log)}" data-left="{LEFT:g}" data-right="{RIGHT:g}" data-top="{TOP:g}" '
@@ -206,7 +204,7 @@ def svg(panel: Panel) -> str:
     label = escape(f"{panel.title} by step", quote=True)
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}" {attributes}>'
-        + "".join(parts)
+        + "".join([_axes(scale), *lines])
         + f'<line class="cursor" y1="{TOP:g}" y2="{BOTTOM:g}"/></svg>'
     )
 

@@ -1,11 +1,11 @@
-"""What a run directory says about its run, as one `RunReport`; what is missing or broken is listed, not fatal."""
+"""Reads a run directory into one `RunReport`; files that are missing or broken are listed, and cost only their part."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from speechtune.audio import file_name
 from speechtune.errors import ConfigError
-from speechtune.storage.verified_folder import MANIFEST_NAME, STATE_NAME, find_checkpoints, verify_folder
+from speechtune.storage.verified_folder import STATE_NAME, find_checkpoints, verify_folder
 
 MAX_HASHED_BYTES = 4 * 2**30
 """Largest checkpoint that is hashed for a report, 4 GiB; of a larger one only the files' sizes are compared."""
@@ -25,32 +26,32 @@ GUARD = "guard"  # `kind` in warnings.jsonl of what stopped the run
 
 FINISHED, UNFINISHED, STOPPED = "finished", "unfinished", "stopped by a guard"
 
-# file, what cannot be said without it
+# file, what is not known without it
 EXPECTED = (
     ("config.yaml", "the configuration"),
     ("metrics.jsonl", "curves"),
     ("run_info.json", "versions, hardware, data statistics, parameters, command"),
     ("warnings.jsonl", "guards that fired and warnings of evaluations"),
-    ("samples/prompts.jsonl", "audio to listen to"),
+    ("samples/prompts.jsonl", "generated samples"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """One checkpoint folder: its size, what checking it found (`problem` None: as it was written), its evaluation."""
+    """One checkpoint folder; `damage` is None where its files are as they were written, as far as `checked` says."""
 
     name: str
     step: int
     num_bytes: int
     checked: str
-    problem: str | None
+    damage: str | None
     eval_loss: float | None
     best: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One recording or answer to a prompt. `path` is None without audio; `step` None is the reference, 0 the base."""
+    """A recording (`step` None) or an answer to a prompt (`step` 0: the base's); `path` is None without audio."""
 
     step: int | None
     path: Path | None
@@ -70,7 +71,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run as its directory tells it. Mappings are empty where the file is missing; `missing` says what that costs."""
+    """The content of a run directory. Mappings are empty where the file is missing; `missing` says what that costs."""
 
     name: str
     directory: Path
@@ -152,15 +153,12 @@ class RunReport:
 
     def throughput(self) -> dict[str, float]:
         """Medians over the steps (the first is left out: it warms up), and the mean share of waiting for data."""
-        found: dict[str, float] = {}
-        for name in ("audio_seconds_per_second", "tokens_per_second"):
+        rates: dict[str, float] = {}
+        for name in ("audio_seconds_per_second", "tokens_per_second", "data_wait_share"):
             values = [value for _, value in self.training_curve(name)[1:] if value is not None]
             if values:
-                found[name] = median(values)
-        waits = [value for _, value in self.training_curve("data_wait_share")[1:] if value is not None]
-        if waits:
-            found["data_wait_share"] = fmean(waits)
-        return found
+                rates[name] = fmean(values) if name == "data_wait_share" else median(values)
+        return rates
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
@@ -186,16 +184,16 @@ def read_run(directory: Path, name: str | None = None) -> RunReport:
         for record in read_lines(directory / "metrics.jsonl", directory, missing)
         if isinstance(record.get("step"), int) and 0 <= record["step"] <= MAX_STEP
     ]
-    state = _read_json(directory / STATE_NAME, directory, missing)
+    state = _read_mapping(directory / STATE_NAME, directory, missing)
     checkpoints = find_checkpoints(directory)
     if not state and checkpoints:
-        state = _read_json(checkpoints[-1][1] / STATE_NAME, directory, missing)
+        state = _read_mapping(checkpoints[-1][1] / STATE_NAME, directory, missing)
     report = RunReport(
         name=name or short_names([directory])[0],
         directory=directory,
-        config=_read_yaml(directory / "config.yaml", missing),
-        info=_read_json(directory / "run_info.json", directory, missing),
-        summary=_read_json(directory / "summary.json", directory, missing),
+        config=_read_mapping(directory / "config.yaml", directory, missing),
+        info=_read_mapping(directory / "run_info.json", directory, missing),
+        summary=_read_mapping(directory / "summary.json", directory, missing),
         trainer_state=state,
         steps=[record for record in records if "eval_loss" not in record and "scores" not in record],
         evaluations=[record for record in records if "eval_loss" in record or "scores" in record],
@@ -232,50 +230,35 @@ def number(value: object) -> float | None:
 
 
 def read_lines(path: Path, root: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; lines that are none are counted into `missing`, a file that is not there is empty."""
+    """Objects of a JSONL file; `missing` gets the number of other lines; a file that is not there is empty."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    objects, torn = [], 0
-    for line in filter(str.strip, lines):
-        value = _parse(line)
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
-            torn += 1
-    if torn:
-        missing.append(f"{path.relative_to(root)}: {torn} line(s) left out that are no JSON object")
+    values = [_parse(line) for line in lines if line.strip()]
+    objects = [value for value in values if isinstance(value, dict)]
+    if len(objects) < len(values):
+        num_left_out = len(values) - len(objects)
+        missing.append(f"{path.relative_to(root)}: {num_left_out} line(s) left out that are no JSON object")
     return objects
 
 
-def _parse(text: str) -> object:
+def _parse(text: str, load: Callable[[str], Any] = json.loads) -> Any:
+    """What a text holds, or None where it cannot be parsed."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
 
 
-def _read_json(path: Path, root: Path, missing: list[str]) -> dict[str, Any]:
+def _read_mapping(path: Path, root: Path, missing: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    value = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    is_yaml = path.suffix == ".yaml"
+    value = _parse(path.read_text(encoding="utf-8", errors="replace"), yaml.safe_load if is_yaml else json.loads)
     if isinstance(value, dict):
         return value
-    missing.append(f"{path.relative_to(root)}: not readable as a JSON object")
-    return {}
-
-
-def _read_yaml(path: Path, missing: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    missing.append(f"{path.name}: not readable as YAML")
+    missing.append(f"{path.relative_to(root)}: not readable as {'YAML' if is_yaml else 'a JSON object'}")
     return {}
 
 
@@ -306,10 +289,11 @@ def _read_prompts(directory: Path, missing: list[str]) -> list[Prompt]:
     prompts = []
     for row in read_lines(samples / "prompts.jsonl", directory, missing):
         prompt_id = str(row.get("id"))
-        reference = _inside(samples, samples / "reference" / f"{prompt_id}.wav")
+        sound = f"{file_name(prompt_id)}.wav"
+        reference = _inside(samples, samples / "reference" / sound)
         clips = [Clip(None, reference, {})] if reference else []
         for step, folder in steps:
-            path, values = _inside(samples, folder / f"{prompt_id}.wav"), scores[step].get(prompt_id, {})
+            path, values = _inside(samples, folder / sound), scores[step].get(prompt_id, {})
             if path or values:
                 clips.append(Clip(step, path, values))
         texts = (str(row.get(key) or "") for key in ("text", "speaker", "language"))
@@ -325,39 +309,27 @@ def _step_folders(samples: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _inside(root: Path, path: Path) -> Path | None:
-    """The file, if it exists under `root`: an id such as `../../x` must not bring other files into a report."""
+    """The file, if it exists under `root`: a link must not bring other files into a report."""
     try:
         return path if path.is_file() and path.resolve().is_relative_to(root.resolve()) else None
-    except (OSError, ValueError):  # a name too long, or with a NUL
+    except (OSError, ValueError):  # a name that is too long
         return None
 
 
 def _checkpoint_facts(report: RunReport, step: int, path: Path) -> CheckpointFacts:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in files)
-    if num_bytes <= MAX_HASHED_BYTES:
-        try:
-            problems = [str(problem) for problem in verify_folder(path)]
-        except OSError as error:  # a folder without permission must not cost the rest of the report
-            problems = [str(error)]
-        checked = "all bytes compared with their hashes"
-    else:
-        problems = _compare_sizes(path)
-        checked = f"sizes only (over {MAX_HASHED_BYTES / 2**30:.0f} GiB, not hashed here)"
-    losses = [value for at, value in report.evaluation_curve("eval_loss") if at == step]
-    best = step == report.best_step
+    num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    sizes_only = num_bytes > MAX_HASHED_BYTES
+    limit = f"sizes only (over {MAX_HASHED_BYTES / 2**30:.0f} GiB, not hashed here)"
+    try:
+        damage = [f"{issue.source}: {issue.message}" for issue in verify_folder(path, sizes_only=sizes_only)]
+    except OSError as error:  # a folder without permission must not cost the rest of the report
+        damage = [str(error)]
     return CheckpointFacts(
-        path.name, step, num_bytes, checked, "; ".join(problems) or None, losses[-1] if losses else None, best
+        name=path.name,
+        step=step,
+        num_bytes=num_bytes,
+        checked=limit if sizes_only else "all bytes compared with their hashes",
+        damage="; ".join(damage) or None,
+        eval_loss=dict(report.evaluation_curve("eval_loss")).get(step),
+        best=step == report.best_step,
     )
-
-
-def _compare_sizes(path: Path) -> list[str]:
-    manifest = _read_json(path / MANIFEST_NAME, path, [])
-    listed = manifest.get("files")
-    if not isinstance(listed, list):
-        return [f"{MANIFEST_NAME}: missing or not readable"]
-    return [
-        f"{entry.get('name')}: missing or of another size"
-        for entry in listed
-        if not (file := path / str(entry.get("name"))).is_file() or file.stat().st_size != entry.get("bytes")
-    ]

@@ -1,4 +1,4 @@
-"""Recordings for a page that carries all with it: clips as MP3, mel pictures as PNG, both as data URIs."""
+"""Players of a report page: clips as MP3 and mel pictures as PNG, both inside the page as data URIs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 
-from speechtune.audio import audio_info, read_audio
+from speechtune.audio import audio_info, read_audio, resample
 from speechtune.errors import AudioError
 from speechtune.report.facts import figure
 from speechtune.report.read_run import Clip, Prompt, RunReport, number
+from speechtune.training.tracking import mel_picture
 from speechtune.types import Audio, AudioRef
 
 MAX_PAGE_AUDIO_BYTES = 12 * 2**20
@@ -31,16 +30,14 @@ MAX_CLIP_SECONDS = 30.0
 MAX_SAMPLING_RATE = 24_000
 """Sampling rate in Hz above which clips are resampled for a page."""
 
-MEL_SAMPLING_RATE, MEL_BANDS, MEL_HOP, MEL_WINDOW = 16_000, 64, 160, 512
 MEL_MAX_COLUMNS = 300
-MEL_RANGE_DB = 70.0
-# Ten colours of matplotlib's viridis, which the colour-blind and greyscale printers keep in order.
+# Ten colours of matplotlib's viridis, whose order survives colour blindness and printing in grey.
 VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A clip ready for the page: data URIs of sound and mel picture, its full length, and whether it was cut."""
+    """A clip for the page: data URIs of its sound and mel picture, its full duration, and whether it was cut."""
 
     sound: str
     mel: str
@@ -50,7 +47,7 @@ class Picture:
 
 @dataclass
 class AudioBudget:
-    """Hands out pictures of clips until the page is full; `left_out` and `broken` say what is not on it."""
+    """Encodes clips until the page is full; `left_out` and `broken` list those that are not on it."""
 
     limit: int = MAX_PAGE_AUDIO_BYTES
     used: int = 0
@@ -63,16 +60,16 @@ class AudioBudget:
             self.left_out.append(path)
             return None
         try:
-            found = make_picture(path)
+            picture = make_picture(path)
         except AudioError as error:
             self.broken.append(str(error))
             return None
-        size = len(found.sound) + len(found.mel)
+        size = len(picture.sound) + len(picture.mel)
         if self.used + size > self.limit:
             self.left_out.append(path)
             return None
         self.used += size
-        return found
+        return picture
 
 
 def make_picture(path: Path) -> Picture:
@@ -86,9 +83,11 @@ def make_picture(path: Path) -> Picture:
     audio = read_audio(AudioRef(path, duration_seconds=MAX_CLIP_SECONDS if cut else None))
     if not len(audio.samples):
         raise AudioError(f"{path}: holds no samples")
-    if audio.sampling_rate > MAX_SAMPLING_RATE:
-        audio = Audio(_resample(audio, MAX_SAMPLING_RATE), MAX_SAMPLING_RATE)
-    return Picture(encode_sound(audio), data_uri("image/png", png(log_mel(audio))), full, cut)
+    levels = mel_picture(audio)
+    num_columns = math.ceil(levels.shape[1] / math.ceil(levels.shape[1] / MEL_MAX_COLUMNS))
+    levels = np.stack([part.max(1) for part in np.array_split(levels, num_columns, 1)], 1)
+    sound = encode_sound(resample(audio, min(audio.sampling_rate, MAX_SAMPLING_RATE)))
+    return Picture(sound, data_uri("image/png", png(levels & 0xFC)), full, cut)  # 64 levels: smaller, and look the same
 
 
 def encode_sound(audio: Audio) -> str:
@@ -109,66 +108,24 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def log_mel(audio: Audio) -> np.ndarray:
-    """Log-mel picture, uint8 of shape (bands from high to low, columns), 0 at `MEL_RANGE_DB` under the loudest."""
-    samples = audio.samples if audio.sampling_rate == MEL_SAMPLING_RATE else _resample(audio, MEL_SAMPLING_RATE)
-    samples = np.pad(samples, (MEL_WINDOW // 2, MEL_WINDOW // 2 + MEL_HOP))
-    frames = np.lib.stride_tricks.sliding_window_view(samples, MEL_WINDOW)[::MEL_HOP]
-    power = np.abs(np.fft.rfft(frames * np.hanning(MEL_WINDOW).astype(np.float32))) ** 2
-    mel = power @ _filters().T
-    step = math.ceil(len(mel) / MEL_MAX_COLUMNS)
-    if step > 1:
-        mel = np.stack([part.max(0) for part in np.array_split(mel, math.ceil(len(mel) / step))])
-    decibels = 10 * np.log10(np.maximum(mel, 1e-10))
-    level = np.clip((decibels - decibels.max()) / MEL_RANGE_DB + 1, 0, 1)
-    return np.round(level.T[::-1] * 255).astype(np.uint8) & 0xFC  # 64 levels look the same and compress better
-
-
-def _resample(audio: Audio, sampling_rate: int) -> np.ndarray:
-    return soxr.resample(audio.samples, audio.sampling_rate, sampling_rate)
-
-
-@cache
-def _filters() -> np.ndarray:
-    """Triangles on the HTK mel scale, mel(f) = 2595 log10(1 + f / 700), shape (bands, bins)."""
-    top = 2595 * math.log10(1 + MEL_SAMPLING_RATE / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, MEL_BANDS + 2) / 2595) - 1)
-    bins = np.fft.rfftfreq(MEL_WINDOW, 1 / MEL_SAMPLING_RATE)
-    rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    filters = np.maximum(0, np.minimum(rise, fall))
-    narrow = filters.sum(1) == 0  # a low band may lie between two bins
-    filters[narrow, np.abs(bins - edges[1:-1][narrow, None]).argmin(1)] = 1.0
-    return filters.astype(np.float32)
-
-
 def png(levels: np.ndarray) -> bytes:
-    """A PNG of a uint8 picture (rows, columns) in the colours of `VIRIDIS`.
-
-    PNG specification, 3rd edition: colour type 3 (palette), 8 bits, filter 0 on every row.
-    """
+    """A PNG of a uint8 picture (rows, columns) in the colours of `VIRIDIS`."""
     rows, columns = levels.shape
+    # PNG specification, 3rd edition: 8 bits, colour type 3 (palette); each row begins with its filter, 0 for none.
     header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     lines = np.concatenate([np.zeros((rows, 1), np.uint8), levels], 1).tobytes()
-    chunks = [(b"IHDR", header), (b"PLTE", _palette()), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in chunks)
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = zlib.crc32(kind + content)
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-
-@cache
-def _palette() -> bytes:
     anchors = np.array([list(bytes.fromhex(colour)) for colour in VIRIDIS.split()], float)
     places = np.linspace(0, len(anchors) - 1, 256)
-    channels = [np.interp(places, range(len(anchors)), anchors[:, c]) for c in range(3)]
-    return np.round(np.stack(channels, 1)).astype(np.uint8).tobytes()
+    palette = np.stack([np.interp(places, range(len(anchors)), channel) for channel in anchors.T], 1).round()
+    content = b"\x89PNG\r\n\x1a\n"
+    colours, data = palette.astype(np.uint8).tobytes(), zlib.compress(lines, 9)
+    for chunk in (b"IHDR" + header, b"PLTE" + colours, b"IDAT" + data, b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
 
 
 def spread(steps: Sequence[int], best: int | None) -> list[int]:
-    """Steps in the order in which they earn a place: the base, the last, the best, then the middle of each gap."""
+    """Steps by importance: the base, the last, the best, then the middle of each gap."""
     order = [step for step in (0, *steps[-1:], best) if step is not None and step in steps]
     rest = [step for step in steps if step not in order]
     queue = [rest]
@@ -181,8 +138,7 @@ def spread(steps: Sequence[int], best: int | None) -> list[int]:
     return list(dict.fromkeys(order))
 
 
-MAX_PROMPTS = 60
-"""Prompts on a page; the first ones are shown."""
+MAX_PROMPTS = 60  # on a page; the first ones
 ALWAYS_SHOWN = 4  # reference, base, best, last; what is between is folded
 
 CLIP_SCORES = {"wer": "WER", "per": "PER", "sim": "similarity", "mos": "MOS", "duration_ratio": "duration ×"}
@@ -190,15 +146,15 @@ CLIP_SCORES = {"wer": "WER", "per": "PER", "sim": "similarity", "mos": "MOS", "d
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One clip of one run on the page; the smaller `rank`, the earlier it gets a place."""
+    """One clip of one run on the page; cells of lower `rank` get their sound first."""
 
     label: str
     clip: Clip
     rank: int
 
 
-def listening(reports: Sequence[RunReport], budget: AudioBudget) -> str:
-    """Players and mel pictures; prompts that runs share stand together."""
+def samples(reports: Sequence[RunReport], budget: AudioBudget) -> str:
+    """Players and mel pictures by prompt, over all runs."""
     prompts: dict[tuple[str, str], tuple[Prompt, list[Cell]]] = {}
     for report in reports:
         for prompt in report.prompts:
@@ -252,11 +208,8 @@ def _card(prompt: Prompt, cells: Sequence[Cell], pictures: Mapping[Path, Picture
     about = ", ".join(part for part in (prompt.speaker, prompt.language) if part)
     first = [cell for cell in cells if cell.rank < ALWAYS_SHOWN]
     rest = [cell for cell in cells if cell.rank >= ALWAYS_SHOWN]
-    more = ""
-    if rest:
-        more = (
-            f"<details><summary>{len(rest)} further evaluation(s)</summary>{_grid(rest, pictures, seconds)}</details>"
-        )
+    more = f"<summary>{len(rest)} further evaluation(s)</summary>{_grid(rest, pictures, seconds)}"
+    more = f"<details>{more}</details>" if rest else ""
     content = _grid(first, pictures, seconds) if cells else "<p>Nothing was recorded or generated for it.</p>"
     return (
         f'<article class="prompt"><h3 dir="auto">{escape(prompt.text or prompt.id)}</h3>'
@@ -275,28 +228,26 @@ def _clip(cell: Cell, pictures: Mapping[Path, Picture | None], seconds: float) -
     label = escape(cell.label, quote=True)
     if picture is not None:
         width = min(100.0, 100 * min(picture.duration_seconds, MAX_CLIP_SECONDS) / seconds)
-        parts.append(
-            f'<div class="mel"><img src="{picture.mel}" alt="mel picture, {label}" style="width:{width:.1f}%">'
-        )
-        parts.append(f'</div><audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>')
+        image = f'<img src="{picture.mel}" alt="mel picture, {label}" style="width:{width:.1f}%">'
+        parts.append(f'<div class="mel">{image}</div>')
+        parts.append(f'<audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>')
         if picture.cut:
             parts.append(f"<p>first {MAX_CLIP_SECONDS:.0f} s of {picture.duration_seconds:.0f} s</p>")
     elif path is not None:
         parts.append(f"<p>not on this page: <code>{escape(str(path))}</code></p>")
-    elif cell.clip.scores.get("heard") is None:  # an answer in text needs no player
+    elif cell.clip.scores.get("transcript") is None:  # an answer in text needs no player
         parts.append("<p>no audio kept</p>")
     return f'<div class="clip">{"".join(parts)}{_scores(cell.clip.scores)}</div>'
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    shown = [
-        f"{label} {figure(scores[name], 3)}" for name, label in CLIP_SCORES.items() if scores.get(name) is not None
-    ]
+    known = [name for name in CLIP_SCORES if scores.get(name) is not None]
+    shown = [f"{CLIP_SCORES[name]} {figure(scores[name], 3)}" for name in known]
     if number(scores.get("seconds")) is not None:
         shown.append(f"{figure(scores['seconds'], 3)} s")
     if scores.get("stopped") is False:
         shown.append("did not stop by itself")
     lines = [", ".join(shown)] if shown else []
-    if scores.get("heard") is not None:
-        lines.append(f"heard: {scores['heard']}")
+    if scores.get("transcript") is not None:
+        lines.append(f"transcript: {scores['transcript']}")
     return "".join(f'<p dir="auto">{escape(line)}</p>' for line in lines)

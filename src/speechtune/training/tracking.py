@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from speechtune.audio import resample
 from speechtune.types import Audio, Batch, Output
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("speechtune")
 
 WARNINGS_NAME = "warnings.jsonl"
+MEL_RANGE_DB = 70.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,23 @@ def log_answers(accelerator: Accelerator, outputs: Sequence[Output], step: int, 
 
 
 def mel_picture(audio: Audio) -> np.ndarray:
-    """A log-mel picture, uint8 of shape (mel bins, frames), low tones at the bottom, 80 dB from black to white."""
-    window, hop, bins = 1024, 256, 80
-    filters = mel_filter_bank(window // 2 + 1, bins, 0.0, audio.sampling_rate / 2, audio.sampling_rate)
-    samples = np.pad(audio.samples.astype(np.float64), window // 2)
-    power = spectrogram(samples, window_function(window), window, hop, power=2.0, mel_filters=filters, center=False)
-    decibels = 10 * np.log10(np.maximum(power, 1e-10))
-    scaled = (decibels - decibels.max()) / 80 + 1
-    return (np.clip(scaled, 0, 1)[::-1] * 255).astype(np.uint8)
+    """Log-mel picture, uint8 of shape (bands from high to low, frames of 10 ms), 0 at `MEL_RANGE_DB` below the loudest.
+
+    64 HTK mel bands up to 8 kHz; Hann windows of 32 ms.
+    """
+    rate, window, hop, bands = 16_000, 512, 160, 64
+    fft = 2 * window  # with as many points as the window has, low bands would lie between two bins
+    decibels = spectrogram(
+        resample(audio, rate).samples,
+        *(window_function(window), window, hop, fft),
+        power=2.0,
+        pad_mode="constant",
+        mel_filters=mel_filter_bank(fft // 2 + 1, bands, 0.0, rate / 2, rate),
+        log_mel="dB",
+        db_range=MEL_RANGE_DB,
+    )
+    level = (decibels - decibels.max()) / MEL_RANGE_DB + 1
+    return np.round(level[::-1] * 255).astype(np.uint8)
 
 
 def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
