@@ -1,4 +1,4 @@
-"""The verb lint: what it finds in a corpus of scripts, and that mended scripts train an adapter.
+"""The verb lint: what it finds in a corpus of scripts, and that fixed scripts train an adapter.
 
 A line of the corpus that ends in `# finds L1 fixable` must be found, as that, and no other line may be.
 """
@@ -20,7 +20,7 @@ from speechtune.commands.lint import run_lint
 from speechtune.errors import ConfigError
 from speechtune.lint import fixes as lint_fixes
 from speechtune.lint import lint as lint_module
-from speechtune.lint.lint import Finding, fix, lint, lint_paths
+from speechtune.lint.lint import ScriptIssue, fix, lint, lint_paths
 
 CORPUS = Path(__file__).with_name("lint_corpus")
 ROOT = Path(__file__).parents[2]
@@ -58,14 +58,14 @@ def script(folder: Path, text: str, name: str = "train.py") -> Path:
     return path
 
 
-def shown(findings: list[Finding]) -> dict[int, str]:
+def shown(issues: list[ScriptIssue]) -> dict[int, str]:
     return {
-        found.line: found.code + " fixable" * found.fixable + " note" * (found.severity == "note") for found in findings
+        issue.row: issue.code + " fixable" * issue.fixable + " note" * (issue.severity == "note") for issue in issues
     }
 
 
 def codes(folder: Path, text: str) -> list[str]:
-    return [found.code for found in lint(script(folder, text))]
+    return [issue.code for issue in lint(script(folder, text))]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -73,26 +73,25 @@ def test_corpus(path: Path) -> None:
     lines = path.read_text("utf-8").splitlines()
     marked = {number: line.partition("# finds ")[2] for number, line in enumerate(lines, 1) if "# finds " in line}
     assert shown(lint(path)) == marked
-    assert bool(marked) is not path.stem.startswith("sound_")
+    assert bool(marked) is not path.stem.startswith("valid_")
 
 
 def test_corpus_is_varied() -> None:
-    found = {finding.code for finding in lint_paths([CORPUS])}
-    assert found == {"L1", "L2", "L3", "L4", "L5", "L6", "L7"}
-    assert sum(path.stem.startswith("sound_") for path in SCRIPTS) >= 7 and len(TRAINABLE) >= 7
+    assert {issue.code for issue in lint_paths([CORPUS])} == {"L1", "L2", "L3", "L4", "L5", "L6", "L7"}
+    assert sum(path.stem.startswith("valid_") for path in SCRIPTS) >= 7 and len(TRAINABLE) >= 7
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], tuple[int, Path]]:
-    """Exit code and folder of each trainable script, as it is (False) and mended (True)."""
+    """Exit code and folder of each trainable script, as it is (False) and fixed (True)."""
     jobs = {}
     for name in TRAINABLE:
-        for mended in (False, True):
+        for fixed in (False, True):
             folder = tmp_path_factory.mktemp(name)
             path = script(folder, (CORPUS / f"{name}.py").read_text("utf-8"))
-            if mended:
+            if fixed:
                 fix(path)
-            jobs[name, mended] = (str(path), str(folder))
+            jobs[name, fixed] = (str(path), str(folder))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", RUNNER, json.dumps(list(jobs.values()))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -108,12 +107,12 @@ def trained_adapter(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-def test_mended_script_trains_an_adapter(name: str, runs: dict[tuple[str, bool], tuple[int, Path]]) -> None:
+def test_a_fixed_script_trains_an_adapter(name: str, runs: dict[tuple[str, bool], tuple[int, Path]]) -> None:
     code, folder = runs[name, True]
     assert code == 0, (folder / "log.txt").read_text()
     assert trained_adapter(folder)
-    _, unmended = runs[name, False]
-    assert not trained_adapter(unmended), "the corpus script is not faulty"
+    _, as_it_is = runs[name, False]
+    assert not trained_adapter(as_it_is), "the corpus script trains an adapter as it is"
 
 
 def cases(file: str) -> dict[str, str]:
@@ -130,48 +129,50 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, Trainer, TrainingArguments
 """
 
-FAULTY = cases("faulty.txt")
+INVALID = cases("invalid.txt")
 
 
-@pytest.mark.parametrize("name", FAULTY)
-def test_faults(name: str, tmp_path: Path) -> None:
-    assert codes(tmp_path, IMPORTS + FAULTY[name]) == [name[:2]]
+@pytest.mark.parametrize("name", INVALID)
+def test_every_issue_is_found(name: str, tmp_path: Path) -> None:
+    assert codes(tmp_path, IMPORTS + INVALID[name]) == [name[:2]]
 
 
-SOUND = cases("sound.txt")
+VALID = cases("valid.txt")
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", VALID)
 def test_no_false_alarm(name: str, tmp_path: Path) -> None:
-    """With the line's `# else:` in its place, the fault is there, and is found."""
-    lines = [line.partition("  # else: ") for line in SOUND[name].splitlines()]
+    """With the line's `# else:` in its place, the issue is there, and is found."""
+    lines = [line.partition("  # else: ") for line in VALID[name].splitlines()]
     indents = [line[: len(line) - len(line.lstrip())] for line, _, _ in lines]
     twin = [indent + other if mark else line for (line, mark, other), indent in zip(lines, indents, strict=True)]
     assert codes(tmp_path, IMPORTS + "\n".join(line for line, _, _ in lines)) == []
     assert codes(tmp_path, IMPORTS + "\n".join(twin)) == [name[:2]]
 
 
-STAYS = cases("left.txt")
+NOT_FIXABLE = cases("not_fixable.txt")
 
 
-@pytest.mark.parametrize("reason", STAYS)
+@pytest.mark.parametrize("reason", NOT_FIXABLE)
 def test_what_is_not_certain_is_left_with_its_reason(reason: str, tmp_path: Path) -> None:
     imports = IMPORTS.replace(", get_peft_model", "") if reason == "something else" else IMPORTS
-    path = script(tmp_path, imports + STAYS[reason])
+    path = script(tmp_path, imports + NOT_FIXABLE[reason])
     report = fix(path)
     assert report.fixed == [] and report.backup is None and report.diff == ""
-    assert any(f"leaves this to you: {reason}" in f.message or reason in f.message for f in report.left), report.left
-    assert not any(found.fixable for found in report.left)
-    assert [file.name for file in tmp_path.iterdir()] == ["train.py"] and path.read_text() == imports + STAYS[reason]
+    assert any(reason in issue.message for issue in report.left), report.left
+    assert not any(issue.fixable for issue in report.left)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.py"] and path.read_text() == imports + NOT_FIXABLE[
+        reason
+    ]
 
 
 MARKS = (("< ", "> "), ("> ", "< "))
-MENDED = cases("mended.txt")
+FIXED = cases("fixed.txt")
 
 
-@pytest.mark.parametrize("name", MENDED)
-def test_mends(name: str, tmp_path: Path) -> None:
-    lines = MENDED[name].splitlines(keepends=True)  # "<" marks a line that goes, ">" one that comes
+@pytest.mark.parametrize("name", FIXED)
+def test_fixes(name: str, tmp_path: Path) -> None:
+    lines = FIXED[name].splitlines(keepends=True)  # "<" marks a line that goes, ">" one that comes
     before, after = ("".join(line.removeprefix(mark) for line in lines if line[:2] != other) for mark, other in MARKS)
     path = script(tmp_path, before)
     assert len(fix(path).fixed) == 1
@@ -179,8 +180,8 @@ def test_mends(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["crlf", "bom", "latin-1", "tabs", "no newline at the end"])
-def test_a_mend_changes_nothing_else(kind: str, tmp_path: Path) -> None:
-    text = (CORPUS / "faulty_saves_base.py").read_text("utf-8").replace("# finds L2 fixable", "#  as  it   was ;")
+def test_a_fix_changes_nothing_else(kind: str, tmp_path: Path) -> None:
+    text = (CORPUS / "invalid_saves_base.py").read_text("utf-8").replace("# finds L2 fixable", "#  as  it   was ;")
     original = {
         "crlf": text.replace("\n", "\r\n").encode(),
         "bom": b"\xef\xbb\xbf" + text.encode(),
@@ -198,13 +199,13 @@ def test_a_mend_changes_nothing_else(kind: str, tmp_path: Path) -> None:
 
 def test_inserted_lines_end_as_the_others_do(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
-    path.write_bytes((CORPUS / "faulty_config_unused.py").read_bytes().replace(b"\n", b"\r\n"))
+    path.write_bytes((CORPUS / "invalid_config_unused.py").read_bytes().replace(b"\n", b"\r\n"))
     assert fix(path).fixed
     assert path.read_bytes().count(b"\n") == path.read_bytes().count(b"\r\n")
 
 
 def test_backups_are_kept_and_modes_too(tmp_path: Path) -> None:
-    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    text = (CORPUS / "invalid_config_unused.py").read_text("utf-8")
     path = script(tmp_path, text)
     path.chmod(0o750)
     link = tmp_path / "link.py"
@@ -223,7 +224,7 @@ def test_backups_are_kept_and_modes_too(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    text = (CORPUS / "invalid_config_unused.py").read_text("utf-8")
     path = script(tmp_path, text)
 
     def full(*_: object) -> None:
@@ -235,8 +236,8 @@ def test_a_full_disk_leaves_the_script(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_text("utf-8") == text and [file.name for file in tmp_path.iterdir()] == ["train.py"]
 
 
-def test_without_a_backup_nothing_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+def test_without_a_backup_nothing_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CORPUS / "invalid_config_unused.py").read_text("utf-8")
     path = script(tmp_path, text)
 
     def refuse(path: Path, original: bytes) -> Path:
@@ -249,7 +250,7 @@ def test_without_a_backup_nothing_is_mended(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_script_that_changes_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = script(tmp_path, (CORPUS / "faulty_config_unused.py").read_text("utf-8"))
+    path = script(tmp_path, (CORPUS / "invalid_config_unused.py").read_text("utf-8"))
     check = lint_module._check
 
     def slow(*arguments):
@@ -288,7 +289,7 @@ def test_nesting_without_end(text: str, tmp_path: Path) -> None:
 
 def test_scripts_are_not_run(tmp_path: Path) -> None:
     witness = tmp_path / "ran"
-    text = (CORPUS / "faulty_config_unused.py").read_text("utf-8")
+    text = (CORPUS / "invalid_config_unused.py").read_text("utf-8")
     path = script(tmp_path, f"open({str(witness)!r}, 'w').close()\n{text}")
     assert fix(path).fixed and lint(path) == []
     assert not witness.exists()
@@ -297,8 +298,8 @@ def test_scripts_are_not_run(tmp_path: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     for name in ("b.py", "sub/a.py", ".hidden/c.py", "lib/site-packages/d.py", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        script(tmp_path, FAULTY["L7 bare"], name)
-    assert [Path(found.path).name for found in lint_paths([tmp_path])] == ["b.py", "a.py"]
+        script(tmp_path, INVALID["L7 bare"], name)
+    assert [Path(issue.source.split(":")[0]).name for issue in lint_paths([tmp_path])] == ["b.py", "a.py"]
     assert len(lint_paths([tmp_path / "notes.txt", tmp_path / "b.py", tmp_path])) == 3
     with pytest.raises(ConfigError, match="no such file"):
         lint_paths([tmp_path / "missing.py"])
@@ -307,8 +308,8 @@ def test_folders(tmp_path: Path) -> None:
         lint_paths([tmp_path / "empty"])
 
 
-def test_all_unreadable_scripts_are_named_before_one_is_mended(tmp_path: Path) -> None:
-    good = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"), "a.py")
+def test_all_unreadable_scripts_are_named_before_one_is_fixed(tmp_path: Path) -> None:
+    good = script(tmp_path, (CORPUS / "invalid_saves_base.py").read_text("utf-8"), "a.py")
     text = good.read_text("utf-8")
     script(tmp_path, "if\n", "b.py")
     script(tmp_path, "else\n", "c.py")
@@ -318,39 +319,39 @@ def test_all_unreadable_scripts_are_named_before_one_is_mended(tmp_path: Path) -
 
 
 def test_run_lint_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = script(tmp_path, (CORPUS / "faulty_config_and_save.py").read_text("utf-8"))
+    path = script(tmp_path, (CORPUS / "invalid_config_and_save.py").read_text("utf-8"))
     assert run_lint([path], as_json=True) == 1
     values = json.loads(capsys.readouterr().out)
     assert values["num_files"] == 1 and values["fixed"] == [] and values["backups"] == {}
-    (found,) = values["findings"]
-    assert (found["code"], found["line"], found["column"], found["fixable"]) == ("L1", 23, 12, True)
+    (issue,) = values["issues"]
+    assert (issue["code"], issue["source"], issue["row"], issue["fixable"]) == ("L1", f"{path}:23:12", 23, True)
     assert run_lint([path], fix=True, as_json=True) == 0
     values = json.loads(capsys.readouterr().out)
-    assert [found["code"] for found in values["fixed"]] == ["L1", "L2"] and values["findings"] == []
+    assert [issue["code"] for issue in values["fixed"]] == ["L1", "L2"] and values["issues"] == []
     assert values["backups"] == {str(path): f"{path}.bak"}
 
 
 def test_notes_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_lint([CORPUS / "noted_fp16.py"]) == 0
-    assert "0 fault(s), 2 note(s)" in capsys.readouterr().out
-    assert run_lint([CORPUS / "faulty_labels.py"]) == 1
+    assert run_lint([CORPUS / "note_fp16.py"]) == 0
+    assert "0 error(s), 2 note(s)" in capsys.readouterr().out
+    assert run_lint([CORPUS / "invalid_labels.py"]) == 1
 
 
 def test_run_lint_prints_the_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lint_module, "Console", lambda: Console(width=200))
-    path = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"))
+    monkeypatch.setattr("speechtune.commands.lint.Console", lambda: Console(width=200))
+    path = script(tmp_path, (CORPUS / "invalid_saves_base.py").read_text("utf-8"))
     run_lint([path])
     printed = capsys.readouterr().out
     assert "train.py:32:5" in printed and "L2" in printed and "base_model is not what was trained" in printed
     run_lint([path], fix=True)
     printed = capsys.readouterr().out
-    assert "mended L2; the original is" in printed and "+    model.save_pretrained(" in printed
+    assert "fixed L2; the original is" in printed and "+    model.save_pretrained(" in printed
 
 
 def test_launcher(tmp_path: Path) -> None:
-    path = script(tmp_path, (CORPUS / "faulty_saves_base.py").read_text("utf-8"))
+    path = script(tmp_path, (CORPUS / "invalid_saves_base.py").read_text("utf-8"))
     results = []
     for flags in ([str(path)], [str(path), "--fix", "--json"], [str(path)], [str(tmp_path / "missing.py")]):
         command = [sys.executable, str(ROOT / "fix_lora_training.py"), *flags]

@@ -1,4 +1,4 @@
-"""`speechtune lint`: find faults in training scripts, and with `--fix` repair the clear ones."""
+"""`speechtune lint`: find issues in training scripts, and with `--fix` fix the clear ones."""
 
 from __future__ import annotations
 
@@ -11,45 +11,39 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from speechtune.lint.lint import FixReport, fix_or_lint, lint_paths, scripts_in
+from speechtune.lint.lint import FixReport, lint, lint_paths, scripts_in
+from speechtune.lint.lint import fix as fix_script
 
 
 def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) -> int:
-    """Print the findings, mended where `fix` says so; 1 where faults are left (notes do not count), else 0.
+    """Print the issues, fixed where `fix` says so; 1 where errors are left (notes do not count), else 0.
 
     Raises:
         ConfigError: as `lint_paths` and `fix`.
     """
-    lint_paths(paths)  # before the first file is changed, all are known to be readable
-    reports = [fix_or_lint(path, fix) for path in scripts_in(paths)]
-    findings = [finding for report in reports for finding in report.left]
-    errors = [finding for finding in findings if finding.severity == "error"]
+    lint_paths(paths)  # all are known to be readable before the first file is changed
+    reports = [fix_script(path) if fix else FixReport(str(path), [], lint(path)) for path in scripts_in(paths)]
+    left = [issue for report in reports for issue in report.left]
+    errors = sum(issue.severity == "error" for issue in left)
     if as_json:
-        changed = [report for report in reports if report.fixed]
         values = {
             "num_files": len(reports),
-            "findings": [asdict(finding) for finding in findings],
-            "fixed": [asdict(finding) for report in changed for finding in report.fixed],
-            "backups": {report.path: report.backup for report in changed},
+            "issues": [asdict(issue) for issue in left],
+            "fixed": [asdict(issue) for report in reports for issue in report.fixed],
+            "backups": {report.path: report.backup for report in reports if report.fixed},
         }
         print(json.dumps(values, ensure_ascii=False))
-    else:
-        _print_reports(reports, Console())
-    return 1 if errors else 0
-
-
-def _print_reports(reports: Sequence[FixReport], console: Console) -> None:
+        return 1 if errors else 0
+    console = Console()
     for report in [report for report in reports if report.fixed]:
-        codes = ", ".join(finding.code for finding in report.fixed)
-        console.print(Text(f"{report.path}: mended {codes}; the original is {report.backup}\n{report.diff}"))
-    findings = [finding for report in reports for finding in report.left]
-    if findings:
-        table = Table(Column("where", overflow="fold"), "code", "finding", "--fix")
-        for found in findings:
-            where = f"{found.path}:{found.line}:{found.column}"
-            code = found.code if found.severity == "error" else f"{found.code} note"
-            table.add_row(*map(Text, (where, code, found.message, "yes" if found.fixable else "")))
+        codes = ", ".join(issue.code for issue in report.fixed)
+        console.print(Text(f"{report.path}: fixed {codes}; the original is {report.backup}\n{report.diff}"))
+    if left:
+        table = Table(Column("where", overflow="fold"), "code", "issue", "--fix")
+        for issue in left:
+            code = issue.code if issue.severity == "error" else f"{issue.code} note"
+            table.add_row(*map(Text, (issue.source, code, issue.message, "yes" if issue.fixable else "")))
         console.print(table)
-    errors = sum(finding.severity == "error" for finding in findings)
-    summary = f"{len(reports)} file(s): {errors} fault(s), {len(findings) - errors} note(s)"
+    summary = f"{len(reports)} file(s): {errors} error(s), {len(left) - errors} note(s)"
     console.print(Text(summary, style="bold red" if errors else "green"))
+    return 1 if errors else 0

@@ -1,1 +1,1 @@
-"""Static checks of other people's training scripts for faults around LoRA, labels and saving."""
+"""Static checks of training scripts for issues around LoRA, labels and saving."""

@@ -1,4 +1,4 @@
-"""Faults of adapters: configurations never applied (L1), the wrong model saved (L2), trainable fp16 weights (L3)."""
+"""Rules on adapters: configurations never applied (L1), the wrong model saved (L2), trainable fp16 weights (L3)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import libcst as cst
 
-from speechtune.lint.fixes import Unmendable, plan_inner_save, plan_save, plan_wrap
+from speechtune.lint.fixes import NotFixable, plan_inner_save, plan_save, plan_wrap
 from speechtune.lint.script import (
-    Fault,
-    Mend,
+    Fix,
+    Match,
     Script,
     Training,
     Variable,
@@ -31,14 +31,14 @@ _MERGES = {"merge_and_unload", "unload", "merge_adapter"}
 _HALF = {"float16", "half"}
 
 
-def _planned(code: str, node: cst.CSTNode, message: str, plan: Callable[[], Mend]) -> Fault:
+def _planned(code: str, node: cst.CSTNode, message: str, plan: Callable[[], Fix]) -> Match:
     try:
-        return Fault(code, node, message, plan())
-    except Unmendable as reason:
-        return Fault(code, node, f"{message} (--fix leaves this to you: {reason})")
+        return Match(code, node, message, plan())
+    except NotFixable as reason:
+        return Match(code, node, f"{message} (--fix leaves this to you: {reason})")
 
 
-def unapplied_configs(script: Script) -> Iterator[Fault]:
+def unapplied_configs(script: Script) -> Iterator[Match]:
     """L1: a LoraConfig that reaches no model."""
     if any(is_name(call.func, *_UNKNOWN_READERS) and not call.args for call in script.calls):
         return
@@ -95,7 +95,7 @@ def _target_escapes(script: Script, target: cst.BaseExpression, seen: set[Variab
     return any(_escapes(script, read, seen) for read in script.reads.get(variable, []))
 
 
-def wrong_saves(script: Script) -> Iterator[Fault]:
+def wrong_saves(script: Script) -> Iterator[Match]:
     """L2: save_pretrained of a model that is not the trained one, or that has no such method."""
     targets = [target.target for target in script.all(cst.AssignTarget)]
     delegated = any(isinstance(node, cst.Attribute) and node.attr.value == "save_pretrained" for node in targets)
@@ -103,13 +103,13 @@ def wrong_saves(script: Script) -> Iterator[Fault]:
         owner = receiver(call)
         if callee(call) != "save_pretrained" or owner is None or "state_dict" in keywords(call):
             continue
-        fault = None if delegated else _wrapper_save(script, call, owner)
-        fault = fault or _base_save(script, call, owner) or _reloaded_save(script, call, owner)
-        if fault is not None:
-            yield fault
+        match = None if delegated else _wrapper_save(script, call, owner)
+        match = match or _base_save(script, call, owner) or _reloaded_save(script, call, owner)
+        if match is not None:
+            yield match
 
 
-def _wrapper_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Fault | None:
+def _wrapper_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Match | None:
     model = owner
     if isinstance(owner, cst.Attribute) and owner.attr.value == "model":
         made = script.call_at(owner.value)
@@ -139,7 +139,7 @@ def _is_bare_module(script: Script, class_: cst.ClassDef) -> bool:
     return bool(class_.bases)
 
 
-def _base_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Fault | None:
+def _base_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Match | None:
     """The model that went into get_peft_model or into a trainer that wraps it itself, or whose copy is trained."""
     saved = script.variable(owner)
     merged = [call for call in script.calls if callee(call) in _MERGES]
@@ -213,8 +213,8 @@ def _is_saved(script: Script, training: Training, until: cst.CSTNode) -> bool:
     )
 
 
-def _reloaded_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Fault | None:
-    """The untrained checkpoint, loaded once more into the variable after the training and saved untouched."""
+def _reloaded_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Match | None:
+    """The untrained checkpoint, loaded into the variable again after the training and saved as it is."""
     variable, again = script.variable(owner), script.call_at(owner)
     if variable is None or again is None or callee(again) != "from_pretrained" or script.is_wrap(again):
         return None
@@ -242,7 +242,7 @@ class _Precision:
     adapters: cst.Call | None = None  # the call that made trainable fp16 weights
 
 
-def half_adapters(script: Script) -> Iterator[Fault]:
+def half_adapters(script: Script) -> Iterator[Match]:
     """L3: trainable fp16 weights under an optimizer without a loss scaler."""
     seen = set()
     for training in script.trainings:
@@ -250,7 +250,7 @@ def half_adapters(script: Script) -> Iterator[Fault]:
         if cause is None or cause in seen:
             continue
         seen.add(cause)
-        yield Fault(
+        yield Match(
             "L3",
             cause,
             "this makes the trainable adapter fp16 without a loss scaler: AdamW's eps (1e-8) is 0 in fp16, so its "
@@ -260,7 +260,7 @@ def half_adapters(script: Script) -> Iterator[Fault]:
 
 
 def _may_be_scaled(script: Script, training: Training) -> bool:
-    """Whether a scaler, another optimizer, another eps, or something unseen may keep fp16 weights sound."""
+    """Whether a scaler, another optimizer, another eps, or something unseen may keep fp16 weights finite."""
     call = training.call
     if training.trainer:
         args = argument(call, "args", 1)

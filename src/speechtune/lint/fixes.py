@@ -1,4 +1,4 @@
-"""How `lint --fix` mends a script: what to insert or replace on the syntax tree, and how the file is written."""
+"""How `lint --fix` changes a script: what to insert or replace on the syntax tree, and how the file is written."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from typing import Any
 import libcst as cst
 
 from speechtune.errors import ConfigError
-from speechtune.lint.script import Binding, Mend, Script, Training, argument, callee, is_name, keywords, receiver
+from speechtune.lint.script import Binding, Fix, Script, Training, argument, callee, is_name, keywords, receiver
 
 _LINES = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 
-class Unmendable(Exception):
-    """Why a finding has to be mended by hand."""
+class NotFixable(Exception):
+    """Why an issue has to be fixed by hand."""
 
 
-def plan_wrap(script: Script, config: cst.Call) -> Mend:
+def plan_wrap(script: Script, config: cst.Call) -> Fix:
     """Apply a LoraConfig to the model that is trained: `model = get_peft_model(model, config)` before training.
 
     Raises:
-        Unmendable: the model, or the place, is not certain.
+        NotFixable: the model, or the place, is not certain.
     """
     holder = script.parent(config)
     targets = [target.target for target in holder.targets] if isinstance(holder, cst.Assign) else []
     targets += [holder.target] if isinstance(holder, cst.AnnAssign) else []
     name = targets[0] if targets else None
     if not isinstance(name, cst.Name) or len(targets) > 1:
-        raise Unmendable("the configuration is not kept in a variable of its own")
+        raise NotFixable("the configuration is not kept in a variable of its own")
     here = script.function(config)
     trained = [t for t in script.trainings if here in (None, script.function(t.call)) and script.variable(t.model)]
     if not trained:
-        raise Unmendable("no Trainer or optimizer in reach takes a model from a variable")
+        raise NotFixable("no Trainer or optimizer in reach takes a model from a variable")
     if len({script.variable(t.model) for t in trained}) > 1:
-        raise Unmendable("several models are trained here, and which one is meant is not certain")
+        raise NotFixable("several models are trained here, and which one is meant is not certain")
     if len([c for c in script.calls if script.is_lora_config(c)]) > 1:
-        raise Unmendable("the script makes several LoraConfigs, and which one is meant is not certain")
+        raise NotFixable("the script makes several LoraConfigs, and which one is meant is not certain")
     first = trained[0]
     _check_model(script, first)
     anchor = _wrap_anchor(script, name, first)
     function, imports = _wrap_function(script, config)
     if not all(isinstance(node, _LINES) for node in (anchor, *(node for node, _ in imports))):
-        raise Unmendable("a statement beside which a line is needed shares its line with another")
+        raise NotFixable("a statement beside which a line is needed shares its line with another")
     model = script.code(first.model)
-    return Mend(insert=((anchor, f"{model} = {function}({model}, {name.value})"), *imports))
+    return Fix(insert=((anchor, f"{model} = {function}({model}, {name.value})"), *imports))
 
 
 def _check_model(script: Script, training: Training) -> None:
@@ -56,19 +56,19 @@ def _check_model(script: Script, training: Training) -> None:
     value = script.value_at(training.model)
     class_ = script.class_of(training.model)
     if script.is_wrap(made):
-        raise Unmendable("the model is a PEFT model already, made with another configuration")
+        raise NotFixable("the model is a PEFT model already, made with another configuration")
     if class_ is not None:
-        raise Unmendable(f"the model is a {class_.name.value} of this script; wrap the model inside it")
+        raise NotFixable(f"the model is a {class_.name.value} of this script; wrap the model inside it")
     if made is not None and any(name.startswith("torch.nn") for name in script.names(made.func)):
-        raise Unmendable(f"{script.code(training.model)}, which is trained, is a bare layer")
+        raise NotFixable(f"{script.code(training.model)}, which is trained, is a bare layer")
     if isinstance(value, cst.BaseString) or any(part in script.code(training.model) for part in ("name", "path")):
-        raise Unmendable("the trainer gets the model by name; give it as peft_config=")
+        raise NotFixable("the trainer gets the model by name; give it as peft_config=")
     if {"peft_config", "**"} & keywords(training.call):
-        raise Unmendable("the trainer may apply a configuration by itself")
+        raise NotFixable("the trainer may apply a configuration by itself")
     for call in script.calls:
         added = callee(call) in {"add_adapter", "load_adapter"}
         if added and script.variable(receiver(call)) == script.variable(training.model):
-            raise Unmendable("the model has an adapter already, made with another configuration")
+            raise NotFixable("the model has an adapter already, made with another configuration")
 
 
 def _wrap_anchor(script: Script, config: cst.Name, training: Training) -> cst.CSTNode:
@@ -77,22 +77,22 @@ def _wrap_anchor(script: Script, config: cst.Name, training: Training) -> cst.CS
     places = script.bindings.get(variable, []) if variable else []
     before = [b for b in places if script.function(b.node) is function and b.end <= script.start(training.call)]
     if not before:
-        raise Unmendable("the model is made in another function")
+        raise NotFixable("the model is made in another function")
     if script.start(training.call) < script.end(config):
-        raise Unmendable("the configuration is made after the optimizer or trainer; move it before")
+        raise NotFixable("the configuration is made after the optimizer or trainer; move it before")
     last = before[-1]
     if script.function(config) is function and last.end < script.start(config):
         anchor = script.statement(config)
     else:
         anchor = _statement_beside(script, last, training.call)
         if not script.dominates(config, anchor) and script.function(config) is function:
-            raise Unmendable("the configuration is made in a branch that may not be taken before the model is made")
+            raise NotFixable("the configuration is made in a branch that may not be taken before the model is made")
     loops = [above for above in script.ancestors(anchor) if isinstance(above, cst.For | cst.While)]
     above = list(script.ancestors(last.node))
     if any(all(loop is not outer for outer in above) for loop in loops):
-        raise Unmendable("in the loop, the model would be wrapped again at each turn")
+        raise NotFixable("in the loop, the model would be wrapped again at each turn")
     if any(outer is anchor for outer in script.ancestors(training.call)):
-        raise Unmendable("the model is made in the statement that holds the training, or is an argument")
+        raise NotFixable("the model is made in the statement that holds the training, or is an argument")
     return anchor
 
 
@@ -110,7 +110,7 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
     if isinstance(config.func, cst.Attribute):
         return f"{script.code(config.func.value)}.get_peft_model", []
     if any(variable[1] == "get_peft_model" for variable in script.bindings):
-        raise Unmendable("the script uses the name get_peft_model for something else")
+        raise NotFixable("the script uses the name get_peft_model for something else")
     home = None
     for node in script.all(cst.ImportFrom):
         names = [] if isinstance(node.names, cst.ImportStar) else node.names
@@ -126,45 +126,45 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
     return "get_peft_model", [(script.statement(home), "from peft import get_peft_model")]
 
 
-def plan_save(script: Script, save: cst.Call, training: Training) -> Mend:
+def plan_save(script: Script, save: cst.Call, training: Training) -> Fix:
     """Save what was trained instead: the PEFT variable, or else by the trainer.
 
     Raises:
-        Unmendable: neither is in reach where the script saves.
+        NotFixable: neither is in reach where the script saves.
     """
     owner = receiver(save)
     assert owner is not None, "save_pretrained of nothing"
     trained = script.variable(training.model)
     binding = script.binding_at(save, trained) if trained else None
     if binding and script.is_wrap(script.call_at(binding.value)):
-        return Mend(replace=((owner, script.code(training.model)),))
+        return Fix(replace=((owner, script.code(training.model)),))
     rebound = script.enclosing(binding.node, cst.Assign) if binding else None
     if rebound and isinstance(rebound.value, cst.Call) and callee(rebound.value) == "prepare":
         accelerator = receiver(rebound.value)
         if accelerator is not None:
             code = f"{script.code(accelerator)}.unwrap_model({script.code(training.model)})"
-            return Mend(replace=((owner, code),))
+            return Fix(replace=((owner, code),))
     return _by_trainer(script, save, training)
 
 
-def _by_trainer(script: Script, save: cst.Call, training: Training) -> Mend:
+def _by_trainer(script: Script, save: cst.Call, training: Training) -> Fix:
     owner, holder = receiver(save), script.parent(training.call)
     target = holder.targets[0].target if isinstance(holder, cst.Assign) else None
     variable = script.variable(target)
     binding = script.binding_at(save, variable) if variable else None
     if not training.trainer or target is None or owner is None or not binding or binding.value is not training.call:
-        raise Unmendable("the trained model is not in reach of this line; save it where it was trained")
+        raise NotFixable("the trained model is not in reach of this line; save it where it was trained")
     if len(save.args) != 1 or save.args[0].star or not keywords(save) <= {"save_directory"}:
-        return Mend(replace=((owner, f"{script.code(target)}.model"),))
+        return Fix(replace=((owner, f"{script.code(target)}.model"),))
     renamed = ((save.args[0].keyword, "output_dir"),) if save.args[0].keyword else ()
-    return Mend(replace=((save.func, f"{script.code(target)}.save_model"), *renamed))
+    return Fix(replace=((save.func, f"{script.code(target)}.save_model"), *renamed))
 
 
-def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.ClassDef) -> Mend:
+def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.ClassDef) -> Fix:
     """Save the PEFT model inside a wrapper class of the script, by its variable or by the wrapper's attribute.
 
     Raises:
-        Unmendable: no PEFT model is seen to go into the wrapper.
+        NotFixable: no PEFT model is seen to go into the wrapper.
     """
     owner = receiver(save)
     assert owner is not None, "save_pretrained of nothing"
@@ -174,10 +174,10 @@ def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.
         variable = script.variable(value)
         binding = script.binding_at(save, variable) if variable else None
         if binding and script.is_wrap(script.call_at(binding.value)):
-            return Mend(replace=((owner, script.code(value)),))
+            return Fix(replace=((owner, script.code(value)),))
         if attribute:
-            return Mend(replace=((owner, f"{script.code(owner)}.{attribute}"),))
-    raise Unmendable("what the wrapper holds is not certain; save the model inside it, or call trainer.save_model")
+            return Fix(replace=((owner, f"{script.code(owner)}.{attribute}"),))
+    raise NotFixable("what the wrapper holds is not certain; save the model inside it, or call trainer.save_model")
 
 
 def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Iterator[tuple[str, cst.BaseExpression]]:
@@ -185,7 +185,7 @@ def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Itera
     inits = [node for node in class_.body.body if isinstance(node, cst.FunctionDef) and node.name.value == "__init__"]
     for init in inits:
         names = [parameter.name.value for parameter in init.params.params[1:]]
-        for node in [found for found in script.all(cst.Assign) if script.function(found) is init]:
+        for node in [assign for assign in script.all(cst.Assign) if script.function(assign) is init]:
             target = node.targets[0].target
             if not isinstance(target, cst.Attribute) or not is_name(target.value, "self"):
                 continue
@@ -198,22 +198,22 @@ def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Itera
 
 
 class _Edit(cst.CSTTransformer):
-    def __init__(self, mend: Mend) -> None:
+    def __init__(self, fix: Fix) -> None:
         super().__init__()
-        self.mend = mend
+        self.fix = fix
 
     def on_leave(self, original_node: cst.CSTNode, updated_node: Any) -> Any:
         updated: Any = super().on_leave(original_node, updated_node)
-        for node, code in self.mend.replace:
+        for node, code in self.fix.replace:
             if node is original_node:
                 updated = cst.parse_expression(code)
-        added = [cst.parse_statement(code) for node, code in self.mend.insert if node is original_node]
+        added = [cst.parse_statement(code) for node, code in self.fix.insert if node is original_node]
         return cst.FlattenSentinel([updated, *added]) if added else updated
 
 
-def mended_source(script: Script, mend: Mend) -> bytes:
-    """The script with one mend applied, everything else as it was; whether it still parses is for the caller to see."""
-    return script.module.visit(_Edit(mend)).bytes
+def fixed_source(script: Script, fix: Fix) -> bytes:
+    """The script with one fix applied, everything else as it was; the caller checks that it still parses."""
+    return script.module.visit(_Edit(fix)).bytes
 
 
 def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
@@ -225,9 +225,9 @@ def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
     path = path.resolve()  # a link stays a link
     try:
         if path.read_bytes() != original:
-            raise ConfigError(f"{path}: changed while it was being mended; nothing was written, try again")
+            raise ConfigError(f"{path}: changed while it was being fixed; nothing was written, try again")
         if not os.access(path, os.W_OK):
-            raise ConfigError(f"{path}: is read-only; make it writable to have it mended")
+            raise ConfigError(f"{path}: is read-only; make it writable to have it fixed")
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -240,7 +240,7 @@ def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
         finally:
             Path(aside).unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be mended: {error}; the script is as it was") from error
+        raise ConfigError(f"{path}: cannot be fixed: {error}; the script is as it was") from error
     return backup
 
 

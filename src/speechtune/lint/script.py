@@ -1,4 +1,4 @@
-"""A script as facts: its calls, what each variable is bound to, and what trains which model; never run, only read."""
+"""A parsed script: its calls, what each variable is bound to, and what trains which model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
-class Mend:
+class Fix:
     """Statements to insert after others, and expressions to replace, by node of the script's tree."""
 
     insert: tuple[tuple[cst.CSTNode, str], ...] = ()
@@ -58,13 +58,13 @@ class Mend:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """A finding before it has a place in a file; `note` marks a hint that is no fault by itself."""
+class Match:
+    """A node to which a rule applies; `note` marks a hint that is nothing wrong by itself."""
 
     code: str
     node: cst.CSTNode
     message: str
-    mend: Mend | None = None
+    fix: Fix | None = None
     note: bool = False
 
 
@@ -109,13 +109,13 @@ def literal(node: cst.CSTNode | None) -> str | None:
 
 def inside(node: cst.CSTNode, kind: type[Node]) -> list[Node]:
     """Nodes of one kind in a subtree, in source order, the root included."""
-    found, waiting = [], [node]
+    nodes, waiting = [], [node]
     while waiting:
         node = waiting.pop()
         if isinstance(node, kind):
-            found.append(node)
+            nodes.append(node)
         waiting.extend(reversed(node.children))
-    return found
+    return nodes
 
 
 def calls_in(nodes: Iterable[cst.CSTNode], *names: str) -> Iterator[cst.Call]:
@@ -154,18 +154,18 @@ class Script:
 
     @cached_property
     def _parents(self) -> dict[cst.CSTNode, cst.CSTNode]:
-        return {child: node for nodes in self._found.values() for node in nodes for child in node.children}
+        return {child: node for nodes in self._nodes.values() for node in nodes for child in node.children}
 
     @cached_property
-    def _found(self) -> dict[type[cst.CSTNode], list[Any]]:
-        found: dict[type[cst.CSTNode], list[Any]] = defaultdict(list)
+    def _nodes(self) -> dict[type[cst.CSTNode], list[Any]]:
+        nodes: dict[type[cst.CSTNode], list[Any]] = defaultdict(list)
         for node in inside(self.module, cst.CSTNode):
-            found[type(node)].append(node)
-        return found
+            nodes[type(node)].append(node)
+        return nodes
 
     def all(self, kind: type[Node]) -> list[Node]:
         """All nodes of one kind, in source order."""
-        return self._found[kind]
+        return self._nodes[kind]
 
     @property
     def calls(self) -> list[cst.Call]:
@@ -232,8 +232,8 @@ class Script:
 
     @cached_property
     def _star_imports(self) -> set[str]:
-        found = [node for node in self.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar) and node.module]
-        return {self.code(node.module) for node in found if node.module is not None}
+        imports = [node for node in self.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar)]
+        return {self.code(node.module) for node in imports if node.module is not None}
 
     def variable(self, expression: cst.CSTNode | None) -> Variable | None:
         """Identity of the variable that a name, or an attribute of a name, stands for."""
@@ -241,7 +241,7 @@ class Script:
             scope = self._facts[ScopeProvider].get(expression)
             if scope is None:
                 return None
-            owner = next((found.scope for found in scope[expression.value]), scope.globals)
+            owner = next((assignment.scope for assignment in scope[expression.value]), scope.globals)
             return id(owner), expression.value
         if isinstance(expression, cst.Attribute) and isinstance(expression.value, cst.Name):
             class_ = self.enclosing(expression, cst.ClassDef) if is_name(expression.value, "self") else None
@@ -254,25 +254,25 @@ class Script:
     @cached_property
     def bindings(self) -> dict[Variable, list[Binding]]:
         """All places that bind a variable, in source order."""
-        found: dict[Variable, list[Binding]] = defaultdict(list)
+        bindings: dict[Variable, list[Binding]] = defaultdict(list)
         for node, variable in self._used(ExpressionContext.STORE):
             holder = self.parent(node)
             holder = self.parent(holder) if isinstance(holder, cst.AssignTarget) else holder
             if isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr):
-                found[variable].append(Binding(node, holder.value, self.end(holder)))
+                bindings[variable].append(Binding(node, holder.value, self.end(holder)))
             else:
-                found[variable].append(Binding(node, None, self.end(self.enclosing(node, cst.Assign) or node)))
-        for places in found.values():
+                bindings[variable].append(Binding(node, None, self.end(self.enclosing(node, cst.Assign) or node)))
+        for places in bindings.values():
             places.sort(key=lambda binding: binding.end)
-        return found
+        return bindings
 
     @cached_property
     def reads(self) -> dict[Variable, list[cst.BaseExpression]]:
         """All places that read a variable, in source order."""
-        found: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
+        reads: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
         for node, variable in self._used(ExpressionContext.LOAD):
-            found[variable].append(node)
-        return found
+            reads[variable].append(node)
+        return reads
 
     def _used(self, context: ExpressionContext) -> Iterator[tuple[cst.BaseExpression, Variable]]:
         contexts = self._facts[ExpressionContextProvider]
@@ -320,8 +320,8 @@ class Script:
 
     def find_class(self, node: cst.CSTNode) -> cst.ClassDef | None:
         """The class of this file that a name stands for."""
-        found = [class_ for class_ in self.all(cst.ClassDef) if is_name(node, class_.name.value)]
-        return found[0] if len(found) == 1 else None
+        classes = [class_ for class_ in self.all(cst.ClassDef) if is_name(node, class_.name.value)]
+        return classes[0] if len(classes) == 1 else None
 
     def derives(self, class_: cst.ClassDef, roots: Collection[str], suffix: str) -> bool:
         """Whether a class has a base from one of some packages whose name ends with `suffix`, directly or not."""
@@ -355,18 +355,18 @@ class Script:
     @cached_property
     def trainings(self) -> list[Training]:
         """All trainers and optimizers whose model can be seen, in source order."""
-        found = []
+        trainings = []
         for call in self.calls:
             name = callee(call)
             if name.endswith("Trainer"):
                 lightning = any(n.partition(".")[0] in _LIGHTNING for n in self.names(call.func))
                 model = argument(call, "model", 0 if self.is_hf_trainer(call.func) else None)
                 if model is not None and not lightning:
-                    found.append(Training(call, model, True))
+                    trainings.append(Training(call, model, True))
             elif any(part in name for part in OPTIMIZERS):
                 sources = [arg.value for arg in call.args]
                 sources += [value for source in sources if (value := self.value_at(source)) not in (None, source)]
                 for getter in calls_in(sources, "parameters", "named_parameters"):
                     if (model := receiver(getter)) is not None:
-                        found.append(Training(call, model, False))
-        return found
+                        trainings.append(Training(call, model, False))
+        return trainings

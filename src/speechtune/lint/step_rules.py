@@ -1,4 +1,4 @@
-"""Faults of the training step: no backward (L4), unmasked labels (L5), NaN shown as 0.0 (L6), hidden errors (L7)."""
+"""Rules on the training step: no backward (L4), unmasked labels (L5), NaN shown as 0.0 (L6), hidden errors (L7)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import libcst as cst
 
 from speechtune.lint.script import (
     HF_ROOTS,
-    Fault,
+    Match,
     Script,
     argument,
     callee,
@@ -38,14 +38,14 @@ _SAVES = {"save_pretrained", "save_model", "save_state", "_save_checkpoint"}
 _NOISE = {"print", "debug", "info", "warning", "warn", "error", "exception", "log", "print_exc", "write", "empty_cache"}
 
 
-def steps_without_backward(script: Script) -> Iterator[Fault]:
+def steps_without_backward(script: Script) -> Iterator[Match]:
     """L4: training_step of a Trainer subclass that never reaches a backward()."""
     for class_ in script.all(cst.ClassDef):
         step = _method(class_, "training_step")
         if step is None or not script.derives(class_, HF_ROOTS, "Trainer") or not inside(step.body, cst.Return):
             continue
         if not _reaches_backward(script, class_, step, {step}):
-            yield Fault(
+            yield Match(
                 "L4",
                 step.name,
                 "this training_step never calls backward: no gradient exists, so the optimizer moves nothing while the "
@@ -54,8 +54,8 @@ def steps_without_backward(script: Script) -> Iterator[Fault]:
 
 
 def _method(class_: cst.ClassDef, name: str) -> cst.FunctionDef | None:
-    found = [node for node in class_.body.body if isinstance(node, cst.FunctionDef) and node.name.value == name]
-    return found[-1] if found else None
+    methods = [node for node in class_.body.body if isinstance(node, cst.FunctionDef) and node.name.value == name]
+    return methods[-1] if methods else None
 
 
 def _reaches_backward(
@@ -70,7 +70,7 @@ def _reaches_backward(
             if called is None and name not in _TRAINER_METHODS:
                 return True  # a method from a base that is not seen may do it
         elif isinstance(call.func, cst.Name):
-            own = [found for found in script.all(cst.FunctionDef) if found.name.value == name]
+            own = [function for function in script.all(cst.FunctionDef) if function.name.value == name]
             called = own[0] if own else None
             takes_loss = any(is_name(arg.value, "loss") for arg in call.args)
             if called is None and takes_loss and not any("builtins" in known for known in script.names(call.func)):
@@ -82,7 +82,7 @@ def _reaches_backward(
     return False
 
 
-def unmasked_labels(script: Script) -> Iterator[Fault]:
+def unmasked_labels(script: Script) -> Iterator[Match]:
     """L5: labels that are a plain copy of input_ids, so that padding and prompt are trained."""
     names = {callee(call) for call in script.calls}
     if names & _MASKING_COLLATORS or any(name.startswith("SFT") for name in names) or _masks_somewhere(script):
@@ -103,7 +103,7 @@ def unmasked_labels(script: Script) -> Iterator[Fault]:
             f"{'' if certain else ' (if rows are padded)'} is trained as if it were text, and so is the prompt. "
             "Set both to -100 in the labels; a collator can do it"
         )
-        yield Fault("L5", node, message, note=not certain)
+        yield Match("L5", node, message, note=not certain)
 
 
 def _masks_somewhere(script: Script) -> bool:
@@ -224,7 +224,7 @@ def _changed_later(script: Script, node: cst.CSTNode, region: cst.CSTNode) -> bo
     return not reads or changed or any(isinstance(statement, cst.Expr) for statement in statements)
 
 
-def hidden_nan(script: Script) -> Iterator[Fault]:
+def hidden_nan(script: Script) -> Iterator[Match]:
     """L6, a note: fp16 training in which the Trainer prints a NaN loss as 0.0."""
     for call in script.calls:
         names = script.names(call.func)
@@ -235,10 +235,10 @@ def hidden_nan(script: Script) -> Iterator[Fault]:
                 "with fp16=True a loss that became NaN is printed as 0.0, as logging_nan_inf_filter is on by default. "
                 "Set logging_nan_inf_filter=False to see it"
             )
-            yield Fault("L6", call, message, note=True)
+            yield Match("L6", call, message, note=True)
 
 
-def swallowed_errors(script: Script) -> Iterator[Fault]:
+def swallowed_errors(script: Script) -> Iterator[Match]:
     """L7: a handler for everything around a training step or a save that goes on as if nothing had happened."""
     for try_ in script.all(cst.Try):
         step, stored = _guarded(script, try_)
@@ -255,13 +255,13 @@ def swallowed_errors(script: Script) -> Iterator[Fault]:
                 continue
             message = (
                 f"this handler catches everything and {what} any error of the {step or stored} above: a run that "
-                "learns, or stores, nothing looks sound. Catch the error you expect, or raise"
+                "learns, or stores, nothing looks successful. Catch the error you expect, or raise"
             )
-            yield Fault("L7", handler, message)
+            yield Match("L7", handler, message)
 
 
 def _guarded(script: Script, try_: cst.Try) -> tuple[str, str]:
-    """What of a training step, and of the training and saving as a whole, a try block holds; "" for nothing."""
+    """What of a training step, and of training or saving outside of it, a try block holds; "" for nothing."""
     trainers = [training.call for training in script.trainings if training.trainer]
     step = stored = ""
     for call in calls_in([try_.body]):

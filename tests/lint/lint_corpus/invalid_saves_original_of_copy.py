@@ -1,4 +1,4 @@
-"""A copy is trained, the original is saved; nothing in reach can save the copy, so this is not mended."""
+"""A copy is trained, the original is saved; nothing in reach can save the copy, so this is not fixed."""
 
 import copy
 
