@@ -53,8 +53,8 @@ def demo_samples(voices: Path) -> list[Sample]:
         Sample(
             target["audio"],
             target["text"],
-            AudioRef(voices / target["audio"]),
-            (Clip(AudioRef(voices / reference["audio"]), reference["text"]),),
+            AudioRef(str(voices / target["audio"])),
+            (Clip(AudioRef(str(voices / reference["audio"])), reference["text"]),),
             system=SYSTEM,
         )
         for reference, target in pairs

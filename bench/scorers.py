@@ -61,7 +61,9 @@ def read_clips(path: Path) -> list[Spoken]:
         ]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Spoken(read_audio(AudioRef(path.parent / row["audio"]), RATE), row["speaker"], row["text"], row["language"])
+        Spoken(
+            read_audio(AudioRef(str(path.parent / row["audio"])), RATE), row["speaker"], row["text"], row["language"]
+        )
         for row in rows
     ]
 

@@ -92,7 +92,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def bare(sample: Sample) -> Sample:
     """Without what must differ between the layouts."""
-    return replace(sample, audio=None, source="", extra={**sample.extra, "layout": ""})
+    return replace(sample, audio=None, source="")
 
 
 APA = {"accuracy": 8, "fluency": 9, "prosodic": 7.5, "total": 10.0}

@@ -63,7 +63,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoCli
     """A folder with `model/` (two layers, hidden size 64, text head, tokenizer) and `codec/`; do not write to it."""
     folder = tmp_path_factory.mktemp("tiny-base")
     tiny.make_model(folder / "model", hidden_size=64, num_layers=2)
-    speech = [read_audio(AudioRef(path=clip.path), 24_000) for clip in demo_clips[:CODEC_CLIPS]]
+    speech = [read_audio(AudioRef(path=str(clip.path)), 24_000) for clip in demo_clips[:CODEC_CLIPS]]
     tiny.make_codec(folder / "codec", speech)
     return folder
 

@@ -55,7 +55,7 @@ def make_case(
 
 def cut(clip: DemoClip, frames: int) -> AudioRef:
     """`frames` codec frames out of a clip, from 0.3 s on."""
-    return AudioRef(path=clip.path, offset_seconds=0.3, duration_seconds=frames / 25)
+    return AudioRef(path=str(clip.path), offset_seconds=0.3, duration_seconds=frames / 25)
 
 
 def collated(family: HiggsAudioV2Family, cases: Sequence[Case]) -> Batch:

@@ -20,7 +20,8 @@ from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.prompts import CONTROL_TOKENS, RUBRICS
 from speechtune.precision import PrecisionPlan
 from speechtune.tasks.pronunciation.phones import PHONES
-from speechtune.types import AudioRef, Encoded, Sample
+from speechtune.tasks.pronunciation.targets import target_of, task_of
+from speechtune.types import AudioRef, Encoded, Pronunciation, Sample
 
 FP32 = PrecisionPlan("fp32", torch.device("cpu"), torch.float32, None, False, "test")
 OVERFIT_STEPS = 160
@@ -46,8 +47,8 @@ def samples_of(clips: Sequence[DemoClip], seconds: float = 1.2) -> list[Sample]:
         Sample(
             f"{number}#{task}",
             clip.text,
-            AudioRef(path=clip.path, offset_seconds=0.2, duration_seconds=round(seconds + 0.13 * number, 2)),
-            extra={"task": task, "target": answer},
+            AudioRef(path=str(clip.path), offset_seconds=0.2, duration_seconds=round(seconds + 0.13 * number, 2)),
+            pronunciation=Pronunciation(task, answer),
         )
         for number, clip in enumerate(clips)
         for task, answer in answers(number).items()
@@ -59,12 +60,12 @@ def write_rows(path: Path, samples: Sequence[Sample]) -> Path:
     rows = [
         {
             "id": sample.id,
-            "audio": str(sample.audio.path),
+            "audio": sample.audio.path,
             "offset": sample.audio.offset_seconds,
             "duration": sample.audio.duration_seconds,
             "text": sample.text,
-            "task": sample.extra["task"],
-            "target": sample.extra["target"],
+            "task": task_of(sample),
+            "target": target_of(sample),
         }
         for sample in samples
         if sample.audio is not None
@@ -103,7 +104,7 @@ def native_inputs(folder: Path, sample: Sample) -> dict[str, torch.Tensor]:
     audio = read_audio(sample.audio, 16_000).samples
     found = Phi4MultimodalFeatureExtractor.from_pretrained(folder)(audio, sampling_rate=16_000, return_tensors="pt")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    task = sample.extra["task"]
+    task = task_of(sample)
     text = f"<|user|>{'<|audio|>' * int(found['audio_embed_sizes'][0])}{CONTROL_TOKENS[task]}{RUBRICS[task]}<|end|>"
     ids = tokenizer(f"{text}<|assistant|>", return_tensors="pt", add_special_tokens=False)
     return {

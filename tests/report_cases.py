@@ -201,7 +201,7 @@ def write_samples(folder: Path, clips: Sequence[DemoClip], steps: Sequence[int])
     for name in ("reference", *(f"step-{step}" for step in steps)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for n, clip in enumerate(clips):
-            audio = read_audio(AudioRef(clip.path), 24_000)
+            audio = read_audio(AudioRef(str(clip.path)), 24_000)
             noisy = audio.samples[::-1].copy() if name == "step-0" else audio.samples
             write_wav(folder / name / f"p{n}.wav", Audio(noisy, 24_000))
     for step in steps:

@@ -26,7 +26,7 @@ def tone(seconds: float, rate: int = RATE, frequency: float = 220.0, level: floa
 
 def write(path: Path, samples: np.ndarray, rate: int = RATE, subtype: str = "PCM_16") -> AudioRef:
     soundfile.write(path, samples, rate, subtype=subtype)
-    return AudioRef(path=path)
+    return AudioRef(path=str(path))
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_resampling_keeps_length_and_pitch(tmp_path: Path, target: int) -> None:
 
 def test_reads_bytes_and_flac(tmp_path: Path) -> None:
     ref = write(tmp_path / "a.flac", tone(0.5))
-    assert ref.path is not None
-    np.testing.assert_array_equal(read_audio(AudioRef(data=ref.path.read_bytes())).samples, read_audio(ref).samples)
+    content = (tmp_path / "a.flac").read_bytes()
+    np.testing.assert_array_equal(read_audio(AudioRef(data=content)).samples, read_audio(ref).samples)
 
 
 def test_header_tells_the_whole_file(ramp: AudioRef) -> None:
@@ -103,7 +103,7 @@ def unreadable(tmp_path: Path, kind: str) -> AudioRef:
     elif kind == "raw":
         path = tmp_path / "a.raw"
         path.write_bytes(b"\1\2" * 100)
-    return AudioRef(path=path)
+    return AudioRef(path=str(path))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_unreadable_audio_is_an_error_naming_file_and_reason(tmp_path: Path, kin
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_forbidden_file(ramp: AudioRef) -> None:
     assert ramp.path is not None
-    ramp.path.chmod(0)
+    Path(ramp.path).chmod(0)
     with pytest.raises(AudioError, match="Permission denied"):
         read_audio(ramp)
 
@@ -157,11 +157,11 @@ def test_segment_slightly_past_the_end_is_cut(ramp: AudioRef) -> None:
 def test_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
     """Guards against a cut file passing as a shorter one: FLAC fails to decode, MP3 just ends early."""
     noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE).astype(np.float32)
-    ref = AudioRef(path=tmp_path / f"a.{suffix}")
-    assert ref.path is not None
-    soundfile.write(ref.path, noise, RATE)
-    content = ref.path.read_bytes()
-    ref.path.write_bytes(content[: len(content) // 2])
+    path = tmp_path / f"a.{suffix}"
+    ref = AudioRef(path=str(path))
+    soundfile.write(path, noise, RATE)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     assert audio_info(ref).duration_seconds == 4.0  # the header still promises all of it
     with pytest.raises(AudioError, match=r"truncated|cannot be decoded"):
         read_audio(ref)
@@ -177,7 +177,7 @@ def test_limits(ramp: AudioRef, monkeypatch: pytest.MonkeyPatch) -> None:
         read_audio(ramp)
     monkeypatch.setattr(audio, "MAX_INLINE_BYTES", 1000)
     with pytest.raises(AudioError, match="exceeds the limit of 1000 bytes for inline audio"):
-        read_audio(AudioRef(data=ramp.path.read_bytes()))
+        read_audio(AudioRef(data=Path(ramp.path).read_bytes()))
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
@@ -203,7 +203,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
 def server(ramp: AudioRef, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert ramp.path is not None
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(_Server, "content", ramp.path.read_bytes())
+    monkeypatch.setattr(_Server, "content", Path(ramp.path).read_bytes())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
@@ -237,7 +237,7 @@ def test_other_schemes_are_refused_even_when_urls_are_allowed(url: str) -> None:
 def test_write_and_read_back(tmp_path: Path) -> None:
     samples = np.concatenate([tone(0.1), np.array([1.7, -1.7], np.float32)])
     write_wav(tmp_path / "out.wav", Audio(samples, 24000))
-    heard = read_audio(AudioRef(path=tmp_path / "out.wav"))
+    heard = read_audio(AudioRef(path=str(tmp_path / "out.wav")))
     assert heard.sampling_rate == 24000
     np.testing.assert_allclose(heard.samples, np.clip(samples, -1, 1), atol=1 / 32768)
 
@@ -253,20 +253,20 @@ def test_write_refuses(tmp_path: Path) -> None:
 def test_content_hash_follows_bytes_and_segment_not_the_path(ramp: AudioRef, tmp_path: Path) -> None:
     """Guards against cache keys made of the path alone."""
     assert ramp.path is not None
-    content = ramp.path.read_bytes()
+    content = Path(ramp.path).read_bytes()
     (tmp_path / "copy.wav").write_bytes(content)
     whole = content_hash(ramp)
     assert len(whole) == 64
-    assert whole == content_hash(AudioRef(path=tmp_path / "copy.wav")) == content_hash(AudioRef(data=content))
+    assert whole == content_hash(AudioRef(path=str(tmp_path / "copy.wav"))) == content_hash(AudioRef(data=content))
     others = [
         content_hash(AudioRef(path=ramp.path, offset_seconds=0.5)),
         content_hash(AudioRef(path=ramp.path, duration_seconds=0.5)),
         content_hash(AudioRef(path=ramp.path, offset_seconds=0.5, duration_seconds=0.5)),
     ]
-    ramp.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    Path(ramp.path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert len({whole, *others, content_hash(ramp)}) == 5
     with pytest.raises(AudioError, match="no such file"):
-        content_hash(AudioRef(path=tmp_path / "none.wav"))
+        content_hash(AudioRef(path=str(tmp_path / "none.wav")))
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,9 @@ def find_defects(audio: Audio) -> list[tuple[str, str]]:
 
 
 def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
-    if ref.place is not None:
-        _check_file(ref, ref.place)
-        source: str | io.BytesIO = ref.place
+    if ref.path is not None:
+        _check_file(ref, ref.path)
+        source: str | io.BytesIO = ref.path
     else:
         source = io.BytesIO(_bytes(ref, allow_urls))
     try:
@@ -307,12 +307,12 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _chunks(ref: AudioRef, allow_urls: bool) -> Iterator[bytes]:
-    if ref.place is None:
+    if ref.path is None:
         yield _bytes(ref, allow_urls)
         return
-    _check_file(ref, ref.place)
+    _check_file(ref, ref.path)
     try:
-        with open(ref.place, "rb") as file:
+        with open(ref.path, "rb") as file:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 yield chunk
     except OSError as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,64 +12,22 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(frozen=True, slots=True)
 class AudioRef:
     """Where the audio of one clip lies, and which part of it is meant.
 
     Exactly one of `path`, `data` and `url` is set. `duration_seconds` None means "to the end".
     """
 
-    # A million rows hold a million of these: the path is kept as text, a quarter of the size of a Path, and its folder
-    # once for all clips in it.
-    __slots__ = ("_folder", "_name", "data", "duration_seconds", "offset_seconds", "url")
-
-    path: Path | None  # pyright: ignore[reportRedeclaration]
-    data: bytes | None
-    url: str | None
-    offset_seconds: float
-    duration_seconds: float | None
-
-    def __init__(
-        self,
-        path: Path | str | None = None,
-        data: bytes | None = None,
-        url: str | None = None,
-        offset_seconds: float = 0.0,
-        duration_seconds: float | None = None,
-    ) -> None:
-        keep = object.__setattr__
-        folder, slash, name = (None, "", None) if path is None else str(path).rpartition("/")
-        keep(self, "_folder", None if folder is None else sys.intern(folder + slash))
-        keep(self, "_name", name)
-        keep(self, "data", data)
-        keep(self, "url", url)
-        keep(self, "offset_seconds", offset_seconds)
-        keep(self, "duration_seconds", duration_seconds)
-
-    @property
-    def path(self) -> Path | None:
-        """The file; None for inline bytes and URLs."""
-        return None if (place := self.place) is None else Path(place)
-
-    @property
-    def place(self) -> str | None:
-        """`path` as text."""
-        return None if self._name is None else self._folder + self._name
-
-    def _values(self) -> tuple[str | None, str | None, bytes | None, str | None, float, float | None]:
-        return self._name, self._folder, self.data, self.url, self.offset_seconds, self.duration_seconds
-
-    def __eq__(self, other: object) -> bool:
-        return self._values() == other._values() if isinstance(other, AudioRef) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._values())
-
-    def __reduce__(self) -> tuple[type[AudioRef], tuple[Any, ...]]:
-        return AudioRef, (self.place, self.data, self.url, self.offset_seconds, self.duration_seconds)
+    # A million rows hold a million of these, and a text takes a quarter of the memory of a Path.
+    path: str | None = None
+    data: bytes | None = None
+    url: str | None = None
+    offset_seconds: float = 0.0
+    duration_seconds: float | None = None
 
     def __str__(self) -> str:
-        place = str(self.place or self.url or f"<{len(self.data or b'')} inline bytes>")
+        place = self.path or self.url or f"<{len(self.data or b'')} inline bytes>"
         if self.offset_seconds or self.duration_seconds is not None:
             end = "" if self.duration_seconds is None else f"{self.offset_seconds + self.duration_seconds:g}"
             place += f"[{self.offset_seconds:g}:{end}]"
@@ -99,12 +55,64 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One validated row of a manifest.
+class Mispronunciation:
+    """One annotated error: `index` (from 0) of the phone in its word, its base phone, and the label of what was said.
 
-    `text` is what is spoken in `audio`. For voice cloning `audio` is the target to learn and `references` are the
-    clips of the voice that come before it; for assessment `audio` is the utterance and `extra` holds its labels.
-    `audio` is None only for generation. `source` is "file:line", for messages.
+    `pronounced` is kept as annotated: a phone, `X*`, several phones with blanks between them, `<DEL>` or `<unk>`.
+    """
+
+    index: int
+    canonical: str
+    pronounced: str
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word of an utterance: its base phones, the accuracy of each, its annotated errors, and its scores by name."""
+
+    text: str
+    phones: tuple[str, ...]
+    phone_accuracies: tuple[float, ...] = ()
+    mispronunciations: tuple[Mispronunciation, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pronunciation:
+    """What people said about the pronunciation of a sample, and what a model is asked about it.
+
+    Attributes:
+        task: what is asked, "APA" or "MDD"; None where nothing is asked yet.
+        target: the right answer to that, field by field.
+        scores: of the utterance, 0 to 10, by name.
+        words: in order; empty where only the target is known.
+        raters: the scores of single raters, by name.
+        age: the speaker's, in years.
+        gender: the speaker's, "f" or "m".
+    """
+
+    task: str | None = None
+    target: Mapping[str, int | str] | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    words: tuple[Word, ...] = ()
+    raters: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    age: int | None = None
+    gender: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One validated row of a data file.
+
+    For voice cloning `audio` is the target to learn, `text` what is spoken in it, and `references` are the clips of
+    the voice that come before it. For pronunciation `audio` is the utterance, `text` what was to be read.
+
+    Attributes:
+        audio: None only where it is to be generated.
+        source: "file:line", for messages.
+        row: number of the row, from 1; 0 where there are no rows.
+        declared_seconds: durations the row declares, the target's first; empty where it declares none.
+        borrows_reference: the row names no reference: it may get, or has, another sample of its speaker as one.
     """
 
     id: str
@@ -116,7 +124,10 @@ class Sample:
     speaker: str | None = None
     language: str | None = None
     source: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    row: int = 0
+    declared_seconds: tuple[float | None, ...] = ()
+    borrows_reference: bool = False
+    pronunciation: Pronunciation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from speechtune.cache.encoded_set import EncodedSet
 from speechtune.cache.store import FeatureStore
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.family import Family
-from speechtune.types import Audio, AudioRef, Clip, Encoded, Sample
+from speechtune.types import Audio, AudioRef, Clip, Encoded, Pronunciation, Sample
 
 SAMPLING_RATE = 16_000
 
@@ -61,7 +61,7 @@ def make_family(**values: object) -> tuple[FakeFamily, Family]:
 
 def write_clip(path: Path, value: float, num_samples: int = 800) -> AudioRef:
     soundfile.write(path, np.full(num_samples, value, np.float32), SAMPLING_RATE)
-    return AudioRef(path=path)
+    return AudioRef(path=str(path))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_same_audio_under_two_names_is_encoded_once(samples: list[Sample], t
     (tmp_path / "copy.wav").write_bytes((tmp_path / "0.wav").read_bytes())
     inline = AudioRef(data=(tmp_path / "1.wav").read_bytes())
     more = [
-        Sample("copy", "copy", AudioRef(path=tmp_path / "copy.wav")),
+        Sample("copy", "copy", AudioRef(path=str(tmp_path / "copy.wav"))),
         Sample("inline", "inline", inline),
     ]
     fake, family = make_family()
@@ -160,7 +160,7 @@ def test_fingerprint_is_stable_and_sees_everything_a_prompt_is_made_of(samples: 
     changes = [
         replace(first, id="other"),
         replace(first, scene="a hall"),
-        replace(first, extra={"total": 9}),
+        replace(first, pronunciation=Pronunciation(scores={"total": 9})),
         replace(first, references=(replace(first.references[0], text="other words"),)),
         replace(first, references=()),
     ]

@@ -41,7 +41,7 @@ def shown(path: Path, **options: Any) -> str:
 
 
 def test_statistics() -> None:
-    refs = [AudioRef(path=Path(f"{n}.wav")) for n in range(4)]
+    refs = [AudioRef(path=f"{n}.wav") for n in range(4)]
     samples = [
         Sample("a", "Hello.", refs[0], (Clip(refs[1], "x"),), speaker="anna", language="en"),
         Sample("b", "Привет, world", refs[1], speaker="anna"),

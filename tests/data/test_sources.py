@@ -30,11 +30,11 @@ from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
 from speechtune.data import manifest
 from speechtune.data.sources import find_source, load_samples
-from speechtune.data.splits import split_validation
-from speechtune.errors import ManifestError
-from speechtune.families.phi4_multimodal.options import Phi4DataConfig
-from speechtune.tasks.pronunciation.targets import task_samples
-from speechtune.types import AudioRef, Sample
+from speechtune.data.splits import split_samples, split_validation
+from speechtune.errors import Issue, ManifestError
+from speechtune.tasks.pronunciation.phones import StarPolicy
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, target_of, task_of, task_samples
+from speechtune.types import AudioRef, Pronunciation, Sample, Word
 
 
 def ids(samples: list[Sample]) -> list[str]:
@@ -64,7 +64,6 @@ def test_the_path_names_the_split(corpus: Path) -> None:
         for default in ("train", "test"):
             samples = load_samples(corpus / split, config, default_split=default)
             assert ids(samples) == wanted[split]
-            assert {sample.extra["split"] for sample in samples} == {split}
 
 
 def test_both_formats_load_alike(tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_single_parquet_files(tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train-0.parquet", hub_rows("train"))
     assert ids(load_samples(train, DataConfig(), default_split="test")) == ["u1", "u2", "u3"]
     nameless = write_parquet(tmp_path / "own.parquet", hub_rows("train"))
-    assert load_samples(nameless, DataConfig(), default_split="test")[0].extra["split"] == "test"
+    assert ids(load_samples(nameless, DataConfig(), default_split="test")) == ["u1", "u2", "u3"]
     assert list(validate(nameless, DataConfig()).statistics["pronunciation"]) == ["train"]
 
 
@@ -88,7 +87,7 @@ def test_a_split_that_is_not_there_is_not_replaced_by_the_other(tmp_path: Path) 
             load_samples(path, DataConfig(), default_split="test")
 
 
-def test_star_policy_comes_from_the_recipe(corpus: Path) -> None:
+def test_accents_are_kept_as_annotated_and_become_targets_by_policy(corpus: Path) -> None:
     if (corpus / "resource").is_dir():
         file = corpus / "resource" / "scores.json"
         file.write_text(file.read_text().replace("D Z", "L*"))
@@ -97,15 +96,19 @@ def test_star_policy_comes_from_the_recipe(corpus: Path) -> None:
         for row in rows:
             row["words"][1]["mispronunciations"][0]["pronounced-phone"] = "L*"
         write_hub(corpus, train=rows)
-    for policy, phone in (("base", "L"), ("unk", "<unk>")):
-        samples = load_samples(corpus, Phi4DataConfig.model_validate({"star_policy": policy}))
-        assert samples[0].extra["labels"]["words"][1]["realised"][0] == phone
+    samples = load_samples(corpus, DataConfig())
+    assert samples[0].pronunciation is not None
+    assert samples[0].pronunciation.words[1].mispronunciations[0].pronounced == "L*"
+    policies: tuple[tuple[StarPolicy, str], ...] = (("base", "L"), ("unk", "<unk>"))
+    for policy, phone in policies:
+        target = target_of(task_samples(samples, {"MDD": 1}, 0, policy)[0])
+        assert target["phoneme_transcript"] == f"HH AY {phone} IY S AH"
 
 
 def test_tasks_in_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(wav())
     samples = load_samples(write_jsonl(tmp_path, task_row(), task_row("MDD")), DataConfig())
-    assert [(sample.id, sample.extra["task"]) for sample in samples] == [("tasks-1", "APA"), ("tasks-2", "MDD")]
+    assert [(sample.id, task_of(sample)) for sample in samples] == [("tasks-1", "APA"), ("tasks-2", "MDD")]
 
 
 def test_voice_cloning_goes_to_its_own_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +180,7 @@ def test_clips_that_cannot_be_used(
     with pytest.raises(ManifestError) as caught:
         load_samples(path, DataConfig())
     (issue,) = caught.value.issues
-    assert isinstance(issue, manifest.Issue)
+    assert isinstance(issue, Issue)
     assert (issue.sample_id, issue.row) == ("u2", 2)
     assert issue.code == code and message in issue.message
     assert "1 issue(s) in 1 of 3 rows; mend them, or set data.on_error=quarantine" in str(caught.value)
@@ -245,7 +248,7 @@ def test_quarantine_of_lines_of_the_tables(tmp_path: Path) -> None:
     (path / "train" / "spk2age").write_text("01\told\n02\t7\n")
     samples, records = quarantine(path, tmp_path / "run")
     assert ids(samples) == ["u1", "u3"]
-    assert "age" not in samples[0].extra
+    assert samples[0].pronunciation is not None and samples[0].pronunciation.age is None
     places = {(Path(record["source"]).name, record["row"], record["issues"][0]["code"]) for record in records}
     assert places == {("text:4", 0, "duplicate_id"), ("spk2age:1", 0, "bad_field")}
     with pytest.raises(ManifestError, match=r"2 issue\(s\) in 1 of 3 rows; 33\.3% exceeds data\.quarantine_limit"):
@@ -272,18 +275,14 @@ def utterances(speakers: int, each: int = 3) -> list[Sample]:
     for person in range(speakers):
         for number in range(each):
             name = f"s{person}-{number}"
-            extra = {"layout": "speechocean762", "labels": {}, "row": 1}
-            samples.append(Sample(name, "x", AudioRef(path=Path(f"{name}.wav")), speaker=f"s{person}", extra=extra))
+            labels = Pronunciation(scores=dict.fromkeys(SCORE_FIELDS, 5), words=(Word("x", ("EH", "K", "S")),))
+            samples.append(Sample(name, "x", AudioRef(f"{name}.wav"), speaker=f"s{person}", pronunciation=labels))
     return samples
 
 
-@pytest.mark.parametrize("layout", ["speechocean762", "speechocean762-hf", "assessment-jsonl"])
-def test_no_speaker_on_both_sides(layout: str) -> None:
-    samples = [
-        Sample(s.id, s.text, s.audio, speaker=s.speaker, extra={**s.extra, "layout": layout}) for s in utterances(10)
-    ]
+def test_no_speaker_on_both_sides() -> None:
     for seed in range(5):
-        train, held = split_validation(task_samples(samples, {"APA": 1, "MDD": 1}, 0), 0.2, seed)
+        train, held = split_validation(task_samples(utterances(10), {"APA": 1, "MDD": 1}, 0), 0.2, seed)
         assert not {s.speaker for s in train} & {s.speaker for s in held}
         assert len({s.speaker for s in held}) == 2 and len(held) == 12 and len(train) == 48
 
@@ -306,18 +305,17 @@ def test_all_tasks_of_a_clip_stay_together_without_speakers(tmp_path: Path) -> N
 
 
 def test_voice_cloning_is_split_by_sample() -> None:
-    samples = [Sample(f"c{n}", "x", AudioRef(path=Path("a.wav")), speaker="anna") for n in range(10)]
-    assert split_validation(samples, 0.3, 1) == manifest.split_samples(samples, 0.3, 1)
+    samples = [Sample(f"c{n}", "x", AudioRef(path="a.wav"), speaker="anna") for n in range(10)]
+    assert split_validation(samples, 0.3, 1) == split_samples(samples, 0.3, 1)
     mixed = [*samples, *utterances(2)]
-    assert split_validation(mixed, 0.3, 1) == manifest.split_samples(mixed, 0.3, 1)
+    assert split_validation(mixed, 0.3, 1) == split_samples(mixed, 0.3, 1)
 
 
 def test_splits_that_cannot_be_made() -> None:
     assert split_validation(utterances(1), 0, 1) == (utterances(1), [])
     with pytest.raises(ManifestError, match=r"of 1 speaker\(s\): at least 2 are needed"):
         split_validation(utterances(1), 0.5, 1)
-    extra = {"layout": "assessment-jsonl"}
-    nameless = [Sample(name, "x", AudioRef(path=Path("a.wav")), extra=extra) for name in ("APA", "MDD")]
+    nameless = [Sample(task, "x", AudioRef("a.wav"), pronunciation=Pronunciation(task, {})) for task in ("APA", "MDD")]
     assert split_validation(nameless, 0, 1) == (nameless, [])
     with pytest.raises(ManifestError, match=r"of 1 sample\(s\): at least 2 are needed"):
         split_validation(nameless, 0.5, 1)

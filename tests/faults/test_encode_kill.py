@@ -47,7 +47,7 @@ class SlowFamily:
         return Encoded(sample.id, {"codes": features[0]}, len(features[0]), 0.0)
 
 paths = sorted(clips.glob("*.wav"))
-samples = [Sample(path.stem, path.stem, AudioRef(path=path)) for path in paths]
+samples = [Sample(path.stem, path.stem, AudioRef(str(path))) for path in paths]
 encode_samples(SlowFamily(), samples, root, group_size=3, quiet=True)
 """
 
@@ -80,7 +80,7 @@ def test_killed_encoding_resumes_without_loss_or_repetition(tmp_path: Path) -> N
         samples = np.full(40 + number, number / 1000, np.float32)
         soundfile.write(path, samples, SAMPLING_RATE, subtype="FLOAT")
         os.utime(path, (1e9, 1e9))  # old enough for its hash to be remembered
-        numbers[content_hash(AudioRef(path=path))] = number
+        numbers[content_hash(AudioRef(path=str(path)))] = number
 
     chance = random.Random(0)
     snapshots: list[tuple[int, set[str]]] = []  # calls made and clips finished when each child died

@@ -61,7 +61,7 @@ def native_rows(base: Path, rows: Path) -> list[dict[str, torch.Tensor]]:
     tokenizer, extractor = AutoTokenizer.from_pretrained(base), Phi4MultimodalFeatureExtractor()
     found = []
     for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
-        ref = AudioRef(path=Path(row["audio"]), offset_seconds=row["offset"], duration_seconds=row["duration"])
+        ref = AudioRef(path=row["audio"], offset_seconds=row["offset"], duration_seconds=row["duration"])
         heard = extractor(read_audio(ref, 16_000).samples, sampling_rate=16_000, return_tensors="pt")
         prompt = f"<|user|>{'<|audio|>' * int(heard['audio_embed_sizes'][0])}Rate it.<|end|><|assistant|>"
         answer = tokenizer(json.dumps(row["target"]) + "<|end|>", return_tensors="pt")["input_ids"]

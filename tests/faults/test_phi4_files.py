@@ -30,7 +30,7 @@ from speechtune.families.phi4_multimodal.tiny import make_tokenizer
 from speechtune.precision import PrecisionPlan
 from speechtune.storage.model_folder import inspect_folder
 from speechtune.training.run import run_training
-from speechtune.types import AudioRef, Encoded, Sample
+from speechtune.types import AudioRef, Encoded, Pronunciation, Sample
 
 FP32 = PrecisionPlan("fp32", torch.device("cpu"), torch.float32, None, False, "test")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 15524095\n"
@@ -387,7 +387,7 @@ def test_nan_in_features_is_named(phi4_config: Configure, tmp_path: Path) -> Non
             found[0][3, 5] = np.nan
             return found
 
-    sample = Sample("one", "one", AudioRef(path=write_sound(tmp_path / "one.wav", noise(1.0))))
+    sample = Sample("one", "one", AudioRef(path=str(write_sound(tmp_path / "one.wav", noise(1.0)))))
     with pytest.raises(ManifestError, match=r"one\.wav.*encodes to NaN or infinity"):
         encode_samples(Broken(phi4_config()), [sample], tmp_path / "cache")
 
@@ -456,7 +456,7 @@ def test_an_empty_target_is_refused_with_its_row(
 def test_the_rubric_is_no_target(phi4_config: Configure) -> None:
     """Loss on the prompt would teach the rubric: its tokens are in the input and never among the targets."""
     family = Phi4MultimodalFamily(phi4_config())
-    sample = Sample("one", "one", None, extra={"task": "APA", "target": SCORES})
+    sample = Sample("one", "one", None, pronunciation=Pronunciation("APA", SCORES))
     item = family.encode(sample, [np.zeros((80, 80), np.float32)])
     targets = family.tokenizer.decode(item.arrays["APA_targets"])
     assert targets.endswith("<|end|>") and RUBRICS["APA"][:20] not in str(targets)

@@ -150,8 +150,8 @@ def test_a_seed_list(seed_folder: Path) -> None:
     first, second = read_seed_list(path)
     assert (first.id, first.text, first.audio, first.language) == ("u1", "to be said", None, "en")
     assert first.references[0].text == "what a says"
-    assert first.references[0].audio.path == (seed_folder / "wavs" / "a.wav").resolve()
-    assert second.audio is not None and second.audio.path == (seed_folder / "wavs" / "a.wav").resolve()
+    assert first.references[0].audio.path == str((seed_folder / "wavs" / "a.wav").resolve())
+    assert second.audio is not None and second.audio.path == str((seed_folder / "wavs" / "a.wav").resolve())
     assert second.source == f"{path}:3"
     assert read_seed_list(path, language="de")[0].language == "de"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from speechtune.tasks.pronunciation import evaluation, metrics
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers, print_evaluation
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, target_of, task_samples
 from speechtune.tasks.results import write_evaluation
-from speechtune.types import Sample
+from speechtune.types import Mispronunciation, Pronunciation, Sample, Word
 
 jiwer = pytest.importorskip("jiwer")
 stats = pytest.importorskip("scipy.stats")
@@ -45,21 +46,25 @@ HEARD = [
 ]
 
 
-def utterance(index: int, **extra: Any) -> Sample:
+def errors_of(realised: list[str]) -> tuple[Mispronunciation, ...]:
+    """What turns CANONICAL into one of REALISED."""
+    if len(realised) < len(CANONICAL):
+        return (Mispronunciation(2, "R", "<DEL>"),)
+    pairs = enumerate(zip(CANONICAL, realised, strict=True))
+    return tuple(Mispronunciation(index, wanted, said) for index, (wanted, said) in pairs if wanted != said)
+
+
+def utterance(index: int, **labels: Any) -> Sample:
     score = TRUTHS[index]
     scores = {"accuracy": score, "fluency": score, "prosodic": 10 - score, "total": score + 0.5}
-    words = [
-        {"phones": CANONICAL[:3], "realised": REALISED[index][:-3]},
-        {"phones": CANONICAL[3:], "realised": REALISED[index][-3:]},
-    ]
-    labels = {"scores": scores, "words": words, **extra.pop("labels", {})}
-    people = [{"age": 6, "gender": "f"}, {"age": 18, "gender": "m"}, {}]
-    extra = {"labels": labels, **people[index // 2], **extra}
-    return Sample(f"u{index}", "BEAR CALL", None, speaker=f"s{index // 2}", extra=extra)
+    words = (Word("BEAR CALL", tuple(CANONICAL), mispronunciations=errors_of(REALISED[index])),)
+    people: list[dict[str, Any]] = [{"age": 6, "gender": "f"}, {"age": 18, "gender": "m"}, {}]
+    pronunciation = Pronunciation(scores=scores, words=words, **people[index // 2], **labels)
+    return Sample(f"u{index}", "BEAR CALL", None, speaker=f"s{index // 2}", pronunciation=pronunciation)
 
 
-def corpus(**extra: Any) -> list[Sample]:
-    samples = task_samples([utterance(i, **extra) for i in range(6)], {"APA": 1, "MDD": 1}, 0)
+def corpus() -> list[Sample]:
+    samples = task_samples([utterance(i) for i in range(6)], {"APA": 1, "MDD": 1}, 0)
     assert [sample.id for sample in samples[:3]] == ["u0#APA", "u0#MDD", "u1#APA"]
     return samples
 
@@ -172,7 +177,12 @@ def test_figures_per_group() -> None:
     assert child["total"]["collapsed"] and child["mdd_f1"] == 1 and child["per"] == 0
     assert adult["per"] == pytest.approx(2 / 11) and adult["mdd_f1"] == 0 and adult["wer"] == 0
     assert unknown["mdd_f1"] == pytest.approx(2 / 3)
-    one = evaluate_answers(corpus(gender="m", age=17), model_answers()).groups
+    alike = [
+        replace(sample, pronunciation=replace(sample.pronunciation, gender="m", age=17))
+        for sample in corpus()
+        if sample.pronunciation is not None
+    ]
+    one = evaluate_answers(alike, model_answers()).groups
     assert list(one["age_group"]) == ["child"]
     assert one["gender"]["m"]["accuracy"]["pcc"] == pytest.approx(stats.pearsonr(GUESSES, TRUTHS).statistic)
     assert math.isnan(one["gender"]["m"]["total"]["pcc"])
@@ -182,7 +192,7 @@ def test_ceiling_of_one_rater_or_the_reason_why_not() -> None:
     samples = []
     for index in range(6):
         raters = {name: [index, index + 1, index - 1] for name in SCORE_FIELDS}
-        samples += task_samples([utterance(index, labels={"raters": raters})], {"APA": 1}, 0)
+        samples += task_samples([utterance(index, raters=raters)], {"APA": 1}, 0)
     texts = model_answers()[::2]
     report = evaluate_answers(samples, texts)
     assert report.apa and report.apa.ceiling["fluency"].pcc == pytest.approx(1) and report.mdd is None
@@ -191,7 +201,8 @@ def test_ceiling_of_one_rater_or_the_reason_why_not() -> None:
     without = evaluate_answers(corpus(), model_answers())
     assert without.apa and without.apa.ceiling == {}
     assert sum("labels.raters" in note for note in without.notes) == 4
-    samples[0].extra["labels"]["raters"]["total"].append(3)
+    assert samples[0].pronunciation is not None
+    samples[0].pronunciation.raters["total"].append(3)  # pyright: ignore[reportAttributeAccessIssue]
     assert any("different numbers of raters" in note for note in evaluate_answers(samples, texts).notes)
 
 
@@ -226,14 +237,14 @@ def test_the_ceiling_appears_where_the_corpus_has_its_single_raters(tmp_path: Pa
 
 def test_targets_without_labels_have_no_detection() -> None:
     target = {"word_transcript": "bear", "phoneme_transcript": "B EH R"}
-    sample = Sample("a", "BEAR", None, extra={"task": "MDD", "target": target})
+    sample = Sample("a", "BEAR", None, pronunciation=Pronunciation("MDD", target))
     report = evaluate_answers([sample], [render_answer(target_of(sample))])
     assert report.mdd and report.mdd.detection is None and report.mdd.baseline is None
     assert report.mdd.per.parsed.rate == 0 and report.apa is None
     assert any("1 of 1 MDD samples have no canonical phones" in note for note in report.notes)
     assert "phone match F1 (paper-comparable)" in printed(report)
     scores = dict.fromkeys(SCORE_FIELDS, 4)
-    one = evaluate_answers([Sample("b", "", None, extra={"task": "APA", "target": scores})], ['{"accuracy": 5}'])
+    one = evaluate_answers([Sample("b", "", None, pronunciation=Pronunciation("APA", scores))], ['{"accuracy": 5}'])
     assert one.apa and one.rows[0].errors == {"accuracy": 1.0} and one.groups["speaker"]["unknown"]["apa_count"] == 1
 
 

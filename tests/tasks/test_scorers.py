@@ -37,7 +37,7 @@ RATE = scorer_support.RATE
 @pytest.fixture(scope="session")
 def clips(demo_clips: list[DemoClip]) -> list[Audio]:
     """Six clips of real speech, at 16 and at 24 kHz."""
-    return [read_audio(AudioRef(clip.path), (16_000, 24_000)[i % 2]) for i, clip in enumerate(demo_clips[::8])]
+    return [read_audio(AudioRef(str(clip.path)), (16_000, 24_000)[i % 2]) for i, clip in enumerate(demo_clips[::8])]
 
 
 # -- specs and packages --------------------------------------------------------------------------------------------

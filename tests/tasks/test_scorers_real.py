@@ -53,7 +53,7 @@ class Spoken:
 @pytest.fixture(scope="session")
 def speech(demo_clips: list[DemoClip]) -> list[Spoken]:
     """All 48 shipped human clips."""
-    return [Spoken(read_audio(AudioRef(c.path)), c.speaker, c.text, c.language) for c in demo_clips]
+    return [Spoken(read_audio(AudioRef(str(c.path))), c.speaker, c.text, c.language) for c in demo_clips]
 
 
 @pytest.fixture(scope="session")

@@ -39,14 +39,14 @@ class ClipHasher:
         """
         now = time.time()
         try:
-            stat = os.stat(ref.place) if ref.place is not None else None
+            stat = os.stat(ref.path) if ref.path is not None else None
         except OSError:
             stat = None  # content_hash reports it
         if stat is None:
             return content_hash(ref, allow_urls=self._allow_urls)
         # With the change time, because rsync and cp -p give a new file the modification time of the old one.
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
-        file = (os.path.abspath(ref.place or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
+        file = (os.path.abspath(ref.path or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
         key = _short(file)
         place = self._known.place(key)
         if place is not None:

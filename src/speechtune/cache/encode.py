@@ -162,7 +162,7 @@ def _size_hint(ref: AudioRef) -> float:
         return ref.duration_seconds
     size = len(ref.data) if ref.data is not None else 0
     with contextlib.suppress(OSError):
-        size = os.stat(ref.place).st_size if ref.place is not None else size
+        size = os.stat(ref.path).st_size if ref.path is not None else size
     return size / 32_000
 
 

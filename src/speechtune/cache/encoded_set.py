@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -95,8 +95,9 @@ class EncodedSet(Sequence[Encoded]):
         digest = hashlib.sha256(self.family.encode_key.encode())
         for sample, keys in zip(self.samples, self.keys, strict=True):
             references = [clip.text for clip in sample.references]
-            prompt = [sample.system, sample.scene, sample.speaker, sample.language, dict(sample.extra)]
-            row = [sample.id, sample.text, references, keys, prompt]
+            prompt = [sample.system, sample.scene, sample.speaker, sample.language]
+            labels = asdict(sample.pronunciation) if sample.pronunciation else None
+            row = [sample.id, sample.text, references, keys, prompt, labels]
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 

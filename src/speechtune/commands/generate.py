@@ -48,7 +48,7 @@ def run_generate(
         given = {name: value for name, value in given.items() if value is not None}
         samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
     else:
-        clips = (Clip(AudioRef(reference), reference_text or ""),) if reference else ()
+        clips = (Clip(AudioRef(str(reference)), reference_text or ""),) if reference else ()
         samples = [Sample(out.stem, text, None, clips, system, scene)]
     options = GenerationOptions(**sampling)
     stored = open_adapter(adapter) if adapter else None

@@ -18,6 +18,7 @@ from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
 from speechtune.tasks.pronunciation.alignment import _dictionary
+from speechtune.tasks.pronunciation.targets import canonical_phones
 from speechtune.types import AudioRef, Sample
 
 _BEARABLE = ("silent", "clipped")  # such clips can be heard, and the answers say the rest
@@ -37,7 +38,7 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
         raise ConfigError("name audio files, or one manifest with --manifest")
     if manifest is None:
         samples = [
-            Sample(printable(str(path)), text or "", AudioRef(path=path), source=str(path), extra={"row": number})
+            Sample(printable(str(path)), text or "", AudioRef(str(path)), source=str(path), row=number)
             for number, path in enumerate(audio, 1)
         ]
         return _sound("the command line", samples)
@@ -48,7 +49,8 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
     samples = load_samples(manifest, DataConfig(), default_split="test")
     asked: dict[object, Sample] = {}
     for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
-        asked.setdefault((sample.audio, sample.text) if "task" in sample.extra else sample.id, sample)
+        labels = sample.pronunciation
+        asked.setdefault((sample.audio, sample.text) if labels and labels.task else sample.id, sample)
     return list(asked.values())
 
 
@@ -108,7 +110,7 @@ def run_score(
     if out is not None and out.is_dir():
         raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
     samples = read_requests(audio, text, manifest)
-    if any(sample.text and "labels" not in sample.extra for sample in samples):
+    if any(sample.text and canonical_phones(sample) is None for sample in samples):
         _dictionary()  # a missing one must not show after hours of answering
     _, family, loaded = assessor(model, open_adapter(adapter) if adapter else None)
     scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)

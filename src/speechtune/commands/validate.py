@@ -22,7 +22,7 @@ from speechtune.data.manifest import read_samples
 from speechtune.data.sources import Source, find_source, read_source
 from speechtune.data.speechocean_labels import SCORE_FIELDS, Split
 from speechtune.errors import Issue, printable
-from speechtune.types import AudioRef, Sample
+from speechtune.types import AudioRef, Pronunciation, Sample
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
 """Lower edges of the duration histogram; the last bin is open."""
@@ -70,7 +70,7 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
     if urls and not deep:
         notes.append(f"{len(urls)} clip(s) given as URL were not fetched; a deep check fetches them")
     bad_rows = {issue.row for issue in issues}
-    sound = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
+    sound = [sample for sample in result.samples if sample.row not in bad_rows]
     return Report(path, issues, statistics(sound, check.durations) | {"num_rows": result.num_rows}, notes)
 
 
@@ -96,18 +96,19 @@ def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -
 def label_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counts of utterances, words, phones and errors, score histograms, and speakers by gender and age in years.
 
-    `samples` with `labels`, as `read_speechocean` gives them. `prevalence` is the share of phones with an annotated
+    `samples` as `read_speechocean` gives them. `prevalence` is the share of phones with an annotated
     mispronunciation; scores are binned to whole numbers, downwards.
     """
-    words = [word for sample in samples for word in sample.extra["labels"]["words"]]
-    phones = Counter(phone for word in words for phone in word["phones"])
-    said = Counter(item["pronounced"] for word in words for item in word["mispronunciations"])
+    labels = [sample.pronunciation or Pronunciation() for sample in samples]
+    words = [word for one in labels for word in one.words]
+    phones = Counter(phone for word in words for phone in word.phones)
+    said = Counter(item.pronounced for word in words for item in word.mispronunciations)
     scores: dict[str, Counter[int]] = {name: Counter() for name in (*SCORE_FIELDS, "completeness")}
-    for sample in samples:
-        for name, value in sample.extra["labels"]["scores"].items():
+    for one in labels:
+        for name, value in one.scores.items():
             scores[name][math.floor(value)] += 1
-    people = {sample.speaker: sample.extra for sample in samples}
-    ages = sorted(extra["age"] for extra in people.values() if "age" in extra)
+    people = {sample.speaker: one for sample, one in zip(samples, labels, strict=True)}
+    ages = sorted(one.age for one in people.values() if one.age is not None)
     return {
         "utterances": len(samples),
         "speakers": len(people),
@@ -118,7 +119,7 @@ def label_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
         "scores": {name: {str(k): counts[k] for k in sorted(counts)} for name, counts in scores.items() if counts},
         "phone_counts": dict(phones.most_common()),
         "pronounced_counts": dict(said.most_common()),
-        "genders": dict(Counter(extra.get("gender", "(not given)") for extra in people.values()).most_common()),
+        "genders": dict(Counter(one.gender or "(not given)" for one in people.values()).most_common()),
         "ages": {str(age): count for age, count in Counter(ages).items()},
     }
 
@@ -182,10 +183,11 @@ def _validate_pronunciation(
     sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
     values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
     if source.format == "jsonl":
-        values["tasks"] = dict(Counter(sample.extra["task"] for sample in sound))
+        values["tasks"] = dict(Counter(sample.pronunciation.task for sample in sound if sample.pronunciation))
     else:
         values["pronunciation"] = {
-            split: label_statistics([sample for sample in sound if sample.extra["split"] == split]) for split in results
+            split: label_statistics([sample for sample in result.samples if (sample.source, sample.id) not in bad])
+            for split, result in results.items()
         }
     return Report(path, issues, values, [note for result in results.values() for note in result.notes])
 
@@ -198,7 +200,7 @@ def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Issue]:
         what = "utterance" if sample.id in ids else f"speaker {sample.speaker}" if sample.speaker in speakers else ""
         if what:
             reason = f"the {what} also stands in the training split"
-            issues.append(Issue(sample.source, sample.id, "split_overlap", printable(reason), sample.extra["row"]))
+            issues.append(Issue(sample.source, sample.id, "split_overlap", printable(reason), sample.row))
     return issues
 
 

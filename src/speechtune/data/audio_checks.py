@@ -60,7 +60,7 @@ def check_audio(
     durations: dict[AudioRef, float] = {}
     special: dict[AudioRef, _Finding] = {}
     num_done = 0
-    header = lru_cache(_HEADERS_KEPT)(lambda place: audio_info(AudioRef(place)))
+    header = lru_cache(_HEADERS_KEPT)(lambda path: audio_info(AudioRef(path)))
     tasks = [refs[start : start + _CLIPS_PER_TASK] for start in range(0, len(refs), _CLIPS_PER_TASK)]
 
     def inspect(task: list[AudioRef]) -> list[_Finding]:
@@ -78,7 +78,7 @@ def check_audio(
                 progress(num_done, len(refs))
     issues: list[Issue] = []
     for sample in samples:
-        declared = sample.extra.get("declared_seconds") or ()
+        declared = sample.declared_seconds
         own = _own_clips(sample)
         for index, ref in enumerate(own):
             seconds = declared[index] if index < len(declared) else None
@@ -97,7 +97,7 @@ def check_audio(
 
 def _own_clips(sample: Sample) -> list[AudioRef]:
     # a borrowed reference is the lender's target: its issues are counted there, once
-    references = () if "reference_from" in sample.extra else sample.references
+    references = () if sample.borrows_reference else sample.references
     target = [] if sample.audio is None else [sample.audio]
     return target + [clip.audio for clip in references]
 
@@ -107,7 +107,7 @@ def _inspect(ref: AudioRef, config: DataConfig, deep: bool, header: Callable[[st
     if ref.url is not None and not deep:
         return finding
     try:
-        info = audio_info(ref, allow_urls=config.allow_urls) if ref.place is None else header(ref.place)
+        info = audio_info(ref, allow_urls=config.allow_urls) if ref.path is None else header(ref.path)
         finding.file_seconds = info.duration_seconds
         finding.duration_seconds = segment_frames(ref, info)[1] / info.sampling_rate
         _check_length(finding, finding.duration_seconds, config)
@@ -137,7 +137,7 @@ def _clip_issues(finding: _Finding, declared: float | None) -> Iterable[tuple[st
 
 
 def _issue(sample: Sample, code: str, message: str) -> Issue:
-    return Issue(sample.source, sample.id, code, printable(message), sample.extra.get("row", 0))
+    return Issue(sample.source, sample.id, code, printable(message), sample.row)
 
 
 MAX_CLIP_SECONDS = 40.0
@@ -151,5 +151,5 @@ def find_long_clips(samples: Sequence[Sample], durations: Mapping[AudioRef, floa
         seconds = durations.get(sample.audio, 0.0) if sample.audio is not None else 0.0
         if MAX_CLIP_SECONDS < seconds <= config.max_seconds:
             reason = f"{sample.audio}: {seconds:.1f} s is longer than {MAX_CLIP_SECONDS:g} s; cut it"
-            issues.append(Issue(sample.source, sample.id, "too_long", printable(reason), sample.extra["row"]))
+            issues.append(Issue(sample.source, sample.id, "too_long", printable(reason), sample.row))
     return issues

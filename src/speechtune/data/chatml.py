@@ -6,24 +6,17 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from speechtune.data.row_parser import _NOT_TEXT, Context
-from speechtune.data.rows import RowFacts
 from speechtune.types import AudioRef, Clip, Sample
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
 """What the original pipeline writes before the target text in the user's message."""
 MAX_TRANSCRIPT_BYTES = 2**20
 """Largest transcript file read, 1 MiB."""
-
-
-_METADATA_KEYS = {"id", "audio_file", "transcript_file", "transcript", "text", "duration", "offset", "speaker_id"} | {
-    "speaker", "language", "ref_audio_file", "ref_transcript", "ref_text", "ref_transcript_file"
-}  # fmt: skip
-_RESERVED = ("row", "layout", "declared_seconds", "reference_from")  # what we put into Sample.extra ourselves
 
 
 _SCENE = re.compile(r"<\|scene_desc_start\|>\n?(.*?)\n?<\|scene_desc_end\|>", re.DOTALL)
@@ -63,8 +56,8 @@ def metadata_sample(context: Context, value: dict[str, Any]) -> Sample | None:
             clips.append((*named, text))
     if context.issues:
         return None
-    extra = {key: item for key, item in value.items() if item is not None and key not in _METADATA_KEYS}
-    return _sample(context, clips, value, extra, "folder")
+    sample = _sample(context, clips, value)
+    return replace(sample, borrows_reference=True) if sample is not None and not sample.references else sample
 
 
 def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
@@ -94,8 +87,7 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
         clips += _pair(context, body[index], body[index + 1], misc if index == len(body) - 2 else {})
     if context.issues:
         return None
-    extra = {k: item for k, item in misc.items() if item is not None and not k.endswith("_transcript") and k != "id"}
-    return _sample(context, [clips[-1], *clips[:-1]], value, extra, "chatml", system, scene)
+    return _sample(context, [clips[-1], *clips[:-1]], value, misc, system, scene)
 
 
 @dataclass(slots=True)
@@ -214,8 +206,7 @@ def _sample(
     context: Context,
     clips: list[_Spoken],
     value: Mapping[str, Any],
-    extra: dict[str, Any],
-    layout: str,
+    misc: Mapping[str, Any] | None = None,
     system: str | None = None,
     scene: str | None = None,
 ) -> Sample | None:
@@ -223,22 +214,30 @@ def _sample(
     audio, _, text = clips[0]
     if any(ref == audio for ref, _, _ in clips[1:]):
         context.issue("target_is_reference", f"the target is its own reference ({audio}): the model would copy it")
-    speaker = context.optional_text(value, "speaker", "speaker_id") or _text(extra, "speaker", "speaker_id")
-    language = context.optional_text(value, "language") or _text(extra, "language")
+    speaker = context.optional_text(value, "speaker", "speaker_id") or _text(misc or {}, "speaker", "speaker_id")
+    language = context.optional_text(value, "language") or _text(misc or {}, "language")
     for name, given in (("speaker", speaker), ("language", language)):
         if given is not None and _NOT_TEXT.search(given):
             context.issue("bad_unicode", f"{name!r} holds lone surrogates or NUL")
     if context.issues:
         return None
     one = context.shared
-    alike: dict[str, Any] = {key: item for key, item in extra.items() if key not in _RESERVED} | {"layout": layout}
-    if any(declared is not None for _, declared, _ in clips):
-        alike["declared_seconds"] = tuple(declared for _, declared, _ in clips)
-    facts = RowFacts(context.row.number, one.mapping(alike))
+    durations = tuple(declared for _, declared, _ in clips)
+    declared_seconds = one(durations) if any(durations) else ()
     references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
     system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
     return Sample(
-        context.sample_id, text or "", audio, references, system, scene, speaker, language, context.row.source, facts
+        id=context.sample_id,
+        text=text or "",
+        audio=audio,
+        references=references,
+        system=system,
+        scene=scene,
+        speaker=speaker,
+        language=language,
+        source=context.row.source,
+        row=context.row.number,
+        declared_seconds=declared_seconds,
     )
 
 

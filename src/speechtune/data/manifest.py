@@ -24,8 +24,6 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     """Read a manifest without touching its audio; rows with issues give no sample.
 
     Samples without a named reference in folder layouts borrow one of the same speaker, see `borrow_references`.
-    `Sample.extra` holds `row` (from 1) and `layout`; where they apply, `declared_seconds` (target first) and
-    `reference_from` (id of the lender).
 
     Raises:
         ManifestError: there is no such file, or it is of no known layout.
@@ -51,9 +49,9 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     if num_rows == 0:
         issues.append(Issue(f"{path}:1", "-", "empty_manifest", "holds no rows"))
     texts = [f"{text} ({count} rows)" for text, count in notes.items()]
-    if any(map(_may_borrow, samples)):
+    if any(sample.borrows_reference for sample in samples):
         samples = borrow_references(samples)
-        alone = [sample.id for sample in samples if _may_borrow(sample) and not sample.references]
+        alone = [sample.id for sample in samples if sample.borrows_reference and not sample.references]
         if alone:
             some = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
             texts.append(f"{len(alone)} sample(s) without reference, their speaker has no other utterance: {some}")
@@ -65,7 +63,7 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
 
     A speaker's only utterance stays without reference; samples that name a reference are returned as they are.
     """
-    if not any(map(_may_borrow, samples)):
+    if not any(sample.borrows_reference for sample in samples):
         return list(samples)
     by_speaker: defaultdict[str | None, list[Sample]] = defaultdict(list)
     position: dict[str, int] = {}
@@ -74,19 +72,15 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
         by_speaker[sample.speaker].append(sample)
     result: list[Sample] = []
     for sample in samples:
-        if not _may_borrow(sample):
+        if not sample.borrows_reference:
             result.append(sample)
             continue
         others = by_speaker[sample.speaker] if sample.speaker is not None else []
         start = position[sample.id] + 1
         lenders = (others[(start + step) % len(others)] for step in range(len(others) - 1))
         lender = next((other for other in lenders if other.audio != sample.audio), None)
-        extra = {key: value for key, value in sample.extra.items() if key != "reference_from"}
-        if lender is None or lender.audio is None:
-            result.append(replace(sample, references=(), extra=extra))
-        else:
-            extra["reference_from"] = lender.id
-            result.append(replace(sample, references=(Clip(lender.audio, lender.text),), extra=extra))
+        clips = () if lender is None or lender.audio is None else (Clip(lender.audio, lender.text),)
+        result.append(replace(sample, references=clips))
     return result
 
 
@@ -113,7 +107,3 @@ def row_id(row: Row, stem: str) -> str:
         if (isinstance(given, str) and given.strip()) or (isinstance(given, int) and not isinstance(given, bool)):
             return printable(str(given))
     return f"{printable(stem)}-{row.number}"
-
-
-def _may_borrow(sample: Sample) -> bool:
-    return sample.extra.get("layout") == "folder" and (not sample.references or "reference_from" in sample.extra)

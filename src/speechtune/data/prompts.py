@@ -56,8 +56,14 @@ def _recording(context: Context, value: dict[str, Any]) -> Sample:
         context.text(text, "the text")
     named = context.audio(value, "audio")
     name, row = context.optional_text(value, "id"), context.row
-    extra = {"row": row.number} | ({"declared_seconds": (named[1],)} if named and named[1] is not None else {})
-    return Sample(name or context.sample_id, text or "", named[0] if named else None, source=row.source, extra=extra)
+    return Sample(
+        name or context.sample_id,
+        text or "",
+        named[0] if named else None,
+        source=row.source,
+        row=row.number,
+        declared_seconds=(named[1],) if named and named[1] is not None else (),
+    )
 
 
 def _prompt(context: Context, value: dict[str, Any]) -> Sample:
@@ -134,15 +140,15 @@ def _sample(context: Context, line: str, language: str | None) -> Sample | None:
     if context.issues or reference is None:
         return None
     clips = (Clip(reference, prompt_text),)
-    extra = {"row": context.row.number}
-    return Sample(name, text, target, clips, language=language, source=context.row.source, extra=extra)
+    row = context.row
+    return Sample(name, text, target, clips, language=language, source=row.source, row=row.number)
 
 
 def _clip(context: Context, place: str) -> AudioRef | None:
     path = context.path(place)
     if path is None:
         return None
-    ref = AudioRef(Path(path))
+    ref = AudioRef(path)
     try:
         audio_info(ref)
     except InvalidAudioError as issue:

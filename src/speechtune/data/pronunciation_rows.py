@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,12 +22,9 @@ from speechtune.data.row_parser import Context
 from speechtune.data.rows import Row, iterate_rows
 from speechtune.data.speechocean_labels import AGE, GENDERS, SPLITS, LabelReader, Split, check_score
 from speechtune.errors import Issue, ManifestError, printable
-from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN, StarPolicy
+from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN
 from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
-from speechtune.types import AudioRef, Sample
-
-HUB_LAYOUT = "speechocean762-hf"
-JSONL_LAYOUT = "assessment-jsonl"
+from speechtune.types import AudioRef, Pronunciation, Sample
 
 _HUB_PLACES = ("*.parquet", "data/*.parquet", "train/*.parquet", "test/*.parquet")
 _HUB_FIELDS = ("audio", "text", "words", "accuracy")
@@ -69,7 +67,7 @@ def is_assessment_jsonl(path: Path) -> bool:
     return bool(keys & {"task", "target"}) and not keys & {"messages", "audio_file"}
 
 
-def read_hub_copy(path: Path, split: Split, config: DataConfig, star_policy: StarPolicy = "base") -> ReadResult:
+def read_hub_copy(path: Path, split: Split, config: DataConfig) -> ReadResult:
     """Read one split of `mispeech/speechocean762`: a folder with parquet files, or one such file.
 
     A file that does not name its split belongs to the one asked for. Needs pyarrow. Audio is not checked.
@@ -83,7 +81,7 @@ def read_hub_copy(path: Path, split: Split, config: DataConfig, star_policy: Sta
     if not own:
         raise ManifestError(f"{path}: holds no parquet file of the split {split!r}, such as data/{split}-*.parquet")
     folder = path.parent if path.suffix == ".parquet" else path
-    result = _read_hub(_parquet_rows(own), Context(Row(0, f"{path}:1"), "-", folder, config), split, star_policy)
+    result = _read_hub(_parquet_rows(own), Context(Row(0, f"{path}:1"), "-", folder, config), split)
     if own is not files.get(None) and (others := files.get(None)):
         names = ", ".join(printable(file.name) for file in others)
         result.notes.append(f"parquet files that name neither train nor test are left out: {names:.200}")
@@ -94,25 +92,21 @@ def read_hub_rows(
     rows: Iterable[Mapping[str, Any]],
     split: Split,
     config: DataConfig,
-    star_policy: StarPolicy = "base",
     folder: Path = Path(),
     source: str = "rows",
 ) -> ReadResult:
     """Read rows with the fields of `mispeech/speechocean762`, as `datasets` gives them without decoding the audio.
 
-    `Sample.extra` is that of `read_speechocean`, with the layout "speechocean762-hf". The id is the stem of the audio's
-    path, else "<split>-<row>". Paths without bytes are resolved against `folder`; messages cite "`source`:row".
+    The id is the stem of the audio's path, else "<split>-<row>". Paths without bytes are resolved against `folder`;
+    messages cite "`source`:row".
     """
     values = (dict(row) if isinstance(row, Mapping) else row for row in rows)
     numbered = (Row(number, f"{source}:{number}", value) for number, value in enumerate(values, 1))
-    return _read_hub(numbered, Context(Row(0, f"{source}:1"), "-", folder, config), split, star_policy)
+    return _read_hub(numbered, Context(Row(0, f"{source}:1"), "-", folder, config), split)
 
 
 def read_assessment_jsonl(path: Path, config: DataConfig) -> ReadResult:
     """Read rows {audio, text, task, target} with optional id, speaker, age and gender, without touching the audio.
-
-    `Sample.extra` holds `task`, `target` (checked; APA scores as whole numbers), `layout`, `row`, and where they are
-    given `age`, `gender` and `declared_seconds`.
 
     Raises:
         ManifestError: there is no such file, or it is no JSON.
@@ -171,9 +165,9 @@ def _parquet_rows(files: Iterable[Path]) -> Iterator[Row]:
             raise ManifestError(f"{file}: cannot be read as parquet: {error}") from None
 
 
-def _read_hub(rows: Iterable[Row], whole: Context, split: Split, star_policy: StarPolicy) -> ReadResult:
+def _read_hub(rows: Iterable[Row], whole: Context, split: Split) -> ReadResult:
     def read(context: Context) -> Sample | None:
-        return _hub_sample(context, split, star_policy)
+        return _hub_sample(context, split)
 
     return _collect(((row, _hub_id(row, split)) for row in rows), whole, read)
 
@@ -185,7 +179,7 @@ def _hub_id(row: Row, split: Split) -> str:
     return stem if stem.strip() else f"{split}-{row.number}"
 
 
-def _hub_sample(context: Context, split: Split, star_policy: StarPolicy) -> Sample | None:
+def _hub_sample(context: Context, split: Split) -> Sample | None:
     value, row = context.row.value, context.row
     text = context.text(context.optional_text(value, "text") or "", "the text", "missing_text")
     audio = _hub_audio(context, value.get("audio"))
@@ -196,11 +190,20 @@ def _hub_sample(context: Context, split: Split, star_policy: StarPolicy) -> Samp
     labels = None
     if words is not None:
         entry = {**value, "words": [_word(context, word) for word in words]}
-        labels = LabelReader(context, star_policy, split, "the row").read(entry, text)
+        labels = LabelReader(context, split, "the row").read(entry, text)
     if context.issues or labels is None:
         return None
-    extra = {"labels": labels, **person, "split": split, "layout": HUB_LAYOUT, "row": row.number}
-    return Sample(context.sample_id, text, audio, speaker=speaker, language="en", source=row.source, extra=extra)
+    labels = replace(labels, **person)
+    return Sample(
+        context.sample_id,
+        text,
+        audio,
+        speaker=speaker,
+        language="en",
+        source=row.source,
+        row=row.number,
+        pronunciation=labels,
+    )
 
 
 def _hub_audio(context: Context, audio: object) -> AudioRef | None:
@@ -284,10 +287,17 @@ def _task_row(context: Context) -> Sample | None:
     target = _target(context, task, value.get("target"))
     if context.issues or named is None:
         return None
-    extra = {"task": task, "target": target, **person, "layout": JSONL_LAYOUT, "row": row.number}
-    if named[1] is not None:
-        extra["declared_seconds"] = (named[1],)
-    return Sample(context.sample_id, text, named[0], speaker=speaker, language="en", source=row.source, extra=extra)
+    return Sample(
+        context.sample_id,
+        text,
+        named[0],
+        speaker=speaker,
+        language="en",
+        source=row.source,
+        row=row.number,
+        declared_seconds=() if named[1] is None else (named[1],),
+        pronunciation=Pronunciation(task, target, **person),
+    )
 
 
 def _target(context: Context, task: Task, target: object) -> dict[str, Any]:

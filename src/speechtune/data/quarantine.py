@@ -53,7 +53,7 @@ def keep_sound(
     if not issues:
         return result.samples
     bad_rows = {issue.row for issue in issues if issue.row}
-    kept = [sample for sample in result.samples if sample.extra["row"] not in bad_rows]
+    kept = [sample for sample in result.samples if sample.row not in bad_rows]
     num_bad = result.num_rows - len(kept)
     head = f"{path}: {len(issues)} issue(s) in {num_bad} of {result.num_rows} rows"
     if config.on_error == "fail":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -56,35 +56,6 @@ class Shared:
     def __call__(self, value: Value) -> Value:
         """The first value equal to `value`."""
         return self._kept.setdefault(value, value)
-
-    def mapping(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The first mapping equal to `values`, types included; `values` where they cannot be hashed."""
-        try:
-            return self._kept.setdefault(tuple((k, type(v), v) for k, v in values.items()), values)
-        except TypeError:
-            return values
-
-
-class RowFacts(Mapping[str, Any]):
-    """`Sample.extra` of a row: its number under "row", and what other rows say alike, kept once for all of them."""
-
-    __slots__ = ("_alike", "_row")  # a dict of its own would be the largest part of a sample
-
-    def __init__(self, row: int, alike: dict[str, Any]) -> None:
-        self._row, self._alike = row, alike
-
-    def __getitem__(self, name: str) -> Any:
-        return self._row if name == "row" else self._alike[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._alike
-        yield "row"
-
-    def __len__(self) -> int:
-        return len(self._alike) + 1
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 def iterate_rows(path: Path) -> Iterator[Row]:

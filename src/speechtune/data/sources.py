@@ -22,7 +22,6 @@ from speechtune.data.quarantine import ReadResult, keep_sound
 from speechtune.data.rows import Row, iterate_rows
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.data.speechocean_labels import SPLITS, Split
-from speechtune.tasks.pronunciation.phones import StarPolicy
 from speechtune.types import Sample
 
 _BEARABLE = ("silent", "clipped")  # defects that stop no training; who wants them gone sets quarantine
@@ -67,12 +66,11 @@ def read_source(source: Source, split: Split | None, config: DataConfig) -> Read
         ManifestError: it cannot be read at all.
         ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
     """
-    star_policy: StarPolicy = getattr(config, "star_policy", "base")
     if source.format == "jsonl" or split is None:
         return read_assessment_jsonl(source.path, config)
     if source.format == "hub":
-        return read_hub_copy(source.path, split, config, star_policy)
-    return read_speechocean(source.path, split, config, star_policy, headers=False)
+        return read_hub_copy(source.path, split, config)
+    return read_speechocean(source.path, split, config, headers=False)
 
 
 def load_samples(

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from speechtune.data.row_parser import Context
 from speechtune.data.rows import Row
 from speechtune.data.speechocean_labels import AGE, GENDERS, LabelReader, Split, read_raters
 from speechtune.errors import Issue, ManifestError, printable
-from speechtune.tasks.pronunciation.phones import StarPolicy
 from speechtune.types import AudioRef, Sample
 
 SCORES_FILE = Path("resource", "scores.json")
@@ -44,27 +43,22 @@ def is_speechocean(path: Path) -> bool:
     return os.path.isfile(path / SCORES_FILE)
 
 
-def read_speechocean(
-    folder: Path, split: Split, config: DataConfig, star_policy: StarPolicy = "base", headers: bool = True
-) -> ReadResult:
+def read_speechocean(folder: Path, split: Split, config: DataConfig, headers: bool = True) -> ReadResult:
     """Read one split of a Speechocean762 folder; utterances with issues give no sample.
 
-    `Sample.extra` holds `labels` (`scores`, and `words` with `text`, `phones`, `phones_accuracy`, `realised`,
-    `mispronunciations` and the word's scores; from `scores-detail.json`, where it lies there, `raters`: the scores of
-    single raters by field), `age` in years and `gender` where they are given, `split`, `layout` and `row` (from 1
-    within the split). `headers` also opens every clip, for missing files and durations out of bounds.
+    Rows count from 1 within the split. `headers` also opens every clip, for missing files and durations out of bounds.
 
     Raises:
         ManifestError: not such a folder, or `scores.json` is no JSON object.
     """
     source = _read_scores(folder / SCORES_FILE)
-    reader = _SplitReader(folder, split, config, star_policy, source)
+    reader = _SplitReader(folder, split, config, source)
     samples = reader.read()
     if headers:
         check = check_audio(samples, config)
         reader.issues += check.issues + find_long_clips(samples, check.durations, config)
         bad = {issue.row for issue in reader.issues}
-        samples = [sample for sample in samples if sample.extra["row"] not in bad]
+        samples = [sample for sample in samples if sample.row not in bad]
     notes = [f"{text} ({count})" for text, count in reader.notes.items()]
     return ReadResult(samples, reader.issues, notes, reader.num_rows)
 
@@ -115,7 +109,6 @@ class _SplitReader:
     folder: Path
     split: Split
     config: DataConfig
-    star_policy: StarPolicy
     scores: _Scores
     issues: list[Issue] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -231,19 +224,27 @@ class _SplitReader:
         if utterance in self.scores.doubled:
             context.issue("duplicate_id", "scores.json holds this utterance twice")
         entry = self.scores.values.get(utterance)
-        labels = LabelReader(context, self.star_policy, self.split, "scores.json").read(entry, text)
+        labels = LabelReader(context, self.split, "scores.json").read(entry, text)
         context.row = row
         if context.issues or labels is None:
             return None
+        raters: dict[str, list[float]] = {}
         if self.raters is not None:
             doubled = utterance in self.raters.doubled  # which of the two is right is not ours to say
             entry = None if doubled else self.raters.values.get(utterance)
-            if raters := read_raters(context, self.split, entry, text):
-                labels["raters"] = raters
+            raters = read_raters(context, self.split, entry, text)
         speaker = tables["utt2spk"][utterance][0]
-        extra = {"labels": labels, **details[speaker], "split": self.split, "layout": "speechocean762"}
-        extra["row"] = row.number
-        return Sample(context.sample_id, text, audio, speaker=speaker, language="en", source=row.source, extra=extra)
+        labels = replace(labels, raters=raters, **details[speaker])
+        return Sample(
+            context.sample_id,
+            text,
+            audio,
+            speaker=speaker,
+            language="en",
+            source=row.source,
+            row=row.number,
+            pronunciation=labels,
+        )
 
 
 def _audio(context: Context, place: str) -> AudioRef | None:
@@ -256,4 +257,4 @@ def _audio(context: Context, place: str) -> AudioRef | None:
         return None if named is None else named[0]
     here = Context(context.row, context.sample_id, Path.cwd(), context.config)
     other = here.path(place)
-    return AudioRef(path=Path(other)) if other is not None and os.path.isfile(other) else named[0]
+    return AudioRef(other) if other is not None and os.path.isfile(other) else named[0]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from speechtune.data.row_parser import Context
 from speechtune.tasks.pronunciation.phones import (
     PhoneError,
-    StarPolicy,
     base_phone,
     read_mispronunciation,
     realised_phones,
     split_phones,
 )
+from speechtune.types import Mispronunciation, Pronunciation, Word
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -73,12 +73,11 @@ class LabelReader:
     """Checks the labels of one utterance; issues and notes go to the context, messages call the source `origin`."""
 
     context: Context
-    star_policy: StarPolicy
     split: Split
     origin: str
 
-    def read(self, entry: object, text: str) -> dict[str, Any] | None:
-        """The labels as they stand in `Sample.extra`, for the utterance of `text`; None where there are none."""
+    def read(self, entry: object, text: str) -> Pronunciation | None:
+        """The labels of the utterance of `text`; None where there are none; after an issue they are not complete."""
         issue = self.context.issue
         if not isinstance(entry, dict):
             issue("missing_scores", f"{self.origin} holds no object for this utterance")
@@ -92,12 +91,13 @@ class LabelReader:
         read = [self._word(word, f"word {number}") for number, word in enumerate(words, 1)]
         if not self.context.issues:
             own = text if entry.get("text") is None else str(entry["text"])
-            spoken = " ".join(word["text"] for word in read)
+            spoken = " ".join(word.text for word in read)
             for other, what in ((own, f"'text' in {self.origin}"), (spoken, f"the words of {self.origin}")):
                 if other.casefold().split() != text.casefold().split():
                     issue("text_mismatch", f"the text {text!r:.60} differs from {what}, {other!r:.60}")
                     break
-        return {"scores": {name: value for name, value in values.items() if value is not None}, "words": read}
+        scores = {name: value for name, value in values.items() if value is not None}
+        return Pronunciation(scores=scores, words=tuple(read))
 
     def _score(
         self, values: Mapping[str, Any], name: str, where: str, required: bool, best: float = MAX_SCORE
@@ -113,28 +113,26 @@ class LabelReader:
             return None
         return check_score(self.context, label, value, best)
 
-    def _word(self, word: Any, where: str) -> dict[str, Any]:
+    def _word(self, word: Any, where: str) -> Word:
         issue = self.context.issue
         if not isinstance(word, dict):
             issue("missing_words", f"{where} is not an object but {word!r:.60}")
-            return {}
+            return Word("", ())
         text = word.get("text")
         if not isinstance(text, str) or not text.strip():
             issue("missing_words", f"{where} has no text")
         where = f"{where} ({text})" if isinstance(text, str) else where
-        result: dict[str, Any] = {"text": text}
-        for name in WORD_SCORE_FIELDS:
-            if (score := self._score(word, name, where, required=False)) is not None:
-                result[name] = score
+        scores = {name: self._score(word, name, where, required=False) for name in WORD_SCORE_FIELDS}
         try:
-            labels = split_phones(word.get("phones"))
-            result["phones"] = [base_phone(label) for label in labels]
+            phones = tuple(map(base_phone, split_phones(word.get("phones"))))
         except PhoneError as error:
             issue(error.code, f"{where}: {error}")
-            return result
-        accuracies = self._accuracies(word, where, len(labels))
-        result["phones_accuracy"] = accuracies
-        return result | self._mispronunciations(word, where, result["phones"], accuracies)
+            return Word("", ())
+        accuracies = self._accuracies(word, where, len(phones))
+        errors = self._mispronunciations(word, where, phones, accuracies)
+        given = {name: score for name, score in scores.items() if score is not None}
+        known = tuple(value for value in accuracies if value is not None)
+        return Word(str(text), phones, known, errors, given)
 
     def _accuracies(self, word: Mapping[str, Any], where: str, count: int) -> list[float | None]:
         values = word.get("phones-accuracy")
@@ -148,9 +146,9 @@ class LabelReader:
         return [self._score(named, name, where, required=True, best=MAX_PHONE_ACCURACY) for name in named]
 
     def _mispronunciations(
-        self, word: Mapping[str, Any], where: str, phones: list[str], accuracies: list[float | None]
-    ) -> dict[str, Any]:
-        """The annotated errors and the realised phones of a word."""
+        self, word: Mapping[str, Any], where: str, phones: Sequence[str], accuracies: Sequence[float | None]
+    ) -> tuple[Mispronunciation, ...]:
+        """The annotated errors of a word; after an issue none."""
         wrong = {index for index, value in enumerate(accuracies) if value is not None and value < MISPRONOUNCED_BELOW}
         values = word.get("mispronunciations")
         if values is None and not wrong:
@@ -158,7 +156,7 @@ class LabelReader:
         if not isinstance(values, list):
             reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
             self.context.issue("missing_mispronunciations", reason)
-            return {}
+            return ()
         found, issues = [], len(self.context.issues)
         for value in values:
             try:
@@ -166,13 +164,13 @@ class LabelReader:
             except PhoneError as error:
                 self.context.issue(error.code, f"{where}: {error}")
         if len(self.context.issues) > issues:
-            return {}
+            return ()
         try:
-            realised = realised_phones(phones, found, self.star_policy)
+            realised_phones(phones, found)  # refuses what would show only when the target is made
         except PhoneError as error:
             self.context.issue(error.code, f"{where}: {error}")
-            return {}
+            return ()
         silent = len(wrong - {item.index for item in found})
         note = f"{self.split}: phones below {MISPRONOUNCED_BELOW:g} without mispronunciation, taken as canonical"
         self.context.notes += [note] * silent
-        return {"mispronunciations": [asdict(item) for item in found], "realised": realised}
+        return tuple(found)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from speechtune.data.pronunciation_rows import HUB_LAYOUT, JSONL_LAYOUT
 from speechtune.errors import ManifestError
 from speechtune.types import AudioRef, Sample
-
-PRONUNCIATION_LAYOUTS = ("speechocean762", HUB_LAYOUT, JSONL_LAYOUT)
-"""`Sample.extra["layout"]` of the formats with pronunciation labels or tasks."""
 
 
 def split_validation(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -22,7 +18,7 @@ def split_validation(samples: Sequence[Sample], fraction: float, seed: int) -> t
     Raises:
         ManifestError: fewer than two speakers, clips or samples to split.
     """
-    if any(sample.extra.get("layout") not in PRONUNCIATION_LAYOUTS for sample in samples):
+    if any(sample.pronunciation is None for sample in samples):
         return split_samples(samples, fraction, seed)
     if all(sample.speaker is not None for sample in samples):
         return split_speakers(samples, fraction, seed)

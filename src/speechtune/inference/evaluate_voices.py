@@ -178,7 +178,7 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def _output(sample: Sample, row: dict[str, Any], directory: Path, rate: int) -> Output:
     path = _wav(directory, sample.id)
-    audio = read_audio(AudioRef(path=path), rate) if path.is_file() else None
+    audio = read_audio(AudioRef(str(path)), rate) if path.is_file() else None
     return Output(sample.id, audio, None, row["stopped"], row["tokens"])
 
 

@@ -19,8 +19,8 @@ from speechtune.inference.load import load_model, model_config
 from speechtune.lora.files import StoredAdapter
 from speechtune.tasks.pronunciation.alignment import WordScore, align_words
 from speechtune.tasks.pronunciation.answers import Answer, read_answer
-from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
-from speechtune.types import AudioRef, GenerationOptions, Output, Sample
+from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task, task_of
+from speechtune.types import AudioRef, GenerationOptions, Output, Pronunciation, Sample
 
 log = logging.getLogger("speechtune")
 
@@ -78,7 +78,7 @@ def answer_by_length(
         if value is not None and value < 1:
             raise ConfigError(f"{flag} is {value}: it must be at least 1")
     lengths = [_seconds(sample.audio) if sample.audio else 0.0 for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].extra["task"], lengths[i]))
+    order = sorted(range(len(samples)), key=lambda i: (task_of(samples[i]), lengths[i]))
     options = GenerationOptions(temperature=0, max_new_tokens=max_tokens)
     yield from answer(family, model, [samples[i] for i in order], options, cache_dir, batch_size=batch_size)
 
@@ -100,7 +100,11 @@ def score_samples(
 ) -> list[Score]:
     """Score recordings; a sample's text, where it has one, is the reference its phones are aligned with."""
     asked = [
-        replace(sample, id=f"{number}#{task}", extra={**sample.extra, "task": task})
+        replace(
+            sample,
+            id=f"{number}#{task}",
+            pronunciation=replace(sample.pronunciation or Pronunciation(), task=task, target=None),
+        )
         for number, sample in enumerate(samples)
         for task in tasks
     ]
@@ -120,7 +124,8 @@ def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
     whole = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
     complete = all(whole) and all(output.stopped for output in outputs.values())
     raw = {str(task): output.text for task, output in outputs.items()}
-    name, audio = sample.id.removesuffix(f"#{sample.extra.get('task')}"), printable(str(sample.audio))
+    task = sample.pronunciation.task if sample.pronunciation else None
+    name, audio = sample.id.removesuffix(f"#{task}"), printable(str(sample.audio))
     return Score(name, audio, values, transcript, phones, words, unknown, raw, complete)
 
 

@@ -78,9 +78,9 @@ def make_picture(path: Path) -> Picture:
     Raises:
         AudioError: it cannot be read, or holds nothing.
     """
-    full = audio_info(AudioRef(path)).duration_seconds
+    full = audio_info(AudioRef(str(path))).duration_seconds
     cut = full > MAX_CLIP_SECONDS
-    audio = read_audio(AudioRef(path, duration_seconds=MAX_CLIP_SECONDS if cut else None))
+    audio = read_audio(AudioRef(str(path), duration_seconds=MAX_CLIP_SECONDS if cut else None))
     if not len(audio.samples):
         raise AudioError(f"{path}: holds no samples")
     levels = mel_picture(audio)

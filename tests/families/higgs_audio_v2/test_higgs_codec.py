@@ -34,7 +34,7 @@ from speechtune.types import Audio, AudioRef
 @pytest.fixture(scope="module")
 def speech(demo_clips: list[DemoClip]) -> list[Audio]:
     """Three clips of different length at 24 kHz."""
-    return [read_audio(AudioRef(path=clip.path, duration_seconds=2.0), 24_000) for clip in demo_clips[3:6]]
+    return [read_audio(AudioRef(path=str(clip.path), duration_seconds=2.0), 24_000) for clip in demo_clips[3:6]]
 
 
 def windowed_sinc(samples: np.ndarray, orig: int, new: int, position: int) -> float:
@@ -147,7 +147,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoClip]) -
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     native = codec_from_config(width=8)
-    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:3:2]]
+    clips = [read_audio(AudioRef(str(clip.path)), 24_000) for clip in demo_clips[:3:2]]
     draw_codebooks(native, clips)
     native.save_pretrained(folder)
     return native, HiggsCodec(str(folder))
@@ -186,7 +186,7 @@ def test_codes_are_the_nearest_of_what_the_native_class_quantizes(
 ) -> None:
     """The same embedding up to rounding, and codes that differ from the native ones at a tie only."""
     native, ours = wide
-    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:12:2]]
+    clips = [read_audio(AudioRef(str(clip.path)), 24_000) for clip in demo_clips[:12:2]]
     waves = [torch.from_numpy(clip.samples)[None, None] for clip in clips]
     expected: list[np.ndarray] = []
     with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_codes_are_the_nearest_of_what_the_native_class_quantizes(
 def test_codes_depend_on_the_clip_alone(wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip]) -> None:
     """Issue: sums in another order with another number of threads, and other codes at ties."""
     ours = wide[1]
-    clips = [read_audio(AudioRef(clip.path), 24_000) for clip in demo_clips[:6]]
+    clips = [read_audio(AudioRef(str(clip.path)), 24_000) for clip in demo_clips[:6]]
     torch.set_num_threads(2)
     expected = ours.encode(clips)
     orders = [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [4], [2, 0]]
@@ -229,7 +229,7 @@ def test_without_onednn_the_layers_are_the_native_ones(
     monkeypatch.setattr(higgs_codec, "is_available", lambda: False)
     plain = HiggsCodec(wide[1].model.config._name_or_path)
     assert not [module for module in plain.model.modules() if "forward" in vars(module)]
-    clip = read_audio(AudioRef(demo_clips[0].path), 24_000)
+    clip = read_audio(AudioRef(str(demo_clips[0].path)), 24_000)
     different = plain.encode([clip])[0] != wide[1].encode([clip])[0]
     assert different.mean() <= 5e-3
 

@@ -18,9 +18,9 @@ from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.phi4_multimodal.audio import embed_clips, num_positions, pad_features
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.forward import target_states
-from speechtune.tasks.pronunciation.targets import render_answer, target_of
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, target_of, task_of
 from speechtune.training.run import Outcome
-from speechtune.types import Audio, Batch, GenerationOptions, Sample
+from speechtune.types import Audio, Batch, GenerationOptions, Mispronunciation, Pronunciation, Sample, Word
 
 LENGTHS = (37, 120, 64, 233, 64, 91, 8, 401)  # frames; not sorted, one of them twice, one below a stride
 
@@ -83,7 +83,7 @@ def test_prompt_and_logits_are_those_of_plain_transformers(
     phi4_family: Phi4MultimodalFamily, phi4_base: Path, phi4_samples: list[Sample], model: torch.nn.Module
 ) -> None:
     for sample in phi4_samples[:4]:
-        ids = phi4_family.prompt_ids(sample.extra["task"], len(features(phi4_family, sample)[0]))
+        ids = phi4_family.prompt_ids(task_of(sample), len(features(phi4_family, sample)[0]))
         assert ids.tolist() == native_inputs(phi4_base, sample)["input_ids"][0].tolist()
     batch = phi4_family.collate(encoded(phi4_family, phi4_samples[:4]))
     with torch.no_grad():
@@ -107,8 +107,8 @@ def test_the_loss_is_the_cross_entropy_of_the_answer_alone(
         with torch.no_grad():
             logits = model(**inputs).logits[0, prompt_length - 1 : -1].double()
         chosen = logits.gather(1, ids[0, :, None])[:, 0]
-        wanted[sample.extra["task"]] += float((logits.logsumexp(1) - chosen).sum())
-        counts[sample.extra["task"]] += ids.shape[1]
+        wanted[task_of(sample)] += float((logits.logsumexp(1) - chosen).sum())
+        counts[task_of(sample)] += ids.shape[1]
     batch = phi4_family.collate(encoded(phi4_family, phi4_samples))
     with torch.no_grad():
         found = {head: float(value) for head, value in phi4_family.losses(model, batch).sums.items()}
@@ -183,7 +183,7 @@ def test_other_kinds_of_recordings_come_in_as_16_khz_float(
     soundfile.write(tmp_path / "clip.wav", samples, rate, subtype="PCM_16")
     from speechtune.types import AudioRef
 
-    audio = read_audio(AudioRef(path=tmp_path / "clip.wav"), phi4_family.sampling_rate)
+    audio = read_audio(AudioRef(path=str(tmp_path / "clip.wav")), phi4_family.sampling_rate)
     assert audio.samples.dtype == np.float32 and 0.25 < float(np.abs(audio.samples).max()) < 0.35
     (found,) = phi4_family.encode_audio([audio])
     assert abs(len(found) - 98) <= 1
@@ -200,9 +200,20 @@ def test_placeholders_without_features_are_refused(
         phi4_family.collate([replace(items[0], arrays=shorter), items[1]])
 
 
+@pytest.mark.parametrize(("policy", "said"), [("base", "L IY"), ("unk", "<unk> IY")])
+def test_the_recipe_says_what_an_accent_is_learnt_as(phi4_base: Path, policy: str, said: str) -> None:
+    word = Word("LEA", ("L", "IY"), mispronunciations=(Mispronunciation(0, "L", "L*"),))
+    sample = Sample(
+        "one", "LEA", None, pronunciation=Pronunciation(scores=dict.fromkeys(SCORE_FIELDS, 5), words=(word,))
+    )
+    apa, mdd = family_on(phi4_base, data={"star_policy": policy}).expand([sample])
+    assert target_of(mdd) == {"word_transcript": "lea", "phoneme_transcript": said}
+    assert target_of(apa) == dict.fromkeys(SCORE_FIELDS, 5)
+
+
 def test_a_special_token_in_an_answer_is_refused(phi4_family: Phi4MultimodalFamily, phi4_samples: list[Sample]) -> None:
     target = {"word_transcript": "a<|audio|>b", "phoneme_transcript": "AA"}
-    sample = replace(phi4_samples[1], extra={"task": "MDD", "target": target})
+    sample = replace(phi4_samples[1], pronunciation=Pronunciation("MDD", target))
     with pytest.raises(ManifestError, match=r"special token '<\|audio\|>'"):
         phi4_family.encode(sample, features(phi4_family, sample))
 

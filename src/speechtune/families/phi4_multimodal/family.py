@@ -220,7 +220,7 @@ class Phi4MultimodalFamily(Family):
             ManifestError: samples with neither labels of pronunciation nor a task.
         """
         data = self.config.data
-        result = task_samples(samples, data.tasks, self.config.train.seed)
+        result = task_samples(samples, data.tasks, self.config.train.seed, data.star_policy)
         if samples and not result:
             raise ManifestError(f"{data.train}: data.tasks={data.tasks} leaves no sample")
         for sample in result:

@@ -98,8 +98,8 @@ def _advance(cells: list[tuple[int, Any]], phones: Sequence[str], heard: Sequenc
 
 def _canonical(sample: Sample) -> tuple[list[str], list[list[tuple[str, ...]]]]:
     """Words of a sample and the pronunciations of each."""
-    if labels := sample.extra.get("labels"):
-        return [word["text"] for word in labels["words"]], [[tuple(word["phones"])] for word in labels["words"]]
+    if sample.pronunciation and (labelled := sample.pronunciation.words):
+        return [word.text for word in labelled], [[word.phones] for word in labelled]
     words = _WORD.findall(sample.text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
     dictionary = _dictionary()
     return words, [

@@ -160,15 +160,15 @@ def evaluate_answers(
 
 def _row(sample: Sample, text: str | None, answer: Answer | None) -> UtteranceRow:
     task = task_of(sample)
-    age, gender = sample.extra.get("age"), sample.extra.get("gender")
+    labels = sample.pronunciation
     reference = _scores(sample) if task == "APA" else _transcripts(sample)
     parsed = (answer.values or None) if answer is not None else None
     return UtteranceRow(
         id=sample.id,
         utterance=sample.id.removesuffix(f"#{task}"),
         speaker=sample.speaker,
-        age=age if isinstance(age, int | float) else None,
-        gender=None if gender is None else str(gender),
+        age=labels.age if labels else None,
+        gender=labels.gender if labels else None,
         task=task,
         reference=reference,
         canonical=canonical_phones(sample) if task == "MDD" else None,
@@ -180,14 +180,15 @@ def _row(sample: Sample, text: str | None, answer: Answer | None) -> UtteranceRo
 
 
 def _scores(sample: Sample) -> dict[str, float]:
-    """The reference scores: the target's, or the labels', which `target_of` would round."""
-    given = sample.extra.get("target") or (sample.extra.get("labels") or {}).get("scores") or target_of(sample)
+    """The reference scores: the labels', else the target's, which are rounded."""
+    labels = sample.pronunciation
+    given = labels.scores if labels and labels.scores else target_of(sample)
     return {name: float(given[name]) for name in SCORE_FIELDS}
 
 
 def _transcripts(sample: Sample) -> dict[str, Any]:
     target = target_of(sample)
-    return {"word_transcript": target["word_transcript"], "phones": target["phoneme_transcript"].split()}
+    return {"word_transcript": target["word_transcript"], "phones": str(target["phoneme_transcript"]).split()}
 
 
 def _errors(task: Task, reference: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, float]:
@@ -235,7 +236,7 @@ def _apa_figures(
 
 
 def _ceiling(samples: Sequence[Sample], notes: list[str]) -> dict[str, RaterCeiling]:
-    raters = [(sample.extra.get("labels") or {}).get("raters") or {} for sample in samples]
+    raters = [sample.pronunciation.raters if sample.pronunciation else {} for sample in samples]
     ceiling: dict[str, RaterCeiling] = {}
     for name in SCORE_FIELDS:
         ratings = [row.get(name) for row in raters]

@@ -7,10 +7,10 @@ to `pronounced-phone`. Nothing is guessed: a label outside the inventory is a `P
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from speechtune.errors import ManifestError
+from speechtune.types import Mispronunciation
 
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 """The 15 phones that may carry a stress digit."""
@@ -42,18 +42,6 @@ class PhoneError(ManifestError):
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
         self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class Mispronunciation:
-    """One annotated error: `index` (from 0) of the phone in its word, its base phone, and the label of what was said.
-
-    `pronounced` is kept as annotated: a phone, `X*`, several phones with blanks between them, `<DEL>` or `<unk>`.
-    """
-
-    index: int
-    canonical: str
-    pronounced: str
 
 
 def base_phone(label: str) -> str:

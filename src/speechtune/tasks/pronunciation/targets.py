@@ -1,7 +1,7 @@
 """Pronunciation assessment as two tasks per utterance: scores (APA) and what was really said (MDD).
 
-A task sample is a `Sample` whose `extra` holds `task` and either `labels` (from a corpus with human labels) or `target`
-(the answer itself, from plain JSONL). The answer is made late, from what stands there: real JSON with fixed keys.
+A task sample is a `Sample` whose `pronunciation` names the task and its target, the right answer: an object with fixed
+keys. Plain JSONL gives both; of a corpus with human labels the targets are made here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from speechtune.errors import ConfigError, ManifestError
-from speechtune.types import Sample
+from speechtune.tasks.pronunciation.phones import StarPolicy, realised_phones
+from speechtune.types import Pronunciation, Sample
 
 Task = Literal["APA", "MDD"]
 TASKS: tuple[Task, ...] = ("APA", "MDD")
@@ -26,16 +27,20 @@ FIELDS: Mapping[Task, tuple[str, ...]] = {"APA": SCORE_FIELDS, "MDD": TRANSCRIPT
 
 def is_utterance(sample: Sample) -> bool:
     """Whether a sample carries human labels of pronunciation and no task yet."""
-    return "labels" in sample.extra and "task" not in sample.extra
+    labels = sample.pronunciation
+    return labels is not None and bool(labels.words) and labels.task is None
 
 
-def task_samples(samples: Sequence[Sample], shares: Mapping[str, float], seed: int) -> list[Sample]:
+def task_samples(
+    samples: Sequence[Sample], shares: Mapping[str, float], seed: int, star_policy: StarPolicy = "base"
+) -> list[Sample]:
     """Turn each labelled utterance into one sample per task, "ID#APA" and "ID#MDD"; other samples stay as they are.
 
     Args:
         samples: utterances with labels, and task samples.
         shares: per task the share (0 to 1) of the utterances that give a sample of it, chosen by seed and id.
         seed: of that choice.
+        star_policy: what an annotated `X*` becomes in the target of MDD.
 
     Raises:
         ConfigError: a share of an unknown task.
@@ -44,13 +49,16 @@ def task_samples(samples: Sequence[Sample], shares: Mapping[str, float], seed: i
         raise ConfigError(f"data.tasks: no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
     result: list[Sample] = []
     for sample in samples:
-        if not is_utterance(sample):
+        labels = sample.pronunciation
+        if labels is None or not is_utterance(sample):
             result.append(sample)
             continue
         for task in TASKS:
             digest = hashlib.sha256(f"{seed}:{task}:{sample.id}".encode()).digest()
             if int.from_bytes(digest[:8], "big") < shares.get(task, 0.0) * 2**64:
-                result.append(replace(sample, id=f"{sample.id}#{task}", extra={**sample.extra, "task": task}))
+                target = _target(task, sample.text, labels, star_policy)
+                asked = replace(labels, task=task, target=target)
+                result.append(replace(sample, id=f"{sample.id}#{task}", pronunciation=asked))
     return result
 
 
@@ -60,34 +68,38 @@ def task_of(sample: Sample) -> Task:
     Raises:
         ManifestError: it has none, or an unknown one.
     """
-    task = sample.extra.get("task")
-    if task not in TASKS:
-        raise ManifestError(f"{sample.source or sample.id}: task {task!r} is none of {', '.join(TASKS)}")
+    asked = sample.pronunciation.task if sample.pronunciation else None
+    task: Task | None = next((task for task in TASKS if task == asked), None)
+    if task is None:
+        raise ManifestError(f"{sample.source or sample.id}: task {asked!r} is none of {', '.join(TASKS)}")
     return task
 
 
-def target_of(sample: Sample) -> dict[str, Any]:
+def target_of(sample: Sample) -> dict[str, int | str]:
     """The right answer to a task sample: whole-number scores, or words in lower case and realised phones.
 
     Raises:
-        ManifestError: neither a target nor labels.
+        ManifestError: the sample has no target.
     """
-    task = task_of(sample)
-    given, labels = sample.extra.get("target"), sample.extra.get("labels")
-    if given is not None:
-        return {name: given[name] for name in FIELDS[task]}
-    if labels is None:
-        raise ManifestError(f"{sample.source or sample.id}: neither a target nor labels to learn from")
+    task, labels = task_of(sample), sample.pronunciation
+    if labels is None or labels.target is None:
+        raise ManifestError(f"{sample.source or sample.id}: no target to learn from")
+    return {name: labels.target[name] for name in FIELDS[task]}
+
+
+def _target(task: Task, text: str, labels: Pronunciation, star_policy: StarPolicy) -> dict[str, int | str]:
     if task == "APA":
-        return {name: round(labels["scores"][name]) for name in SCORE_FIELDS}
-    phones = [phone for word in labels["words"] for phone in word["realised"]]
-    return {"word_transcript": sample.text.lower(), "phoneme_transcript": " ".join(phones)}
+        return {name: round(labels.scores[name]) for name in SCORE_FIELDS}
+    phones = [
+        phone for word in labels.words for phone in realised_phones(word.phones, word.mispronunciations, star_policy)
+    ]
+    return {"word_transcript": text.lower(), "phoneme_transcript": " ".join(phones)}
 
 
 def canonical_phones(sample: Sample) -> list[str] | None:
     """The phones the text asks for, or None where the sample does not say."""
-    labels = sample.extra.get("labels")
-    return None if labels is None else [phone for word in labels["words"] for phone in word["phones"]]
+    words = sample.pronunciation.words if sample.pronunciation else ()
+    return [phone for word in words for phone in word.phones] or None
 
 
 def render_answer(answer: Mapping[str, Any]) -> str:
