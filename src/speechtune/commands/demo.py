@@ -122,7 +122,7 @@ def chatml_row(voices: Path, speaker: str, reference: dict[str, Any], target: di
 
 def demo_config(family: str, voices: Path, manifest: Path, directory: Path) -> RunConfig:
     """The demo's recipe, on the family's embedded base."""
-    speech = [AudioRef(path) for path in sorted(voices.rglob("*.flac"))[::3]]
+    speech = [AudioRef(str(path)) for path in sorted(voices.rglob("*.flac"))[::3]]
     return build_config(
         {
             "family": family,
