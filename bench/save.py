@@ -24,7 +24,7 @@ from torch import nn
 from speechtune.lora.apply import adapter_state, trainable
 from speechtune.storage.verified_folder import write_verified
 from speechtune.tensors import rng_state
-from speechtune.training.checkpoint import RunState, Saver, checkpoint_writer, cpu_copy
+from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, cpu_copy
 
 ADAPTER_BYTES = 500_000_000
 LAYERS, WIDTH = 16, 4096
@@ -128,8 +128,8 @@ def checkpoint_saves(pairs: int) -> dict[str, list[float]]:
         def verified(background: bool) -> tuple[float, float]:
             started = time.perf_counter()
             with Saver(background) as saver:
-                parts = (model, optimizer, scaler, [rng_state()], RunState(1, 1, 1.0, {}), "")
-                publish = checkpoint_writer(target, *parts, lambda _: None, {}, copy=background)
+                parts, state = RunParts(model, optimizer, scaler), RunState(1, 1, 1.0, {})
+                publish = checkpoint_writer(target, parts, state, [rng_state()], copy=background)
                 saver.submit(lambda: ignore(publish()))
                 held = time.perf_counter() - started
                 saver.wait()

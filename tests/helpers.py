@@ -51,6 +51,11 @@ def read_demo_clips() -> list[DemoClip]:
     ]
 
 
+def read_records(output_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run's metrics.jsonl, in order."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def merged(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over one another."""
     result = dict(defaults)

@@ -19,14 +19,13 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 import speechtune.training.prepare
-import speechtune.training.run
 from speechtune.cli import main as command_line
 from speechtune.commands.guarded import guarded
 from speechtune.config import RunConfig
 from speechtune.families import create_family, load_config
 from speechtune.family import Family
 from speechtune.training.run import Outcome, run_training
-from speechtune.training.watchdog import Watchdog
+from speechtune.training.watchdog import LOST_SECONDS
 from speechtune.types import Batch, Losses
 
 WAIT_SECONDS = 60
@@ -53,10 +52,16 @@ def sigterm() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def train(config: RunConfig, step: int | None = None, action: Callable[[], None] = sigterm) -> Outcome:
+def train(
+    config: RunConfig,
+    step: int | None = None,
+    action: Callable[[], None] = sigterm,
+    lost_seconds: float = LOST_SECONDS,
+) -> Outcome:
     """`run_training`, with something happening in step `step`; may be called again and again in one process."""
     try:
-        return run_training(config, None if step is None else hooked(config, step, action))
+        family = None if step is None else hooked(config, step, action)
+        return run_training(config, family, lost_seconds=lost_seconds)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -77,6 +82,11 @@ def sleep() -> None:
 ACTIONS = {"sigterm": sigterm, "sigkill": sigkill, "hang": hang, "sleep": sleep}
 
 
+def touch_and_act(reached: Path, action: Callable[[], None]) -> None:
+    reached.touch()
+    action()
+
+
 def run_ranks(jobs: Path) -> None:
     """Run the jobs; for each the ranks meet at a port of its own, torchrun's store being used up after one.
 
@@ -87,13 +97,11 @@ def run_ranks(jobs: Path) -> None:
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         if job["port"] is not None:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
-        if job["lost_seconds"] is not None:
-            shortened = partial(Watchdog, beat_seconds=job["lost_seconds"] / 12, lost_seconds=job["lost_seconds"])
-            speechtune.training.run.Watchdog = shortened  # type: ignore[misc,assignment]
         config = load_config(Path(job["config"]))
         reached, action = Path(job["config"]).with_suffix(".reached"), ACTIONS[job["action"]]
         step = job["step"] if last_rank else None
-        result = train(config, step, lambda reached=reached, action=action: (reached.touch(), action())[1]).result
+        lost_seconds = job["lost_seconds"] or LOST_SECONDS
+        result = train(config, step, partial(touch_and_act, reached, action), lost_seconds).result
         finished = (config.output_dir / "lora_adapters").exists()
         seen = {"step": result.state.step, "signal": result.signal, "finished": finished}
         Path(f"{job['config']}.rank{os.environ['RANK']}").write_text(json.dumps(seen))

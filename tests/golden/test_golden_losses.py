@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import DemoClip
+from helpers import DemoClip, read_records
 from speechtune.config import RunConfig
 from speechtune.families import build_config, family_packages
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
@@ -30,7 +30,6 @@ from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.families.phi4_multimodal.tiny import make_model
 from speechtune.family import Family
 from speechtune.training.run import run_training
-from speechtune.training.tracking import read_records
 from speechtune.types import Audio
 
 FAMILY_TESTS = Path(__file__).parents[1] / "families"
@@ -70,8 +69,8 @@ class MadeUpFeatures(Phi4MultimodalFamily):
 def learn(config: RunConfig, family: Family) -> dict[str, list[float]]:
     """Losses of every step, per head."""
     outcome = run_training(config, family)
-    records = read_records(config.output_dir / "metrics.jsonl")
-    return {head: [record["losses"][head] for record in records] for head in outcome.job.family.heads}  # type: ignore[index]
+    records = read_records(config.output_dir)
+    return {head: [record["losses"][head] for record in records] for head in outcome.job.family.heads}
 
 
 @pytest.fixture

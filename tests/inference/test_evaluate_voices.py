@@ -12,13 +12,12 @@ import pytest
 
 import speechtune.families.higgs_audio_v2.family as higgs_audio_v2
 import speechtune.families.higgs_audio_v2.layout as layout
-from helpers import DemoClip
+from helpers import DemoClip, read_records
 from speechtune.audio import read_provenance
 from speechtune.cli import main
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.training.run import run_training
-from speechtune.training.tracking import read_records
 
 CAP = "40"
 
@@ -170,7 +169,7 @@ def test_planted_issues_of_a_training_are_seen(
         values = {**settings, "train": {**settings["train"], "learning_rate": rate}}
         with suppress(TrainingError):
             run_training(make_config(**values, output_dir=tmp_path / name))
-        records = read_records(tmp_path / name / "metrics.jsonl")
+        records = read_records(tmp_path / name)
         return {record["step"]: record["scores"] for record in records if "scores" in record}
 
     def warnings(name: str, since: int = 0) -> list[tuple[str, str]]:

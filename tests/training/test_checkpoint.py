@@ -22,7 +22,7 @@ from speechtune.lora.apply import apply_lora, model_tensors, trainable
 from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import verify_folder
 from speechtune.tensors import rng_state
-from speechtune.training.checkpoint import RunState, Saver, checkpoint_writer, choose_checkpoint, restore
+from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, choose_checkpoint, restore
 from speechtune.training.signals import Interruption
 
 IDENTITY = {"dataset": "d1", "base": "b1", "lora": {"rank": 4, "targets": "x"}, "seed": 42, "global_batch": 8}
@@ -54,12 +54,14 @@ class Trained:
             parameter.grad = torch.randn_like(parameter)
         self.optimizer.step()
 
+    def parts(self) -> RunParts:
+        return RunParts(self.model, self.optimizer, self.scaler, "family: x\n", {"README.md": "card"})
+
     def writer(self, directory: Path, step: int = 3, copy: bool | None = None) -> Callable[[], Path]:
         """What the loop makes: usually with an adapter a copy of this moment, else a view of the live model."""
         state = RunState(step=step, total_steps=9, epoch=0.5, identity=IDENTITY)
-        parts = (self.model, self.optimizer, self.scaler, [rng_state()], state, "family: x\n")
         copy = isinstance(self.model, PeftModel) if copy is None else copy
-        return checkpoint_writer(directory, *parts, lambda folder: None, {"README.md": "card"}, copy=copy)
+        return checkpoint_writer(directory, self.parts(), state, [rng_state()], copy=copy)
 
     def save(self, directory: Path, copy: bool | None = None) -> Path:
         return self.writer(directory, copy=copy)()
@@ -67,7 +69,7 @@ class Trained:
     def restore(
         self, directory: Path, identity: dict[str, Any] = IDENTITY, rank: int = 0, force: bool = False
     ) -> RunState:
-        return restore(directory, self.model, self.optimizer, self.scaler, identity, rank, force=force)
+        return restore(directory, self.parts(), identity, rank, force=force)
 
     def everything(self) -> dict[str, torch.Tensor]:
         """Copies of all weights and of the optimizer's state."""
@@ -127,8 +129,8 @@ def test_buffers_of_a_module_trained_in_full_are_saved(copy: bool, tmp_path: Pat
     model.train()(torch.randn(8, 4))
     optimizer = torch.optim.AdamW(trainable(model).values())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = (model, optimizer, scaler, [rng_state()], RunState(1, 1, 1.0, {}), "")
-    folder = checkpoint_writer(tmp_path / "checkpoint-1", *parts, lambda folder: None, {}, copy=copy)()
+    parts, state = RunParts(model, optimizer, scaler), RunState(1, 1, 1.0, {})
+    folder = checkpoint_writer(tmp_path / "checkpoint-1", parts, state, [rng_state()], copy=copy)()
     (mean,) = (t for name, t in load_file(folder / "adapter_model.safetensors").items() if "running_mean" in name)
     assert torch.equal(mean, cast(Any, model.base_model.model)[1].modules_to_save["default"].running_mean)
     assert mean.abs().max() > 0
@@ -156,7 +158,7 @@ def test_a_save_beside_the_training_holds_the_moment_it_was_asked_for(
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_failed_save_is_heard_of(background: bool) -> None:
+def test_a_failed_save_ends_the_run(background: bool) -> None:
     """At the next look, the next save, or the end; once, and never later than that."""
 
     def fail() -> None:

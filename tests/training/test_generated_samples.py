@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import DemoClip, merged
+from helpers import DemoClip, merged, read_records
 from phi4_cases import run_config, write_rows
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.training.run import run_training
-from speechtune.training.tracking import read_records
 from speechtune.types import Sample
 
 STEPS = 6
@@ -47,7 +46,7 @@ def phi4_config(tmp_path: Path, phi4_base: Path, phi4_rows: Path, held_out: Path
 
 
 def evaluations(config: RunConfig) -> list[dict[str, Any]]:
-    return [record for record in read_records(config.output_dir / "metrics.jsonl") if "eval_loss" in record]
+    return [record for record in read_records(config.output_dir) if "eval_loss" in record]
 
 
 def adapter(config: RunConfig) -> dict[str, torch.Tensor]:

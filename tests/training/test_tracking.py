@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from accelerate import Accelerator
 
+from helpers import read_records
 from speechtune.training.tracking import (
     EvaluationRecord,
     Record,
@@ -19,7 +20,6 @@ from speechtune.training.tracking import (
     flatten,
     heads,
     keep_until,
-    read_records,
 )
 
 
@@ -50,7 +50,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     writer = tracker(tmp_path, FakeAccelerator())
     writer.write(record(1), 2)
     writer.write(EvaluationRecord(1, 2.5, {"audio": 2.0, "text": 0.5}, {"sim": 0.5}, 0.1, 0.2), 2)
-    first, second = read_records(tmp_path / "metrics.jsonl")
+    first, second = read_records(tmp_path)
     assert first["step"] == 1 and first["loss"] == 3.0 and first["losses"] == {"audio": 2.0, "text": 1.0}
     assert first["learning_rate"] == 1e-4 and first["eta_seconds"] == 75.4
     assert second == {"step": 1, "eval_loss": 2.5, "eval_losses": {"audio": 2.0, "text": 0.5}} | {

@@ -1,4 +1,4 @@
-"""What the folders of a run hold, written through `checkpoint.write_verified` and read back on resume."""
+"""Checkpoints: what is trained, the optimizer and the random states, saved and put back to the bit."""
 
 from __future__ import annotations
 
@@ -53,6 +53,72 @@ class RunState:
     rounds_without_better: int = 0
 
 
+@dataclass(frozen=True)
+class RunParts:
+    """What the checkpoints of a run hold besides its state: what is trained, and the files that go with it.
+
+    Attributes:
+        config_yaml: the recipe, as text.
+        notes: texts by file name that lie beside a saved adapter.
+        write_assets: writes what the folder of a full model needs besides weights and config.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    config_yaml: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    write_assets: Callable[[Path], None] = lambda directory: None
+
+
+def checkpoint_writer(
+    directory: Path,
+    parts: RunParts,
+    state: RunState,
+    rng_states: list[dict[str, torch.Tensor]],
+    *,
+    copy: bool,
+    keep: bool = True,
+) -> Callable[[], Path]:
+    """Return the function that writes one checkpoint and verifies it.
+
+    Shards are gathered here, so every rank must call this.
+
+    Args:
+        directory: the checkpoint's folder.
+        parts: what is saved.
+        state: where the run stands.
+        rng_states: of every rank.
+        copy: copy what is trained now, so that training may go on while the function returned runs.
+        keep: whether this rank will call the function returned.
+    """
+    model, optimizer = parts.model, parts.optimizer
+    copy = copy or is_sharded(model)
+    weights = weights_of(model) if copy or isinstance(model, PeftModel) else None
+    if copy:
+        weights = cpu_copy(weights, keep=keep)
+    optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
+    scaler_state = parts.scaler.state_dict()
+    tensors = model_tensors(model, weights)
+    bytes_needed = bytes_of_save(tensors.values(), optimizer)
+
+    def write(aside: Path) -> None:
+        save_weights(model, aside, parts.notes, weights)
+        torch.save({"optimizer": optimizer_state, "scaler": scaler_state}, aside / OPTIMIZER_NAME)
+        torch.save(rng_states, aside / RNG_NAME)
+        write_state(aside / STATE_NAME, state)
+        (aside / "config.yaml").write_text(parts.config_yaml, encoding="utf-8")
+        if not isinstance(model, PeftModel):
+            parts.write_assets(aside)
+
+    def publish() -> Path:
+        check_writable(directory.parent, bytes_needed)
+        # Only a folder that did not verify can stand at a step that is reached again: it gives way.
+        return write_verified(directory, write, tensors, replace=True)
+
+    return publish
+
+
 def save_weights(
     model: nn.Module, directory: Path, notes: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
@@ -70,51 +136,6 @@ def save_weights(
         cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
 
 
-def checkpoint_writer(
-    directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    rng_states: list[dict[str, torch.Tensor]],
-    state: RunState,
-    config_yaml: str,
-    write_extras: Callable[[Path], None],
-    notes: Mapping[str, str],
-    *,
-    copy: bool,
-    keep: bool = True,
-) -> Callable[[], Path]:
-    """Return the function that publishes one checkpoint: weights, optimizer, scaler, random states, run state, recipe.
-
-    With `copy` what is trained is copied now, and the function may run while training goes on. Shards are gathered now:
-    every rank must call this, and only that with `keep` may call the function returned.
-    """
-    copy = copy or is_sharded(model)
-    weights = weights_of(model) if copy or isinstance(model, PeftModel) else None
-    if copy:
-        weights = cpu_copy(weights, keep=keep)
-    optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
-    scaler_state = scaler.state_dict()
-    tensors = model_tensors(model, weights)
-    bytes_needed = bytes_of_save(tensors.values(), optimizer)
-
-    def write(aside: Path) -> None:
-        save_weights(model, aside, notes, weights)
-        torch.save({"optimizer": optimizer_state, "scaler": scaler_state}, aside / OPTIMIZER_NAME)
-        torch.save(rng_states, aside / RNG_NAME)
-        write_state(aside / STATE_NAME, state)
-        (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        if not isinstance(model, PeftModel):
-            write_extras(aside)
-
-    def publish() -> Path:
-        check_writable(directory.parent, bytes_needed)
-        # Only a folder that did not verify can stand at a step that is reached again: it gives way.
-        return write_verified(directory, write, tensors, replace=True)
-
-    return publish
-
-
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, under the model's own names; of a full model everything it saves."""
     if not isinstance(model, PeftModel):
@@ -125,10 +146,9 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cpu_copy(value: Any, *, keep: bool = True) -> Any:
-    """Copy of nested mappings, lists and tensors; tensors come to the CPU, whole.
+    """Copy of nested mappings, lists and tensors to the CPU; sharded tensors are gathered, so every rank must call it.
 
-    Every rank of a sharded model must call it. Without `keep` this rank only helps the others to gather theirs: tensors
-    stay what they are.
+    Without `keep` this rank takes part in the gathering and keeps its tensors as they are.
     """
     if isinstance(value, torch.Tensor):
         gathered = gather(value.detach())
@@ -138,12 +158,15 @@ def cpu_copy(value: Any, *, keep: bool = True) -> Any:
     return [cpu_copy(item, keep=keep) for item in value] if isinstance(value, list) else value
 
 
-class Saver:
-    """Publishes checkpoints one at a time, behind the training's back where it may; a failed save ends the run.
+def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that weights and optimizer states take on disk, once the optimizer has both moments."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    return weights + ADAM_MOMENTS * trained
 
-    Args:
-        background: whether `submit` returns while the save goes on.
-    """
+
+class Saver:
+    """Runs saves one after another, in a thread of its own if `background`; an error ends the run."""
 
     def __init__(self, background: bool) -> None:
         self._pool = ThreadPoolExecutor(1) if background else None
@@ -157,7 +180,7 @@ class Saver:
             self._pool.shutdown()
 
     def submit(self, save: Callable[[], None]) -> None:
-        """Start a save, after the one before it; raises what that one failed of."""
+        """Start a save after the one before it; raises that one's error."""
         self.wait()
         if self._pool is None:
             save()
@@ -165,26 +188,19 @@ class Saver:
             self._pending = self._pool.submit(save)
 
     def poll(self) -> None:
-        """Raise what a save failed of, if it has ended."""
+        """Raise the error of a save that has ended."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way, and raise what it failed of."""
+        """Wait for the save under way; raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
 
-def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that weights and optimizer states take on disk, once the optimizer has both moments."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    return weights + ADAM_MOMENTS * trained
-
-
 def save_with_retry(save: Callable[[], Path]) -> Path:
-    """Call `save`, and once more if it fails: a full queue or a lagging network disk may pass.
+    """Call `save`, and once more if it fails: a network disk may be slow to show what was written.
 
     Raises:
         CheckpointError: the second attempt failed too.
@@ -230,14 +246,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
 
 
 def restore(
-    directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    identity: Mapping[str, Any],
-    rank: int,
-    *,
-    force: bool = False,
+    directory: Path, parts: RunParts, identity: Mapping[str, Any], rank: int, *, force: bool = False
 ) -> RunState:
     """Put a verified checkpoint into a freshly built run; `force` turns differences of identity into warnings.
 
@@ -257,10 +266,10 @@ def restore(
         )
     for difference in differences:
         log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
-    restore_weights(model, directory)
+    restore_weights(parts.model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], optimizer))
-    scaler.load_state_dict(saved["scaler"])
+    parts.optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], parts.optimizer))
+    parts.scaler.load_state_dict(saved["scaler"])
     rng_states = torch.load(directory / RNG_NAME, map_location="cpu", weights_only=True)
     if rank < len(rng_states):
         set_rng_state(rng_states[rank])

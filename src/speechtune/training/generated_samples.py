@@ -1,4 +1,4 @@
-"""What users would hear or read, at every evaluation: the same prompts answered, scored, and kept beside the base's."""
+"""Sample generation: at every evaluation the model answers the same prompts, and its answers are scored and kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,26 +17,25 @@ from speechtune.audio import file_name, read_audio, write_wav
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import DEFAULT_PROMPTS, RunConfig, has_evaluation_data, num_prompts
 from speechtune.errors import ConfigError
-from speechtune.family import Family
+from speechtune.family import Family, Scorers
 from speechtune.tensors import rng_state, set_rng_state
-from speechtune.types import GenerationOptions, Output, Sample
-
-if TYPE_CHECKING:
-    from speechtune.family import Scorers
-
+from speechtune.types import GenerationOptions, Output
 
 log = logging.getLogger("speechtune")
 
-
-LONGEST_ANSWER = 2.0
-"""Length cap of an answer, relative to the longest prompt with its target: an end that never comes hits it."""
+LONGEST_ANSWER = 2.0  # length cap of an answer, relative to the longest prompt with its target
 BASE_STEP = 0
 SCORES_NAME = "scores.jsonl"
 
 
 @dataclass(frozen=True)
 class SampleGenerator:
-    """A fixed set of prompts, and what answers to them are scored with."""
+    """Answers a fixed set of prompts, scores the answers, and keeps both.
+
+    Attributes:
+        chosen: indices of the prompts in `encoded`.
+        directory: where samples are written.
+    """
 
     config: RunConfig
     family: Family
@@ -48,7 +47,7 @@ class SampleGenerator:
     def generate(self, model: nn.Module, step: int) -> tuple[dict[str, float], list[Output]]:
         """Answer all prompts with a model, score the answers, and write them to `samples/step-N`.
 
-        The random state is left as it was: a run that listens ends in the same bits as one that does not.
+        The random state is left as it was: generating samples must not change what is trained.
 
         Returns:
             scores by name, and the answers in the order of the prompts.
@@ -57,14 +56,14 @@ class SampleGenerator:
         model.eval()
         try:
             outputs = self._answer(model)
-            scores = self._accuracy(model)
+            accuracy = self._token_accuracy(model)
         finally:
             model.train(was_training)
             set_rng_state(states)
         samples = [self.encoded.samples[index] for index in self.chosen]
         scored = self.family.score(samples, outputs, self.scorers)
         self._write(step, outputs, scored.rows)
-        return {**scored.summary, **scores}, outputs
+        return {**scored.summary, **accuracy}, outputs
 
     def _answer(self, model: nn.Module) -> list[Output]:
         options = GenerationOptions(
@@ -83,19 +82,19 @@ class SampleGenerator:
         return outputs
 
     @torch.no_grad()
-    def _accuracy(self, model: nn.Module) -> dict[str, float]:
-        """Share of targets a model finds when it is told all that comes before them."""
+    def _token_accuracy(self, model: nn.Module) -> dict[str, float]:
+        """Share of targets a model finds when given all that comes before them."""
         device = next(model.parameters()).device
-        totals: dict[str, list[int]] = {}
+        totals: dict[str, tuple[int, int]] = {}
         for index in self.chosen:
             batch = self.family.collate([self.encoded[index]]).to(device)
             for name, (correct, count) in self.family.count_correct(model, batch).items():
-                total = totals.setdefault(name, [0, 0])
-                total[0], total[1] = total[0] + correct, total[1] + count
+                correct_before, count_before = totals.get(name, (0, 0))
+                totals[name] = correct_before + correct, count_before + count
         return {name: correct / count for name, (correct, count) in totals.items() if count}
 
-    def prepare(self) -> list[Output]:
-        """Write what was asked, and the recordings the answers are compared with; the latter are returned."""
+    def write_references(self) -> list[Output]:
+        """Write the prompts, and the recordings that answers are compared with; the latter are returned."""
         (self.directory / "reference").mkdir(parents=True, exist_ok=True)
         lines, recordings = [], []
         for index in self.chosen:
@@ -121,9 +120,9 @@ class SampleGenerator:
 
 
 def prepare_scorers(config: RunConfig, family: Family) -> Scorers | None:
-    """Check what is to be listened for, and load the scorers; None where nothing is to be listened to.
+    """Load the scorers of generated samples; None where no samples are to be generated.
 
-    Called before the data is encoded: a scorer that is not installed must not show hours later.
+    Called before the data is encoded, so that a missing scorer is reported at once and not hours later.
 
     Raises:
         ConfigError: a scorer is unknown or not installed, or `best_metric` is none of this run's scores.
@@ -140,11 +139,13 @@ def prepare_scorers(config: RunConfig, family: Family) -> Scorers | None:
 def make_sample_generator(
     config: RunConfig, family: Family, train_set: EncodedSet, eval_set: EncodedSet | None, scorers: Scorers
 ) -> SampleGenerator:
-    """Choose the prompts, of the evaluation data where there is some."""
+    """Choose the prompts by their ids' hashes, of the evaluation data where there is some."""
     if eval_set is None:
         log.warning("evaluate.prompts: there is no evaluation data, so prompts of the training data are answered")
     source, seed = eval_set or train_set, config.train.seed
-    ranked = sorted(range(len(source)), key=lambda i: _digest(seed, source.samples[i]))
+    ranked = sorted(
+        range(len(source)), key=lambda i: hashlib.sha256(f"{seed}:{source.samples[i].id}".encode()).digest()
+    )
     chosen = tuple(sorted(ranked[: num_prompts(config)]))
     return SampleGenerator(config, family, source, chosen, scorers, config.output_dir / "samples")
 
@@ -161,7 +162,3 @@ def _check_best_metric(config: RunConfig, family: Family) -> None:
     for score, option in (("wer", "asr"), ("sim", "speaker"), ("mos", "mos")):
         if name == score and score in family.scorer_names and getattr(config.evaluate, option) is None:
             raise ConfigError(f"evaluate.best_metric={name}: name a scorer with evaluate.{option}")
-
-
-def _digest(seed: int, sample: Sample) -> bytes:
-    return hashlib.sha256(f"{seed}:{sample.id}".encode()).digest()

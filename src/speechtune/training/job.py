@@ -21,8 +21,13 @@ from speechtune.types import Batch
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, loaded and checked; `identity` is what a resume must find unchanged, `notes` are the
-    texts (by file name) that lie beside a saved adapter."""
+    """All that a run needs, loaded and checked.
+
+    Attributes:
+        identity: what a resume must find unchanged.
+        notes: texts by file name that lie beside a saved adapter.
+        sample_generator: None where no samples are generated during training.
+    """
 
     config: RunConfig
     family: Family
@@ -34,24 +39,27 @@ class Job:
     notes: Mapping[str, str]
     sample_generator: SampleGenerator | None = None
 
+    def weighted(self, losses: Mapping[str, float]) -> float:
+        """Sum of the heads' losses, each times its `train.head_weights`."""
+        return sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
+
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Outcome of a run.
+    """How a run ended.
 
     Attributes:
         signal: number of the signal that ended it early, or None.
         scores: of the evaluation that the final adapter stands for; empty without one.
-        time: seconds of this launch by what they went into, `total_seconds` in all.
+        seconds: of this launch, by what they went into, `total_seconds` in all.
     """
 
     state: RunState
     first_losses: Mapping[str, float]
-    seconds: float
     signal: int | None
     best_checkpoint: Path | None
     scores: Mapping[str, float]
-    time: Mapping[str, float]
+    seconds: Mapping[str, float]
 
 
 class Objective(nn.Module):

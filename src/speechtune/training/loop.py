@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -20,6 +21,7 @@ from speechtune.tensors import checksums, gather, rng_state, set_rng_state
 from speechtune.training import guards
 from speechtune.training.batching import BatchPlan
 from speechtune.training.checkpoint import (
+    RunParts,
     RunState,
     Saver,
     checkpoint_writer,
@@ -33,8 +35,10 @@ from speechtune.training.job import Job, Objective, TrainResult
 from speechtune.training.loader import BatchLoader
 from speechtune.training.optimizer import learning_rate, make_optimizer
 from speechtune.training.signals import Interruption
-from speechtune.training.tracking import Record, Tracker, log, log_details
+from speechtune.training.tracking import Record, Stopwatch, Tracker, log_details
 from speechtune.types import Batch
+
+log = logging.getLogger("speechtune")
 
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
 
@@ -43,117 +47,117 @@ class Run:
     """One run of the loop over one `Job`."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
-        config = job.config
+        config, device = job.config, job.precision.device
         self.job, self.accelerator, self.config = job, accelerator, config
         objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
         self.engine = Engine(objective, accelerator, config.speed.parallel, defer=config.lora.enabled)
         self.parameters = trainable(job.model)
         guards.check_trainable(self.parameters, lora=config.lora.enabled)
         self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
-        self.loader = BatchLoader(config, self.plan, job.train_set, accelerator.process_index, job.precision.device)
+        self.loader = BatchLoader(config, self.plan, job.train_set, accelerator.process_index, device)
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
-        self.optimizer = make_optimizer(list(self.parameters.values()), config.train, job.precision.device)
-        self.scaler = torch.amp.GradScaler(job.precision.device.type, enabled=job.precision.scaler)
+        self.optimizer = make_optimizer(list(self.parameters.values()), config.train, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=job.precision.scaler)
+        self.parts = RunParts(
+            job.model, self.optimizer, self.scaler, config.to_yaml(), job.notes, job.family.save_assets
+        )
         self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
         self.skipped = 0
-        self.saved_step = -1
         self.unproven = True
-        self.spent = {f"{part}_seconds": 0.0 for part in ("data", "forward_backward", "optimizer", "checkpoint")}
+        self.watch = Stopwatch("data", "forward_backward", "optimizer", "checkpoint", "evaluation")
         # A full model is too large to copy for it; and PEFT, saving, makes FSDP take weights back that a pass is using.
         self.saver = Saver(background=config.lora.enabled and config.speed.parallel == "ddp")
 
     def train(self) -> TrainResult:
         """Train to the last step, or to a signal; saves on the way and at the end."""
-        job, config = self.job, self.config
+        config = self.config
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
-        resumed = choose_checkpoint(config.output_dir, config.checkpoint.resume)
-        check_same_checkpoint(self.accelerator, resumed)
-        if resumed is not None:
-            identity, rank = self.state.identity, self.accelerator.process_index
-            parts = (job.model, self.optimizer, self.scaler, identity, rank)
-            state = restore(resumed, *parts, force=config.checkpoint.force)
-            self.state = replace(state, total_steps=self.total_steps, identity=identity)
-            self.unproven = False
+        self._resume()
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
-        evaluator = Evaluator(job, self.accelerator, self.engine.plain, tracker)
+        evaluator = Evaluator(self.job, self.accelerator, self.engine.plain, tracker, self.watch)
         evaluator.evaluate_base(self.state.step, self.total_steps)
-        job.model.train()
-        started, first_losses = time.monotonic(), {}
-        first_step = self.state.step
-        with self.saver, Interruption() as interruption:
-            for step in range(first_step, self.total_steps):
-                step_started = time.monotonic()
-                batches = self.loader.take(step)
-                waited = time.monotonic() - step_started
-                record = self._step(step, batches, step_started, waited, started, first_step)
+        self.job.model.train()
+        self.first_step, self.loop_started = self.state.step, time.monotonic()
+        first_losses: Mapping[str, float] = {}
+        with Interruption() as interruption, self.saver:
+            for step in range(self.first_step, self.total_steps):
+                with self.watch.measure("data"):
+                    batches = self.loader.take(step)
+                record = self._step(step, batches)
                 first_losses = first_losses or record.losses
                 tracker.write(record, self.total_steps)
                 self.state = replace(self.state, step=step + 1, epoch=record.epoch, losses=dict(record.losses))
-                stop = self._any_rank(interruption.signal)
+                stop = sum_over_ranks(self.accelerator, [{"signal": float(interruption.signal)}])["signal"] > 0
                 interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
                 last = stop or step + 1 == self.total_steps
                 due = last or (step + 1) % config.evaluate.every_steps == 0
-                if evaluator.wanted and due and not stop:  # who is asked to stop has no time to evaluate
+                if evaluator.wanted and due and not stop:  # after a SIGTERM a launcher soon kills: saving comes first
                     self.state = evaluator.evaluate(self.state, self.total_steps)
                 early = self.state.rounds_without_better >= (config.evaluate.patience or math.inf)
                 best = self.state.best_step == self.state.step
-                saving = time.monotonic()
-                if last or early or best or (step + 1) % config.checkpoint.every_steps == 0:
-                    self._save()
-                self.saver.poll()
-                self.spent["checkpoint_seconds"] += time.monotonic() - saving
+                with self.watch.measure("checkpoint"):
+                    if last or early or best or (step + 1) % config.checkpoint.every_steps == 0:
+                        self._save()
+                    self.saver.poll()
                 if stop or early:
                     break
             self.saver.wait()
         self.accelerator.wait_for_everyone()
-        return self._result(evaluator, first_losses, time.monotonic() - started, interruption.signal or None)
+        return self._result(evaluator, first_losses, interruption.signal or None)
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint that the recipe asks for, if any."""
+        resumed = choose_checkpoint(self.config.output_dir, self.config.checkpoint.resume)
+        check_same_checkpoint(self.accelerator, resumed)
+        if resumed is None:
+            return
+        identity, force = self.state.identity, self.config.checkpoint.force
+        state = restore(resumed, self.parts, identity, self.accelerator.process_index, force=force)
+        self.state = replace(state, total_steps=self.total_steps, identity=identity)
+        self.unproven = False  # its first step lies in the run before
 
     def _result(
-        self, evaluator: Evaluator, first_losses: Mapping[str, float], seconds: float, number: int | None
+        self, evaluator: Evaluator, first_losses: Mapping[str, float], signal_number: int | None
     ) -> TrainResult:
-        best = self._best()
+        best = None if self.state.best_step is None else self._checkpoint(self.state.best_step)
+        best = best if best is not None and best.is_dir() else None
         final = self.state.best_step if self.config.checkpoint.final == "best" and best else self.state.step
         scores = evaluator.scores.get(final or 0, {})
-        spent = {**self.spent, "evaluation_seconds": evaluator.spent, "total_seconds": seconds}
-        return TrainResult(self.state, first_losses, seconds, number, best, scores, spent)
+        return TrainResult(self.state, first_losses, signal_number, best, scores, self.watch.seconds())
 
-    def _step(
-        self, step: int, batches: Sequence[Batch], step_started: float, waited: float, started: float, first_step: int
-    ) -> Record:
+    def _step(self, step: int, batches: Sequence[Batch]) -> Record:
+        started, heads = time.monotonic() - self.watch.last["data"], self.job.family.heads
         where = f"step {step + 1}"
         for batch in batches:
             guards.check_targets(batch, where)
-        heads = self.job.family.heads
         counts = sum_heads(self.accelerator, [batch.target_counts for batch in batches], heads)
         self.optimizer.zero_grad(set_to_none=True)
-        computing = time.monotonic()
-        batches, per_batch = self._forward_backward(step, batches, counts)
-        sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
+        with self.watch.measure("forward_backward"):
+            batches, per_batch = self._forward_backward(step, batches, counts)
+            sums = sum_heads(self.accelerator, [{h: float(v) for h, v in s.items()} for s in per_batch], heads)
         losses = {head: value / counts[head] for head, value in sums.items()}
         suspects = [b for b, s in zip(batches, per_batch, strict=True) if not all(v.isfinite() for v in s.values())]
         ids = [sample_id for batch in suspects or batches for sample_id in batch.sample_ids]
         guards.check_losses(losses, where, ids)
         log_details(self.config.tracking.detail_every_steps, step + 1, batches)
         rate = learning_rate(step, self.total_steps, self.config.train)
-        updating = time.monotonic()
-        grad_norm = self._update(where, ids, rate)
-        sizes = self._sum([{"audio": b.audio_seconds, "tokens": float(b.num_tokens)} for b in batches])
-        now = time.monotonic()
-        seconds = now - step_started
-        self.spent["data_seconds"] += waited
-        self.spent["forward_backward_seconds"] += updating - computing
-        self.spent["optimizer_seconds"] += now - updating
+        with self.watch.measure("optimizer"):
+            grad_norm = self._update(where, ids, rate)
+        sizes = [{"audio": batch.audio_seconds, "tokens": float(batch.num_tokens)} for batch in batches]
+        total = sum_over_ranks(self.accelerator, sizes)
+        seconds = time.monotonic() - started
+        per_step = (time.monotonic() - self.loop_started) / (step + 1 - self.first_step)
         return Record(
             step=step + 1,
             epoch=self.plan.epoch_at(step + 1),
-            loss=self._weighted(losses),
+            loss=self.job.weighted(losses),
             losses=losses,
             learning_rate=rate,
             grad_norm=grad_norm,
-            audio_seconds_per_second=sizes["audio"] / seconds,
-            tokens_per_second=sizes["tokens"] / seconds,
-            data_wait_share=waited / seconds,
-            eta_seconds=(now - started) / (step + 1 - first_step) * (self.total_steps - step - 1),
+            audio_seconds_per_second=total["audio"] / seconds,
+            tokens_per_second=total["tokens"] / seconds,
+            data_wait_share=self.watch.last["data"] / seconds,
+            eta_seconds=per_step * (self.total_steps - step - 1),
         )
 
     def _forward_backward(
@@ -182,6 +186,7 @@ class Run:
         return sums
 
     def _update(self, where: str, ids: Sequence[str], rate: float) -> float:
+        """Clip the gradients and let the optimizer take its step; the norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
@@ -206,15 +211,10 @@ class Run:
         return norm
 
     def _save(self) -> None:
-        if self.saved_step == self.state.step:
-            return
-        self.saved_step = self.state.step
         states = gather_object([rng_state()])
-        job, step, best = self.job, self.state.step, self.state.best_step
-        directory = self._checkpoint(step)
-        parts = (job.model, self.optimizer, self.scaler, states, self.state, self.config.to_yaml())
+        step, best, directory = self.state.step, self.state.best_step, self._checkpoint(self.state.step)
         main, copy = self.accelerator.is_main_process, self.config.lora.enabled
-        publish = checkpoint_writer(directory, *parts, job.family.save_assets, job.notes, copy=copy, keep=main)
+        publish = checkpoint_writer(directory, self.parts, self.state, states, copy=copy, keep=main)
         if not main:
             return
 
@@ -228,16 +228,3 @@ class Run:
 
     def _checkpoint(self, step: int) -> Path:
         return self.config.output_dir / f"checkpoint-{step}"
-
-    def _best(self) -> Path | None:
-        best = self.state.best_step
-        return self._checkpoint(best) if best is not None and self._checkpoint(best).is_dir() else None
-
-    def _any_rank(self, number: int) -> bool:
-        return bool(self._sum([{"signal": float(number)}])["signal"])
-
-    def _weighted(self, losses: Mapping[str, float]) -> float:
-        return sum(self.config.train.head_weights.get(head, 1.0) * value for head, value in losses.items())
-
-    def _sum(self, values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return sum_over_ranks(self.accelerator, values)

@@ -29,7 +29,7 @@ from speechtune.training.memory_budget import settle_budget, settle_checkpointin
 from speechtune.training.prepare import prepare
 from speechtune.training.run_info import model_card
 from speechtune.training.tracking import add_warnings
-from speechtune.training.watchdog import Watchdog
+from speechtune.training.watchdog import LOST_SECONDS, Watchdog
 
 log = logging.getLogger("speechtune")
 
@@ -53,18 +53,19 @@ class Outcome:
     job: Job
 
 
-def run_training(config: RunConfig, family: Family | None = None) -> Outcome:
+def run_training(config: RunConfig, family: Family | None = None, *, lost_seconds: float = LOST_SECONDS) -> Outcome:
     """Train as configured, then save the adapter, prove it, and write the run's summary.
 
     Args:
         config: the recipe.
         family: the recipe's own where None.
+        lost_seconds: silence after which another rank counts as lost.
 
     Raises:
         SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
-    with Watchdog(accelerator, config.output_dir) as watchdog:
+    with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog:
         outcome = _train(config, family, accelerator, watchdog)
         accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -136,10 +137,10 @@ def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, to
         "speechtune": __version__,
         "first_losses": dict(result.first_losses),
         "last_losses": dict(result.state.losses),
-        "seconds": result.seconds,
+        "seconds": result.seconds["total_seconds"],
         "proof": asdict(proof),
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
         "scores": dict(result.scores),
-        "time": dict(result.time),
+        "time": dict(result.seconds),
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

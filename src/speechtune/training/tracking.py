@@ -1,4 +1,4 @@
-"""What a run writes down: one `Record` per step into metrics.jsonl, a console line, and accelerate's trackers."""
+"""Tracking: records of steps and evaluations go to metrics.jsonl, the console, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +22,6 @@ from speechtune.types import Audio, Batch, Output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
 
 log = logging.getLogger("speechtune")
 
@@ -60,6 +61,27 @@ class EvaluationRecord:
     scores: Mapping[str, float]
     eval_seconds: float
     time_share: float
+
+
+class Stopwatch:
+    """Seconds of this launch, by what they went into."""
+
+    def __init__(self, *parts: str) -> None:
+        self.started = time.monotonic()
+        self.spent = dict.fromkeys(parts, 0.0)
+        self.last: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.last[part] = time.monotonic() - started
+        self.spent[part] += self.last[part]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per part so far, and in all."""
+        parts = {f"{part}_seconds": seconds for part, seconds in self.spent.items()}
+        return {**parts, "total_seconds": time.monotonic() - self.started}
 
 
 class Tracker:
@@ -102,19 +124,13 @@ class Tracker:
     def _append(self, line: str) -> None:
         if not self.path.exists():
             log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
-        for attempt in (1, 2):  # the folder may go between making it and opening the file
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line)
-                return
-            except FileNotFoundError:
-                if attempt == 2:
-                    raise
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
-def log_answers(accelerator: Accelerator, outputs: Sequence[Output], step: int, group: str = "answers") -> None:
-    """Send what was said to TensorBoard, as sound and as log-mel picture; answers in text as text."""
+def log_samples(accelerator: Accelerator, outputs: Sequence[Output], step: int, group: str = "answers") -> None:
+    """Send generated samples to TensorBoard: sound with its log-mel picture, and text."""
     if "tensorboard" not in {tracker.name for tracker in accelerator.trackers}:
         return
     board = cast(Any, accelerator.get_tracker("tensorboard", unwrap=True))
@@ -148,10 +164,10 @@ def mel_picture(audio: Audio) -> np.ndarray:
 
 
 def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
-    """Keep what looked wrong, or stopped the run ("guard"), for the report."""
-    lines = [json.dumps({"step": step, "kind": kind, "message": message}) + "\n" for message in messages]
+    """Keep warnings, or the error that stopped the run (kind "guard"), for the report."""
     with (output_dir / WARNINGS_NAME).open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+        for message in messages:
+            file.write(json.dumps({"step": step, "kind": kind, "message": message}) + "\n")
 
 
 def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
@@ -176,11 +192,6 @@ def keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def read_records(path: Path) -> list[dict[str, object]]:
-    """All records of a metrics file, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def flatten(values: Mapping[str, object]) -> dict[str, object]:
@@ -217,7 +228,7 @@ def duration(seconds: float) -> str:
 def configure_logging(main_process: bool = True) -> None:
     """Send the `speechtune` logger to the console: plain lines, from the main process only.
 
-    Progress bars of libraries are left to terminals, and a notice about transformers' own attribute names to nobody.
+    Libraries show progress bars on terminals only; a notice about transformers' own attribute names is silenced.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

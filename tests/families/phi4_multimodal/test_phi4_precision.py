@@ -26,6 +26,7 @@ from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.lora.apply import apply_lora, trainable
 from speechtune.lora.base_identity import describe_base
 from speechtune.precision import PrecisionPlan, plan_precision
+from speechtune.training.checkpoint import RunParts, RunState
 from speechtune.training.job import Objective
 from speechtune.training.run import run_training
 from speechtune.types import Sample
@@ -154,9 +155,9 @@ def test_the_scaler_is_saved_and_restored(
     found: list[dict[str, Any]] = []
     restore = speechtune.training.loop.restore
 
-    def restore_and_look(directory: Path, model: Any, optimizer: Any, scaler: Any, *rest: Any, **options: Any) -> Any:
-        state = restore(directory, model, optimizer, scaler, *rest, **options)
-        found.append(dict(scaler.state_dict()))
+    def restore_and_look(directory: Path, parts: RunParts, *rest: Any, **options: Any) -> RunState:
+        state = restore(directory, parts, *rest, **options)
+        found.append(dict(parts.scaler.state_dict()))
         return state
 
     monkeypatch.setattr(speechtune.training.loop, "restore", restore_and_look)
