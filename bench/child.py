@@ -1,4 +1,4 @@
-"""One side of a bench in a process of its own, for what cannot be told apart within one: start-up and peak memory.
+"""One side of a bench in a process of its own, for what cannot be measured apart within one: start-up and peak memory.
 
     python bench/child.py {ours,peer SETTINGS,import,verb ARGUMENTS...} FOLDER LENGTHS STEPS
 

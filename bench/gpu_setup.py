@@ -83,7 +83,7 @@ TINY: dict[str, Callable[[], Any]] = {"higgs_audio_v2": tiny_higgs, "phi4_multim
 def make_model(family: Family, plan: PrecisionPlan, targets: str, seed: int = 0) -> nn.Module:
     """A model with random weights made on the plan's device, and a fresh LoRA on it, in training mode.
 
-    All of it is made, Phi-4's vision tower too, so that the memory is what a run takes.
+    All of it is made, Phi-4's vision encoder too, so that the memory is what a run takes.
     """
     model = cast(Any, family.skeleton())
     for parameter in model.parameters():  # not `model.to`, which would round the rotary frequencies too

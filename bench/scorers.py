@@ -1,8 +1,8 @@
 """What the offline scorers tell apart on the shipped human speech, and what they cost.
 
 `python bench/scorers.py` prints a table and writes bench/results/scorers.json. `--clips` names clips.jsonl files to be
-heard in place of the shipped one, `--asr` the recognisers. Times are ratios: of seconds computed to seconds heard, and
-of our call to the package's own in the same run, where that can be called.
+transcribed in place of the shipped one, `--asr` the recognisers. Times are ratios: of seconds computed to seconds of
+audio, and of our call to the package's own in the same run, where that can be called.
 """
 
 from __future__ import annotations
@@ -191,18 +191,22 @@ def wer_figures(spec: str, clips: Sequence[Spoken]) -> dict[str, float]:
     assert asr is not None
     known = [clip for clip in clips if asr.languages is None or clip.language in asr.languages]
     audios, languages = [clip.audio for clip in known], [clip.language for clip in known]
-    heard, own = timed(lambda: asr.transcribe(audios, languages))
+    transcripts, own = timed(lambda: asr.transcribe(audios, languages))
     others = {}
     for language in set(languages):
         own_places = [i for i, clip in enumerate(known) if clip.language == language]
         others |= dict(zip(own_places, own_places[1:] + own_places[:1], strict=True))
 
     def rate(text_of: Callable[[int], str]) -> float:
-        counts = [word_errors(text_of(i), said, languages[i]) for i, said in enumerate(heard)]
+        counts = [word_errors(text_of(i), said, languages[i]) for i, said in enumerate(transcripts)]
         return sum(errors for errors, _ in counts) / sum(words for _, words in counts)
 
     peer = asr_peer(spec, audios, languages)
-    same = {} if peer is None else {"clips heard as by the library's own call": sum(map(str.__eq__, heard, peer))}
+    same = (
+        {}
+        if peer is None
+        else {"clips transcribed as by the library's own call": sum(map(str.__eq__, transcripts, peer))}
+    )
     return same | {
         "clips": len(known),
         "WER, right texts": rate(lambda i: known[i].text),

@@ -55,7 +55,7 @@ def test_shards_make_one_set_and_a_missing_one_is_named(recipe: Path, capsys: py
     assert "the set is complete: 8 clips" in out
 
 
-def test_what_is_left_is_said_with_the_command_for_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_open_shards_are_listed_with_their_command(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = encode(recipe, capsys, "--shard", "0/2")
     number = re.search(r"shard 1/2 is not done: (\d) clip\(s\) left; run it with --shard 1/2", out)
     assert code == 0 and number and 0 < int(number[1]) < 8
@@ -71,7 +71,7 @@ def test_what_is_left_is_said_with_the_command_for_it(recipe: Path, capsys: pyte
         (["--engine", "ray", "--shard", "0/2"], "leave out --shard"),
     ],
 )
-def test_flags_that_cannot_be_meant(
+def test_flags_that_contradict_each_other(
     recipe: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     code, _, err = encode(recipe, capsys, *flags)

@@ -124,13 +124,9 @@ def test_not_a_number_is_shown_and_breaks_nothing(tmp_path: Path, capsys: pytest
         file.write(json.dumps(bad) + '\n{"step": 32, "lo')  # and the line that was being written
     assert run_report([run], as_json=True) == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} in strict JSON"))
-    (facts_of_run,) = facts["runs"]
-    assert (
-        facts_of_run["non_finite_steps"] == 1
-        and facts_of_run["last"]["loss"] is None
-        and facts_of_run["last_step"] == 31
-    )
-    assert any("metrics.jsonl: 1 line" in line for line in facts_of_run["missing"])
+    (run_facts,) = facts["runs"]
+    assert run_facts["non_finite_steps"] == 1 and run_facts["last"]["loss"] is None and run_facts["last_step"] == 31
+    assert any("metrics.jsonl: 1 line" in line for line in run_facts["missing"])
     html = Path(facts["html"]).read_text(encoding="utf-8")
     assert "1 step(s) with a loss or norm not finite: 31" in html and "step 31, broken: NaN or infinite" in html
     assert "nan" not in " ".join(re.findall(r' d="([^"]*)"', html))

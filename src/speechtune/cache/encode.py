@@ -215,7 +215,7 @@ def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]
         if len(audios) > 1:
             return [result for audio in audios for result in _features(family, [audio])]
         if "out of memory" in str(error).lower():
-            raise  # the machine's limit, not the clip's fault
+            raise  # the clip is not to blame
         return [f"cannot be encoded: {error}"]
     assert len(arrays) == len(audios), f"{family.name}: {len(arrays)} features for {len(audios)} clips"
     return [_defect(array) or array for array in arrays]

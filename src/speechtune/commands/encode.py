@@ -1,4 +1,4 @@
-"""The verb `encode`: a recipe's clips into its cache, by one process, one of several shards, or a Ray cluster."""
+"""The verb `encode`: encode a recipe's clips into its cache, in one process, in shards, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -44,26 +44,19 @@ def run_encode(
         encode_on_ray(config, shards)
     elif shards is not None:
         raise ConfigError("--shards goes with --engine ray; name this process's own share with --shard 0/4")
-    one_of = None if shard is None else parse_shard(shard)
-    report = encode_shard(config, one_of, verify=verify, quiet=as_json)
+    parsed = None if shard is None else parse_shard(shard)
+    report = encode_shard(config, parsed, verify=verify, quiet=as_json)
     values = asdict(report) | {"cache_dir": str(config.cache_dir)}
     if as_json:
         print(json.dumps(values))
         return 0
-    for name, value in values.items():
-        if name != "shards_left":
-            print(f"{name}: {value}")
-    if one_of is not None:
-        print("\n".join(describe_left(report, one_of[1])))
+    lines = [f"{name}: {value}" for name, value in values.items() if name != "shards_left"]
+    print("\n".join([*lines, *(describe_left(report, parsed[1]) if parsed else ())]))
     return 0
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "2/4" -> (2, 4): the third of four shards.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """ "2/4" -> (2, 4): the third of four shards; anything else raises `ConfigError`."""
     index, separator, count = text.partition("/")
     if not (separator and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--shard {text}: expected i/n with i from 0 to n-1, e.g. 0/4 to 3/4 for four processes")
@@ -73,18 +66,11 @@ def parse_shard(text: str) -> tuple[int, int]:
 def encode_shard(
     config: RunConfig, shard: tuple[int, int] | None = None, *, verify: bool = False, quiet: bool = True
 ) -> EncodeReport:
-    """Encode a recipe's data, training and evaluation, or one share of its clips.
-
-    Raises:
-        SpeechtuneError: as `load_sets` and `encode_samples`.
-    """
+    """Encode a recipe's training and evaluation data, or one shard of their clips; errors as of `encode_samples`."""
     family = create_family(config)
     samples = [sample for part in load_sets(config, family) for sample in part]
-    urls = config.data.allow_urls
-    encoded = encode_samples(
-        family, samples, config.cache_dir, allow_urls=urls, shard=shard, verify=verify, quiet=quiet
-    )
-    return encoded.report
+    settings = {"allow_urls": config.data.allow_urls, "verify": verify, "quiet": quiet}
+    return encode_samples(family, samples, config.cache_dir, shard=shard, **settings).report
 
 
 def describe_left(report: EncodeReport, num_shards: int) -> Iterator[str]:
@@ -119,7 +105,7 @@ def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
     try:
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         gpus = int(sum(machine.get("GPU", 0) for machine in machines))
-        # A machine's processors work on one shard: the codec gives each clip a thread of its own.
+        # One shard gets all processors of a machine, because the codec encodes each clip in a thread of its own.
         needs = {"num_gpus": 1} if gpus else {"num_cpus": min(machine.get("CPU", 1) for machine in machines)}
         count = num_shards or gpus or len(machines)
         context = ray.data.DataContext.get_current()
@@ -147,8 +133,8 @@ def _rows(dataset: Any, failure: type[Exception]) -> Iterator[dict[str, Any]]:
 
 
 def _encode_row(row: dict[str, Any], values: dict[str, Any], count: int, folder: str) -> dict[str, Any]:
-    """One shard, in a Ray task; our errors travel as values, for Ray would wrap them in its own."""
-    os.chdir(folder)  # relative paths of the recipe mean what they mean to whoever started this
+    """Encode one shard in a Ray task; errors are returned, because Ray would wrap a raised one in its own."""
+    os.chdir(folder)  # relative paths of the recipe start at the folder in which the verb was called
     shard = int(row["id"])
     result = {"shard": shard, "encoded": 0, "seconds": 0.0, "kind": "", "error": ""}
     try:

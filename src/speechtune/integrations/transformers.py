@@ -39,6 +39,12 @@ class LoRACheckpointCallback(TrainerCallback):
             always raises.
         model_card: text of each README.md (default: PEFT's card).
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
+
+    Raises:
+        AdapterError: out of `trainer.train()`: the model holds no LoRA adapter, or its adapter was never trained or
+            holds NaN.
+        CheckpointError: out of `trainer.train()`: an adapter could not be written, or reads back different.
+        TrainingError: out of `trainer.train()`: a guard stopped the training.
     """
 
     def __init__(
@@ -61,12 +67,7 @@ class LoRACheckpointCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model, the optimizer and the arguments before the first step.
-
-        Raises:
-            AdapterError: the model holds no LoRA adapter that could be saved.
-            TrainingError: a check failed.
-        """
+        """Check the model, the optimizer and the arguments before the first step."""
         _show_log_lines(args.should_save)
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         peft_model = find_peft_model(model)
@@ -90,11 +91,7 @@ class LoRACheckpointCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the gradients, after clipping.
-
-        Raises:
-            TrainingError: NaN, infinity, or no gradient at all.
-        """
+        """Check the gradients, after clipping."""
         optimizer = kwargs["optimizer"]
         if not self._has_moved and any(group["lr"] > 0 for group in optimizer.param_groups):  # a warm-up begins at 0
             self._before = checksums(self._born_zero())
@@ -108,11 +105,7 @@ class LoRACheckpointCallback(TrainerCallback):
             self._guard(guards.check_gradients, self._parameters, norm, where, SAMPLES, where=where)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check what the optimizer made of the parameters.
-
-        Raises:
-            TrainingError: a parameter is not finite, or no lora_B moved.
-        """
+        """Check what the optimizer made of the parameters."""
         where = f"step {state.global_step}"
         self._guard(guards.check_finite, self._parameters, where, SAMPLES, where=where)
         if self._before is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
@@ -127,11 +120,7 @@ class LoRACheckpointCallback(TrainerCallback):
             log.warning("%s: no training signal reached %s", where, some(still))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the losses and the gradient norm that the Trainer reports.
-
-        Raises:
-            TrainingError: NaN, infinity, or exactly 0.0.
-        """
+        """Check the losses and the gradient norm that the Trainer reports."""
         logs: Mapping[str, float] = kwargs.get("logs") or {}
         where = f"step {state.global_step}"
         losses = {key: logs[key] for key in logs if key == "loss" or (key.startswith("eval") and key.endswith("_loss"))}
@@ -141,24 +130,14 @@ class LoRACheckpointCallback(TrainerCallback):
             self._guard(guards.check_gradients, self._parameters, 0.0, where, SAMPLES, where=where)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put verified adapters into the checkpoint the Trainer has just written.
-
-        Raises:
-            AdapterError: the adapter was never trained, or holds NaN.
-            CheckpointError: it could not be written or reads back different.
-        """
+        """Put verified adapters into the checkpoint the Trainer has just written."""
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER_NAME
         self._save(args, state, kwargs["model"], directory, allow_untrained=not self._has_moved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the final adapters, or the best ones with `load_best_model_at_end`.
-
-        Raises:
-            AdapterError: the adapter was never trained, or holds NaN.
-            CheckpointError: it could not be written or reads back different.
-        """
+        """Save the final adapters, or the best ones with `load_best_model_at_end`."""
         for kind, count in self._warned.items():
             log.warning("the training had %d issues of the kind %s", count, kind)
         self._save(args, state, kwargs["model"], Path(str(args.output_dir)) / FOLDER_NAME, allow_untrained=False)

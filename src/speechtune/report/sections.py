@@ -70,7 +70,7 @@ def sections(report: RunReport) -> list[Section]:
         Section("guards", "Guards and warnings", _guards(report)),
         Section("checkpoints", "Checkpoints", _checkpoints(report)),
         Section("time", "Throughput and time", [Definitions(time_rows(report))]),
-        Section("again", "The command to run it again", [*note, Listing(command.splitlines(), is_code=True)]),
+        Section("again", "Run it again", [*note, Listing(command.splitlines(), is_code=True)]),
         Section("missing", "What is missing", [Listing(report.missing) if report.missing else nothing]),
     ]
 
