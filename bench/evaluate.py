@@ -21,7 +21,7 @@ import torch
 from speechtune.commands.demo import LONGEST_SECONDS, make_base
 from speechtune.commands.guarded import guarded
 from speechtune.family import Scorers
-from speechtune.inference.evaluate_voices import System, evaluate_voice
+from speechtune.inference.evaluate_voices import System, evaluate_voices
 from speechtune.types import GenerationOptions
 
 ROWS = 60
@@ -45,7 +45,7 @@ def write_prompts(path: Path, count: int) -> Path:
 def seconds(prompts: Path, base: Path, folder: Path, batch_size: int) -> float:
     """Time of one whole evaluation; the references are encoded already."""
     started = time.monotonic()
-    evaluate_voice(
+    evaluate_voices(
         prompts,
         [System("base", str(base / "model"), None)],
         folder / f"{batch_size}-{started}",

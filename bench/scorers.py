@@ -27,8 +27,8 @@ from speechtune.audio import read_audio
 from speechtune.config import DataConfig
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.scorer_support import RATE
 from speechtune.tasks.voice_cloning.scorers import load_scorers
+from speechtune.tasks.voice_cloning.support import RATE
 from speechtune.tasks.voice_cloning.word_errors import word_errors
 from speechtune.types import Audio, AudioRef
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from speechtune.family import Scorers
 from speechtune.tasks.voice_cloning.measures import VoiceRow
-from speechtune.tasks.voice_cloning.scorers_speaker import cosine
+from speechtune.tasks.voice_cloning.speaker import cosine
 from speechtune.types import Audio, Output, Sample
 
 RATE = 16_000
@@ -83,7 +83,7 @@ def row(number: int, errors: int | None = 0, sim: float | None = 0.9, **more: ob
         speaker=f"s{number % 3}",
         language="en",
         text="ten words",
-        heard=None,
+        transcript=None,
         wer=None if errors is None else errors / 10,
         word_errors=errors,
         words=words,

@@ -203,7 +203,7 @@ class MosPredictor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scorers:
-    """Loaded scorers; None is one that nobody asked for."""
+    """Loaded scorers; None is one that was not named."""
 
     asr: Transcriber | None = None
     speaker: SpeakerEncoder | None = None

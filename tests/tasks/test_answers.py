@@ -1,4 +1,4 @@
-"""The tolerant reader: sound answers, a table of damaged ones, and megabytes of garbage."""
+"""Answers read: valid ones, a table of damaged ones, and megabytes of garbage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from speechtune.tasks.pronunciation.answers import MAX_TOKENS, parse_answer, read_answer
-from speechtune.tasks.pronunciation.targets import TASKS, render_answer
+from speechtune.tasks.pronunciation.answers import MAX_TOKENS, read_answer
+from speechtune.tasks.pronunciation.targets import TASKS, Task, render_answer
 
 FOUR = {"accuracy": 8.0, "fluency": 7.0, "prosodic": 9.0, "total": 10.0}
 BOTH = {"word_transcript": "don't call", "phones": ["D", "OW", "<unk>", "K"]}
+
+
+def parse_answer(task: Task, text: str | None) -> dict[str, Any] | None:
+    answer = read_answer(task, text)
+    return (answer.values or None) if answer is not None else None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,9 @@ def test_scores_are_read(text: str | None, expected: dict[str, float] | None) ->
         ('{"phoneme_transcript": "D OW <unk> K", "word_transcript": "don\'t ca', {"phones": BOTH["phones"]}),
         ('{"word_transcript": null, "phoneme_transcript": ""}', {"phones": []}),
         ('{"word_transcript": "a \\u00e9 \\ud83d \\"b\\""} {}', {"word_transcript": 'a é � "b"'}),
+        ('{"words": "say \\"{no}\\"", "phones": "T"}', {"word_transcript": 'say "{no}"', "phones": ["T"]}),
+        ('{"word_transcript": "a bear, "phoneme_transcript": "T}', {"word_transcript": "a bear", "phones": ["T"]}),
+        ('{"word_transcript": a be', None),
         ('{"word_transcript": "don', None),
         ("{'word_transcript': 'don't ca", None),
         ('{"word_transcript":', None),
@@ -118,7 +126,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("start", ["", '{"accuracy": ', '{"words": "', '{"phones": [', "words: "])
-def test_a_megabyte_of_garbage_is_read_in_no_time(task: Any, start: str) -> None:
+def test_a_megabyte_of_garbage_is_read_in_two_seconds(task: Any, start: str) -> None:
     for piece in GARBAGE:
         begun = time.process_time()
         parse_answer(task, start + piece * (MEGABYTE // len(piece)))

@@ -17,8 +17,9 @@ from speechtune.config import DataConfig
 from speechtune.data.prompts import read_seed_list
 from speechtune.errors import ManifestError
 from speechtune.family import Scorers
-from speechtune.tasks.statistics import holm, interval, permutation_test
-from speechtune.tasks.voice_cloning.comparison import compare, print_comparison, worst, write_comparison
+from speechtune.tasks.results import write_results
+from speechtune.tasks.statistics import estimate, holm, permutation_test
+from speechtune.tasks.voice_cloning.comparison import compare, print_comparison, worst
 from voice_cases import row, scorers
 
 pytest.importorskip("whisper_normalizer")  # reports name its version
@@ -49,17 +50,17 @@ def test_means_groups_and_p_values() -> None:
 def test_the_interval_is_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(1).normal(3.0, 1.0, 200)
-    mine = interval(values, np.ones(200), False)
+    mine = estimate(values, np.ones(200), False)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=1000, rng=7).confidence_interval
     assert mine.value == pytest.approx(values.mean()) and mine.count == 200
     assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=0.03)
-    assert interval(values, np.ones(200), False) == mine  # the same seed
-    assert interval(values, np.ones(200), True).value == pytest.approx(np.median(values))
+    assert estimate(values, np.ones(200), False) == mine  # the same seed
+    assert estimate(values, np.ones(200), True).value == pytest.approx(np.median(values))
 
 
 def test_a_rate_is_resampled_as_a_quotient() -> None:
     errors, words = np.array([0.0, 10.0]), np.array([90.0, 10.0])
-    found = interval(errors, words, False)
+    found = estimate(errors, words, False)
     assert (found.value, found.low, found.high) == (0.1, 0.0, 1.0)
 
 
@@ -103,7 +104,7 @@ def test_other_prompts_are_refused() -> None:
 
 
 def test_the_worst_come_first() -> None:
-    bad = [row(0, 1), row(1, 1, problem="silent"), row(2, 9), row(3, 1, 0.2), row(4, None, None, mos=None)]
+    bad = [row(0, 1), row(1, 1, defect="silent"), row(2, 9), row(3, 1, 0.2), row(4, None, None, mos=None)]
     assert [r.id for r in worst(bad)] == ["p1", "p2", "p3", "p0", "p4"]
     assert len(worst(rows([1] * 30))) == 10
 
@@ -115,7 +116,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     print_comparison(found, Console(file=text, width=200))
     for expected in ("run[1]", "10.0% [0.0%, 20.0%]", "90.0%", "worst of base: p2 base/p2.wav", "fake asr", "no MOS"):
         assert expected in text.getvalue()
-    metrics_file, rows_file = write_comparison(found, tmp_path)
+    metrics_file, rows_file = write_results(found, tmp_path)
     values = json.loads(metrics_file.read_text())
     assert values["baseline"] == "base" and "Holm" in values["test"] and "rows" not in values
     assert values["systems"]["base"]["worst"][0]["audio"] == "base/p2.wav"

@@ -19,7 +19,7 @@ from speechtune.errors import CheckpointError, ManifestError
 from speechtune.tasks.pronunciation import evaluation, metrics
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers, print_evaluation
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, target_of, task_samples
-from speechtune.tasks.results import write_evaluation
+from speechtune.tasks.results import write_results
 from speechtune.types import Mispronunciation, Pronunciation, Sample, Word
 
 jiwer = pytest.importorskip("jiwer")
@@ -262,7 +262,7 @@ def test_files_hold_everything_and_no_nan(tmp_path: Path) -> None:
     texts = model_answers()
     texts[2], texts[3] = "half a pair: \ud83d", None
     report = evaluate_answers(corpus(), texts)
-    paths = write_evaluation(report, tmp_path / "new" / "folder")
+    paths = write_results(report, tmp_path / "new" / "folder")
     assert [path.name for path in sorted(paths[0].parent.iterdir())] == ["metrics.json", "utterances.jsonl"]
 
     def refuse(name: str) -> None:
@@ -283,7 +283,7 @@ def test_files_hold_everything_and_no_nan(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"metrics\.json: the evaluation could not be written .*another folder"):
-        write_evaluation(evaluate_answers([], []), tmp_path / "file")
+        write_results(evaluate_answers([], []), tmp_path / "file")
 
 
 def test_the_table_says_collapsed_and_shows_the_interval() -> None:

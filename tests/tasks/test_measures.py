@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from speechtune.family import Scorers
-from speechtune.tasks.voice_cloning.measures import measure, problem_of, summarise, warnings_of
+from speechtune.tasks.voice_cloning.measures import defect_of, measure, summarise, warnings_of
 from speechtune.types import Audio
 from voice_cases import RATE, FakeSpeaker, output, row, sample, scorers, tone
 
@@ -28,10 +28,10 @@ def test_every_figure_of_a_row() -> None:
         scorers(WORDS),
     )
     first, second = found
-    assert (first.id, first.speaker, first.language, first.heard) == ("p0", "s0", "en", "red green dark house")
+    assert (first.id, first.speaker, first.language, first.transcript) == ("p0", "s0", "en", "red green dark house")
     assert (first.wer, first.word_errors, first.words) == (0.0, 0, 4)
     assert first.sim == pytest.approx(1.0) and first.mos == pytest.approx(3.0, abs=0.01)
-    assert (first.stopped, first.seconds, first.duration_ratio, first.problem) == (True, 1.0, 2.0, None)
+    assert (first.stopped, first.seconds, first.duration_ratio, first.defect) == (True, 1.0, 2.0, None)
     assert (second.wer, second.word_errors, second.words) == (0.5, 2, 4)  # a substitution and a deletion
     assert second.sim == pytest.approx(math.cos(0.2), abs=1e-3)
     assert (second.stopped, second.seconds, second.duration_ratio) == (False, 2.0, None)
@@ -47,7 +47,7 @@ def test_every_figure_of_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("audio", "problem", "seconds"),
+    ("audio", "defect", "seconds"),
     [
         (None, "no audio", 0.0),
         (Audio(np.zeros(0, np.float32), RATE), "empty", 0.0),
@@ -55,21 +55,19 @@ def test_every_figure_of_a_row() -> None:
         (Audio(np.full(RATE, np.nan, np.float32), RATE), "not finite", 1.0),
     ],
 )
-def test_an_output_without_sound_is_the_worst_row_and_says_so(
-    audio: Audio | None, problem: str, seconds: float
-) -> None:
+def test_an_output_without_sound_is_the_worst_row_and_says_so(audio: Audio | None, defect: str, seconds: float) -> None:
     found = measure([sample(0)], [output(0, audio, stopped=False)], [tone(0.5)], [tone(0.5)], scorers(WORDS))
     assert len(found) == 1
-    assert (found[0].wer, found[0].word_errors, found[0].words, found[0].heard) == (1.0, 4, 4, "")
-    assert (found[0].sim, found[0].mos, found[0].problem, found[0].seconds) == (0.0, 1.0, problem, seconds)
+    assert (found[0].wer, found[0].word_errors, found[0].words, found[0].transcript) == (1.0, 4, 4, "")
+    assert (found[0].sim, found[0].mos, found[0].defect, found[0].seconds) == (0.0, 1.0, defect, seconds)
     assert summarise(found)["silence_rate"] == 1.0
-    assert problem_of(tone(0.5)) is None
+    assert defect_of(tone(0.5)) is None
 
 
 def test_a_missing_scorer_leaves_its_figures_out() -> None:
     for audio in (tone(0.5), None):
         found = measure([sample(0)], [output(0, audio)], [tone(0.5)], [None], Scorers())
-        assert (found[0].wer, found[0].heard, found[0].sim, found[0].mos) == (None, None, None, None)
+        assert (found[0].wer, found[0].transcript, found[0].sim, found[0].mos) == (None, None, None, None)
         assert set(summarise(found)) == {"stop_rate", "silence_rate"}
     assert summarise([]) == {}
 
@@ -136,7 +134,7 @@ GOOD = {"wer": 0.05, "sim": 0.8, "mos": 4.0, "stop_rate": 0.9, "duration_ratio":
         ({"mos": 3.0}, GOOD, "predicted MOS fell from 4.00 to 3.00"),
         ({"duration_ratio": 4.0}, None, "much longer"),
         ({"duration_ratio": 0.2}, None, "much shorter"),
-        ({"silence_rate": 0.5}, None, "50% of the outputs hold nothing to hear"),
+        ({"silence_rate": 0.5}, None, "50% of the outputs have no sound"),
     ],
 )
 def test_a_warning_names_what_went_wrong(

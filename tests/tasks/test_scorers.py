@@ -25,13 +25,13 @@ from helpers import DemoClip
 from speechtune.audio import read_audio, resample
 from speechtune.errors import ConfigError
 from speechtune.family import Scorers
-from speechtune.tasks.voice_cloning import scorer_support
+from speechtune.tasks.voice_cloning import support
 from speechtune.tasks.voice_cloning import word_errors as spoken_text
 from speechtune.tasks.voice_cloning.scorers import load_scorers, what_is_missing
-from speechtune.tasks.voice_cloning.scorers_speaker import cosine
+from speechtune.tasks.voice_cloning.speaker import cosine
 from speechtune.types import Audio, AudioRef
 
-RATE = scorer_support.RATE
+RATE = support.RATE
 
 
 @pytest.fixture(scope="session")
@@ -94,19 +94,19 @@ def test_a_missing_package_is_named_with_its_install_line(
 
 def test_a_missing_file_of_a_package_is_named() -> None:
     with pytest.raises(ConfigError, match=r"w: the package nowhere \(its file a.pt\) is missing: pip install x"):
-        scorer_support.package_file("nowhere", "a.pt", "w", "pip install x")
+        support.package_file("nowhere", "a.pt", "w", "pip install x")
 
 
 def test_a_hub_id_may_name_a_revision(tmp_path: Path) -> None:
-    assert scorer_support.place_of("whisper:a/b@c1") == ("a/b", "c1")
-    assert scorer_support.place_of("whisper:a/b") == ("a/b", None)
+    assert support.place_of("whisper:a/b@c1") == ("a/b", "c1")
+    assert support.place_of("whisper:a/b") == ("a/b", None)
     (tmp_path / "x@y").mkdir()
-    assert scorer_support.place_of(f"whisper:{tmp_path}/x@y") == (f"{tmp_path}/x@y", None)
+    assert support.place_of(f"whisper:{tmp_path}/x@y") == (f"{tmp_path}/x@y", None)
 
 
 def test_a_waveform_is_resampled_and_clipped() -> None:
     loud = Audio(np.full(2400, 3.0, np.float32), 24_000)
-    samples = scorer_support.waveform(loud)
+    samples = support.waveform(loud)
     assert len(samples) == 1600 and samples.dtype == np.float32 and samples.max() == 1.0
 
 

@@ -19,18 +19,18 @@ import torch
 from helpers import DemoClip
 from speechtune.audio import read_audio, resample
 from speechtune.family import MosPredictor, SpeakerEncoder, Transcriber
-from speechtune.tasks.voice_cloning import scorers_asr, scorers_mos, scorers_speaker
+from speechtune.tasks.voice_cloning import asr, mos, speaker
 from speechtune.tasks.voice_cloning import word_errors as spoken_text
-from speechtune.tasks.voice_cloning.scorer_support import RATE
 from speechtune.tasks.voice_cloning.scorers import load_scorers
+from speechtune.tasks.voice_cloning.support import RATE
 from speechtune.types import Audio, AudioRef
 
 MODULES = {
-    "resemblyzer": (("resemblyzer", "webrtcvad"), scorers_speaker.INSTALL),
-    "distillmos": (("distillmos", "xls_r_sqa"), scorers_mos.INSTALL_DISTILLMOS),
-    "dnsmos": (("speechmos", "onnxruntime"), scorers_mos.INSTALL_DNSMOS),
-    "pocketsphinx": (("pocketsphinx", "jiwer", "whisper_normalizer"), scorers_asr.INSTALL),
-    "faster-whisper": (("faster_whisper", "jiwer", "whisper_normalizer"), scorers_asr.INSTALL_FASTER_WHISPER),
+    "resemblyzer": (("resemblyzer", "webrtcvad"), speaker.INSTALL),
+    "distillmos": (("distillmos", "xls_r_sqa"), mos.INSTALL_DISTILLMOS),
+    "dnsmos": (("speechmos", "onnxruntime"), mos.INSTALL_DNSMOS),
+    "pocketsphinx": (("pocketsphinx", "jiwer", "whisper_normalizer"), asr.INSTALL),
+    "faster-whisper": (("faster_whisper", "jiwer", "whisper_normalizer"), asr.INSTALL_FASTER_WHISPER),
 }
 
 

@@ -19,7 +19,7 @@ from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig, RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families import build_config, family_part
-from speechtune.inference.evaluate_pronunciation import evaluate
+from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import assessor, score_samples
 from speechtune.lora.files import FOLDER_NAME
@@ -83,7 +83,7 @@ def measure(data: Path, directory: Path, adapter: Path, console: Console) -> Eva
     sample, *_ = read_requests([], None, data / "test")
     (score,) = score_samples(family, model, [sample], cache, max_tokens=160)
     print_score(score, console)
-    return evaluate(
+    return evaluate_pronunciation(
         data / "test",
         train=data / "train",
         adapter=adapter,

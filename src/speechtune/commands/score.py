@@ -17,13 +17,11 @@ from speechtune.data.sources import find_source, load_samples
 from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
-from speechtune.tasks.pronunciation.alignment import _dictionary
+from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
 from speechtune.tasks.pronunciation.targets import canonical_phones
 from speechtune.types import AudioRef, Sample
 
-_BEARABLE = ("silent", "clipped")  # such clips can be heard, and the answers say the rest
-
-
+_ACCEPTED = ("silent", "clipped")  # such clips can be assessed; the answer shows what is wrong with them
 _SHOWN = 20  # scores printed where they are also written to a file
 
 
@@ -41,11 +39,11 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
             Sample(printable(str(path)), text or "", AudioRef(str(path)), source=str(path), row=number)
             for number, path in enumerate(audio, 1)
         ]
-        return _sound("the command line", samples)
+        return _checked("the command line", samples)
     if text is not None:
         raise ConfigError("--text goes with audio files; a manifest names its own texts")
     if find_source(manifest) is None:
-        return _sound(str(manifest), read_recordings(manifest, DataConfig()))
+        return _checked(str(manifest), read_recordings(manifest, DataConfig()))
     samples = load_samples(manifest, DataConfig(), default_split="test")
     asked: dict[object, Sample] = {}
     for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
@@ -54,10 +52,10 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
     return list(asked.values())
 
 
-def _sound(where: str, samples: list[Sample]) -> list[Sample]:
+def _checked(where: str, samples: list[Sample]) -> list[Sample]:
     silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
     check = check_audio(samples, DataConfig(), deep=True)
-    issues = [issue for issue in check.issues if issue.code not in _BEARABLE]
+    issues = [issue for issue in check.issues if issue.code not in _ACCEPTED]
     issues += find_long_clips(samples, check.durations, DataConfig())
     if lines := [*silent, *map(str, issues)]:
         listed = "\n".join(f"  {line}" for line in lines)
@@ -66,20 +64,20 @@ def _sound(where: str, samples: list[Sample]) -> list[Sample]:
 
 
 def print_score(score: Score, console: Console) -> None:
-    """One recording for people; mispronounced phones as said>wanted stand out."""
+    """Print one recording's scores; mispronounced phones, as canonical>predicted, stand out."""
     console.print(Text(score.audio), soft_wrap=True)
     table = Table(show_header=False)
     for name, value in score.scores.items():
         table.add_row(name, f"{value:g}")
     if score.transcript is not None:
-        table.add_row("heard", Text(score.transcript))
+        table.add_row("transcript", Text(score.transcript))
     if score.phones:
         table.add_row("phones", Text(" ".join(score.phones)))
     for word in score.words:
         shown = Text()
         for pair in word.phones:
-            mark = pair.heard if pair.right else f"{pair.wanted or '+'}>{pair.heard or '-'}"
-            shown.append(f"{mark} ", style="" if pair.right else "bold red")
+            mark = pair.predicted if pair.correct else f"{pair.canonical or '+'}>{pair.predicted or '-'}"
+            shown.append(f"{mark} ", style="" if pair.correct else "bold red")
         table.add_row(Text(word.text, style="bold red" if word.mispronounced else ""), shown)
     if score.unknown_words:
         table.add_row("not in the dictionary", Text(" ".join(score.unknown_words)))
@@ -111,7 +109,7 @@ def run_score(
         raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
     samples = read_requests(audio, text, manifest)
     if any(sample.text and canonical_phones(sample) is None for sample in samples):
-        _dictionary()  # a missing one must not show after hours of answering
+        pronunciation_dictionary()  # a missing package is reported before hours of answering
     _, family, loaded = assessor(model, open_adapter(adapter) if adapter else None)
     scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
     if out is not None:

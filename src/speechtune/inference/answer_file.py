@@ -1,4 +1,4 @@
-"""Answers of a model on disk: who gave them, and which are there already when an evaluation goes on."""
+"""Answers of a model on disk, so that an interrupted evaluation goes on: the model's identity, then the answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger("speechtune")
 
 
 class AnswerFile:
-    """Answers on disk, one line each behind a line that says whose they are; answers of another model are put aside.
+    """Answers by key, one line each after a line that identifies the model; answers of another model are moved away.
 
-    An answer belongs to a clip's content and a task, so other data or other tasks in the same folder lose nothing.
+    A key names a clip's content and a task, so answers to other data or tasks in the same file stay valid.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -28,9 +28,9 @@ class AnswerFile:
         head = json.dumps({"answers of": identity}, sort_keys=True)
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         if lines and lines[0] != head:
-            aside = path.with_suffix(".old.jsonl")
-            path.replace(aside)
-            log.warning("%s: answers of another model; moved to %s", path, aside)
+            old = path.with_suffix(".old.jsonl")
+            path.replace(old)
+            log.warning("%s: answers of another model; moved to %s", path, old)
             lines = []
         kept = [line for line in lines[1:] if self._take(line)]
         if self.texts:
@@ -38,7 +38,7 @@ class AnswerFile:
         write_atomically(path, ("\n".join([head, *kept]) + "\n").encode())
 
     def _take(self, line: str) -> bool:
-        """Whether a line holds an answer; one torn by a kill does not, and is asked again."""
+        """Whether a line holds an answer; one cut off by a kill does not, and is asked again."""
         try:
             row = json.loads(line)
             key, text = row["key"], row["text"]
@@ -54,10 +54,10 @@ class AnswerFile:
             file.write(json.dumps({"id": sample_id, "key": key, "text": text}) + "\n")
 
 
-def answerer(config: RunConfig, family: Family, adapter: StoredAdapter | None) -> dict[str, Any]:
-    """Who answers: the base as it is prepared, by path, revision and (local, without adapter) content; the adapter too.
+def model_identity(config: RunConfig, family: Family, adapter: StoredAdapter | None) -> dict[str, Any]:
+    """Identity of a model: the base as it is prepared, by path, revision and (local, without adapter) content.
 
-    An adapter counts by its weights and its configuration, which scales them.
+    Of an adapter its weights count, and its configuration, which scales them.
     """
     model, base = config.model, Path(config.model.path)
     who: dict[str, Any] = {"model": model.path, "revision": model.revision, "prepared": family.recipe()}

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: a model's answers to labelled recordings, measured; an interrupted run goes on."""
+"""Evaluate pronunciation assessment: a model's answers to labelled recordings, measured; resumable."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from speechtune.cache.clip_hashes import ClipHasher
 from speechtune.config import DataConfig
 from speechtune.data.sources import Source, find_source, load_samples, read_source
 from speechtune.errors import ConfigError, ManifestError
-from speechtune.inference.answer_file import AnswerFile, answerer
+from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import answer_by_length, assessor
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
 from speechtune.tasks.pronunciation.targets import TASKS, task_of, task_samples
-from speechtune.tasks.results import write_evaluation
+from speechtune.tasks.results import write_results
 from speechtune.types import Sample
 
 log = logging.getLogger("speechtune")
 
 ANSWERS_NAME = "answers.jsonl"
-MEASURES = ("scipy", "jiwer")
+PACKAGES = ("scipy", "jiwer")
 NO_DATA = "no pronunciation data: name a Speechocean762 folder, its parquet copy, or JSONL with tasks"
 
 
@@ -34,7 +34,7 @@ def training_samples(data: Path, train: Path | None, config: DataConfig) -> list
 
     Raises:
         ConfigError: `train` is no pronunciation data.
-        ManifestError: it cannot be read, or no sound row is left of it.
+        ManifestError: it cannot be read, or holds no valid row.
     """
     source = _beside(data) if train is None else find_source(train)
     if source is None:
@@ -43,10 +43,10 @@ def training_samples(data: Path, train: Path | None, config: DataConfig) -> list
         return []
     result = read_source(source, None if source.format == "jsonl" else source.split or "train", config)
     if result.issues:
-        log.warning("%s: %d issues; rows with issues are left out of the baseline", source.path, len(result.issues))
+        log.warning("%s: %d issues; they are left out of the baseline", source.path, len(result.issues))
     if train is not None and not result.samples:
         listed = "\n".join(f"  {issue}" for issue in result.issues[:20])
-        raise ManifestError(f"--train {train}: no sound row for the baseline\n{listed}", tuple(result.issues))
+        raise ManifestError(f"--train {train}: no valid row for the baseline\n{listed}", tuple(result.issues))
     return result.samples
 
 
@@ -56,10 +56,11 @@ def _beside(data: Path) -> Source | None:
     if own is None or own.format == "jsonl":
         return None
     for place in (own.path, own.path.parent):  # a split of the hub's copy is a file or folder in it
-        found = find_source(place)
-        here = found is not None and found.format == own.format and "train" in found.splits
-        if found is not None and here and (found.format == "hub" or (found.path / "train").is_dir()):
-            return replace(found, split="train")
+        corpus = find_source(place)
+        if corpus is None or corpus.format != own.format or "train" not in corpus.splits:
+            continue
+        if corpus.format == "hub" or (corpus.path / "train").is_dir():
+            return replace(corpus, split="train")
     return None
 
 
@@ -72,7 +73,7 @@ def _task_samples(data: Path, tasks: Sequence[str]) -> list[Sample]:
     return samples
 
 
-def evaluate(
+def evaluate_pronunciation(
     data: Path,
     *,
     train: Path | None = None,
@@ -104,13 +105,13 @@ def evaluate(
     """
     if find_source(data) is None:
         raise ConfigError(f"{data}: {NO_DATA}")
-    for module in MEASURES:  # a missing one must not show after hours of answering
+    for module in PACKAGES:  # a missing one is reported before hours of answering
         importlib.import_module(module)
     samples = _task_samples(data, tasks)
     trained = training_samples(data, train, DataConfig())
     stored = open_adapter(adapter) if adapter else None
     config, family, loaded = assessor(model, stored)
-    identity = answerer(config, family, stored) | {"max_new_tokens": max_new_tokens}
+    identity = model_identity(config, family, stored) | {"max_new_tokens": max_new_tokens}
     answers = AnswerFile(out / ANSWERS_NAME, identity)
     hasher = ClipHasher(cache_dir)
     keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio is not None}
@@ -120,5 +121,5 @@ def evaluate(
         for output in outputs:
             answers.add(keys[output.sample_id], output.sample_id, output.text or "")
     report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
-    write_evaluation(report, out)
+    write_results(report, out)
     return report

@@ -1,4 +1,4 @@
-"""The verb `evaluate` for voices: a base and adapters speak the same prompts, and are measured side by side."""
+"""Evaluate voices: a base and adapters speak the same prompts, and are measured side by side."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from speechtune.audio import audio_info, file_name, read_audio, write_wav
 from speechtune.config import DataConfig
@@ -16,11 +15,12 @@ from speechtune.data.manifest import load_samples
 from speechtune.data.prompts import read_seed_list
 from speechtune.errors import ConfigError
 from speechtune.family import Family, Scorers
-from speechtune.inference.answer_file import AnswerFile, answerer
+from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.generate import answer, provenance
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.files import StoredAdapter
-from speechtune.tasks.voice_cloning.comparison import Comparison, compare, write_comparison
+from speechtune.tasks.results import write_results
+from speechtune.tasks.voice_cloning.comparison import Comparison, compare
 from speechtune.tasks.voice_cloning.measures import VoiceRow, measure
 from speechtune.types import Audio, AudioRef, GenerationOptions, Output, Sample
 
@@ -34,7 +34,7 @@ CHUNK = 64  # recordings in memory while they are scored
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Who speaks: a base, or a base with an adapter on it."""
+    """A base, or a base with an adapter on it, by name."""
 
     name: str
     model: str | None
@@ -52,64 +52,13 @@ def systems_of(model: str | None, adapters: Sequence[Path], include_base: bool) 
         base = model or model_config(None, None, systems[0].adapter if systems else None).model.path
         systems.insert(0, System(BASE, base, None))
     names = [system.name for system in systems]
-    doubled = next((name for name in names if names.count(name) > 1), None)
-    if doubled:
-        raise ConfigError(f"two of the adapters are called {doubled}: name each once")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate:
+        raise ConfigError(f"two of the adapters are called {duplicate}: name each once")
     return systems
 
 
-def read_voice_prompts(data: Path) -> list[Sample]:
-    """Prompts with references and, where they have one, the recording of the target: a manifest or a seed-tts list."""
-    return read_seed_list(data) if data.suffix == ".lst" else load_samples(data, DataConfig())
-
-
-def speak_all(
-    system: System,
-    samples: Sequence[Sample],
-    directory: Path,
-    options: GenerationOptions,
-    *,
-    codec: str | None,
-    cache_dir: Path,
-    batch_size: int,
-) -> Family:
-    """Let a system speak all prompts into wavs of `directory`; what is there from the same system is not made again."""
-    config = model_config(system.model, codec, system.adapter)
-    family, loaded = load_model(config, system.adapter, ability="speak")
-    identity = answerer(config, family, system.adapter) | {
-        "options": str(options),
-        "model": config.model.model_dump(mode="json"),
-    }
-    known = AnswerFile(directory / OUTPUTS_NAME, identity)
-    asked = sorted((sample for sample in samples if not _is_made(known, sample, directory)), key=_prompt_length)
-    by_id = {sample.id: sample for sample in asked}
-    origin = provenance(config, system.adapter)
-    batches = answer(family, loaded, asked, options, cache_dir, batch_size=batch_size) if asked else ()
-    for output in batches:
-        if output.audio is not None and len(output.audio.samples):
-            write_wav(_wav(directory, output.sample_id), output.audio, origin)
-        row = {"stopped": output.stopped, "tokens": output.num_tokens}
-        known.add(_key(by_id[output.sample_id]), output.sample_id, json.dumps(row))
-    return family
-
-
-def measure_all(samples: Sequence[Sample], directory: Path, family: Family, scorers: Scorers) -> list[VoiceRow]:
-    """Score what lies on disk, so that a resumed evaluation gives the same figures as one that was not stopped."""
-    said = _rows(directory / OUTPUTS_NAME)
-    rows: list[VoiceRow] = []
-    for start in range(0, len(samples), CHUNK):
-        chosen = samples[start : start + CHUNK]
-        outputs = [_output(sample, said[_key(sample)], directory, family.sampling_rate) for sample in chosen]
-        voices = [sample.references[0].audio if sample.references else sample.audio for sample in chosen]
-        references = [_read(ref if scorers.speaker else None, family.sampling_rate) for ref in voices]
-        targets = [_read(sample.audio, family.sampling_rate) for sample in chosen]
-        found = measure(chosen, outputs, references, targets, scorers)
-        rows += [replace(row, audio=str(_wav(directory, row.id))) for row in found]
-        log.info("%d/%d scored", len(rows), len(samples))
-    return rows
-
-
-def evaluate_voice(
+def evaluate_voices(
     data: Path,
     systems: Sequence[System],
     out: Path,
@@ -120,12 +69,12 @@ def evaluate_voice(
     batch_size: int = 8,
     options: GenerationOptions | None = None,
 ) -> Comparison:
-    """Speak, score and compare; writes wavs per system, metrics.json and utterances.jsonl.
+    """Let all systems speak the same prompts, measure and compare; writes wavs, metrics.json and utterances.jsonl.
 
     Args:
-        data: manifest or list of prompts.
+        data: a manifest, or a seed-tts list, of prompts; where they have a recording of their text, for durations.
         systems: at least one; the first is what the others are compared with.
-        out: where everything goes.
+        out: where everything goes, wavs in a folder per system.
         scorers: what is measured besides stops and durations.
         codec: the base's codec; None takes the one the adapter or the family names.
         cache_dir: folder of the encoded references.
@@ -136,50 +85,89 @@ def evaluate_voice(
         ConfigError: a model that does not speak.
         ManifestError: issues in the data.
     """
-    samples = read_voice_prompts(data)
+    samples = read_seed_list(data) if data.suffix == ".lst" else load_samples(data, DataConfig())
     options = options or GenerationOptions()
-    found = {}
+    rows = {}
     for system in systems:
-        directory = out / file_name(system.name)
+        spoken = _Spoken(out / file_name(system.name))
         log.info("%s speaks %d prompts", system.name, len(samples))
-        settings: dict[str, Any] = {"codec": codec, "cache_dir": cache_dir, "batch_size": batch_size}
-        family = speak_all(system, samples, directory, options, **settings)
-        found[system.name] = measure_all(samples, directory, family, scorers)
-    comparison = compare(found, scorers)
-    write_comparison(comparison, out)
+        family = spoken.speak(system, samples, options, codec, cache_dir, batch_size)
+        rows[system.name] = spoken.measure(samples, family.sampling_rate, scorers)
+    comparison = compare(rows, scorers)
+    write_results(comparison, out)
     return comparison
+
+
+@dataclass(slots=True)
+class _Spoken:
+    """The outputs of one system in a folder: a wav each, and a line that says how it ended."""
+
+    directory: Path
+    ends: dict[str, str] = field(default_factory=dict)
+    """Key of a prompt -> JSON of `stopped` and `tokens`."""
+
+    def speak(
+        self,
+        system: System,
+        samples: Sequence[Sample],
+        options: GenerationOptions,
+        codec: str | None,
+        cache_dir: Path,
+        batch_size: int,
+    ) -> Family:
+        """Generate all prompts; outputs that are there from the same system are kept."""
+        config = model_config(system.model, codec, system.adapter)
+        family, model = load_model(config, system.adapter, ability="speak")
+        identity = model_identity(config, family, system.adapter)
+        identity |= {"options": str(options), "model": config.model.model_dump(mode="json")}
+        answers = AnswerFile(self.directory / OUTPUTS_NAME, identity)
+        self.ends = answers.texts
+        asked = sorted((sample for sample in samples if not self._is_made(sample)), key=_prompt_length)
+        keys = {sample.id: _key(sample) for sample in asked}
+        origin = provenance(config, system.adapter)
+        for output in answer(family, model, asked, options, cache_dir, batch_size=batch_size) if asked else ():
+            if output.audio is not None and len(output.audio.samples):
+                write_wav(self._wav(output.sample_id), output.audio, origin)
+            end = json.dumps({"stopped": output.stopped, "tokens": output.num_tokens})
+            answers.add(keys[output.sample_id], output.sample_id, end)
+        return family
+
+    def measure(self, samples: Sequence[Sample], rate: int, scorers: Scorers) -> list[VoiceRow]:
+        """Measure the files, so that a resumed evaluation gives the same figures as one that was not stopped."""
+        rows: list[VoiceRow] = []
+        for start in range(0, len(samples), CHUNK):
+            chosen = samples[start : start + CHUNK]
+            voices = [sample.references[0].audio if sample.references else sample.audio for sample in chosen]
+            references = [_read(ref if scorers.speaker else None, rate) for ref in voices]
+            targets = [_read(sample.audio, rate) for sample in chosen]
+            measured = measure(chosen, [self._output(sample, rate) for sample in chosen], references, targets, scorers)
+            rows += [replace(row, audio=str(self._wav(row.id))) for row in measured]
+            log.info("%d/%d scored", len(rows), len(samples))
+        return rows
+
+    def _wav(self, sample_id: str) -> Path:
+        return self.directory / f"{file_name(sample_id)}.wav"
+
+    def _is_made(self, sample: Sample) -> bool:
+        end = self.ends.get(_key(sample))
+        return end is not None and (self._wav(sample.id).is_file() or not json.loads(end)["tokens"])
+
+    def _output(self, sample: Sample, rate: int) -> Output:
+        path, end = self._wav(sample.id), json.loads(self.ends[_key(sample)])
+        audio = _read(AudioRef(str(path)) if path.is_file() else None, rate)
+        return Output(sample.id, audio, None, end["stopped"], end["tokens"])
 
 
 def _key(sample: Sample) -> str:
     references = [[str(clip.audio), clip.text] for clip in sample.references]
-    asked = [sample.id, sample.text, sample.system, sample.scene, references]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    prompt = [sample.id, sample.text, sample.system, sample.scene, references]
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
 
 
 def _prompt_length(sample: Sample) -> float:
-    """Roughly how long a prompt is, in seconds of speech: like beside like wastes no padding."""
-    heard = sum(audio_info(clip.audio).duration_seconds for clip in sample.references)
-    return heard + (len(sample.text) + sum(len(clip.text) for clip in sample.references)) / CHARACTERS_PER_SECOND
-
-
-def _wav(directory: Path, sample_id: str) -> Path:
-    return directory / f"{file_name(sample_id)}.wav"
-
-
-def _is_made(known: AnswerFile, sample: Sample, directory: Path) -> bool:
-    row = known.texts.get(_key(sample))
-    return row is not None and (_wav(directory, sample.id).is_file() or not json.loads(row)["tokens"])
-
-
-def _rows(path: Path) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return {row["key"]: json.loads(row["text"]) for row in rows}
-
-
-def _output(sample: Sample, row: dict[str, Any], directory: Path, rate: int) -> Output:
-    path = _wav(directory, sample.id)
-    audio = read_audio(AudioRef(str(path)), rate) if path.is_file() else None
-    return Output(sample.id, audio, None, row["stopped"], row["tokens"])
+    """Rough length of a prompt in seconds of speech: batches of like lengths waste no padding."""
+    recorded = sum(audio_info(clip.audio).duration_seconds for clip in sample.references)
+    return recorded + (len(sample.text) + sum(len(clip.text) for clip in sample.references)) / CHARACTERS_PER_SECOND
 
 
 def _read(ref: AudioRef | None, rate: int) -> Audio | None:

@@ -31,7 +31,7 @@ def answer(
     batch_size: int = 8,
     allow_urls: bool = False,
 ) -> Iterator[Output]:
-    """Generate for samples in batches; their own answers are not looked at."""
+    """Generate for samples in batches; a target that a sample carries is not used."""
     prompts = [family.prompt(sample) for sample in samples]
     encoded = encode_samples(family, prompts, cache_dir, allow_urls=allow_urls)
     started = time.monotonic()
@@ -45,7 +45,7 @@ def answer(
 
 
 def provenance(config: RunConfig, adapter: StoredAdapter | None) -> dict[str, Any]:
-    """What a generated recording says of its origin, in its own file."""
+    """The label of origin that is written into a generated recording."""
     weights = adapter.sha256["weights"] if adapter else None
     return {"generated": True, "model": config.model.path, "adapter_sha256": weights}
 
@@ -53,7 +53,7 @@ def provenance(config: RunConfig, adapter: StoredAdapter | None) -> dict[str, An
 def write_outputs(
     outputs: Iterator[Output], directory: Path, origin: Mapping[str, Any] | None = None
 ) -> list[dict[str, object]]:
-    """Write one wav per output and `outputs.jsonl`; an output that met the length cap is reported by name."""
+    """Write one wav per output and `outputs.jsonl`; an output that reached the length cap is reported by name."""
     directory.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     with (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:

@@ -20,7 +20,7 @@ ELSEWHERE: dict[Ability, str] = {
     "speak": "ask it with `speechtune score`",
     "assess pronunciation": "name one of Phi-4-multimodal, or an adapter trained for it",
 }
-"""What to do instead with a model that has not an ability."""
+"""What to do instead with a model without an ability."""
 
 
 def open_adapter(path: Path) -> StoredAdapter:
@@ -60,10 +60,10 @@ def load_model(
         config: names the base.
         adapter: None for the base alone.
         plan: precision; None decides by device.
-        ability: what the model is wanted for, checked before its weights are read.
+        ability: what the model must be able to do, checked before its weights are read.
 
     Raises:
-        ConfigError: the base does not load, or its family has not the ability.
+        ConfigError: the base does not load, or its family is without the ability.
         AdapterError: the adapter does not fit it.
     """
     plan = plan or plan_precision()

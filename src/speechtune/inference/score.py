@@ -27,17 +27,17 @@ log = logging.getLogger("speechtune")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What the model says of one recording.
+    """The model's assessment of one recording.
 
     Attributes:
         id: of the row of a manifest, without the task; else the path.
         audio: the recording.
         scores: 0 to 10 per field; what could not be read from the answer is not there.
-        transcript: words heard; None without an answer.
-        phones: phones heard, base phones of ARPAbet and `<unk>`.
-        words: the reference text with its phones aligned to those heard; empty without a text, and where the answer
+        transcript: of the words; None without an answer.
+        phones: of the transcript, base phones of ARPAbet and `<unk>`.
+        words: the reference text with its phones aligned to the transcript; empty without a text, and where the answer
             with the phones was cut off or could not be read.
-        unknown_words: words of the text that the dictionary lacks: not aligned.
+        unknown_words: words of the text that are not in the dictionary, and so not aligned.
         raw: the answers as the model gave them, by task.
         complete: every answer ended by itself and could be read in full.
     """
@@ -109,8 +109,8 @@ def score_samples(
         for task in tasks
     ]
     outputs = answer_by_length(family, model, asked, cache_dir, batch_size=batch_size, max_tokens=max_tokens)
-    found = {output.sample_id: output for output in outputs}
-    return [_score(sample, {task: found[f"{n}#{task}"] for task in tasks}) for n, sample in enumerate(samples)]
+    by_id = {output.sample_id: output for output in outputs}
+    return [_score(sample, {task: by_id[f"{n}#{task}"] for task in tasks}) for n, sample in enumerate(samples)]
 
 
 def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
@@ -118,11 +118,11 @@ def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
     values = {name: value for answer in answers.values() if answer for name, value in answer.values.items()}
     phones = list(values.pop("phones", []))
     transcript = values.pop("word_transcript", None)
-    heard = answers.get("MDD")
-    aligned = sample.text and heard is not None and "phones" in heard.values and not heard.truncated
-    words, unknown = align_words(sample, phones) if aligned else ((), ())
-    whole = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
-    complete = all(whole) and all(output.stopped for output in outputs.values())
+    mdd = answers.get("MDD")
+    alignable = sample.text and mdd is not None and "phones" in mdd.values and not mdd.truncated
+    words, unknown = align_words(sample, phones) if alignable else ((), ())
+    read = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
+    complete = all(read) and all(output.stopped for output in outputs.values())
     raw = {str(task): output.text for task, output in outputs.items()}
     task = sample.pronunciation.task if sample.pronunciation else None
     name, audio = sample.id.removesuffix(f"#{task}"), printable(str(sample.audio))
@@ -133,7 +133,7 @@ def assessor(model: str | None, adapter: StoredAdapter | None) -> tuple[RunConfi
     """Configuration, family and model for answering; the base defaults to the one the adapter names.
 
     Raises:
-        ConfigError: no model, or one that speaks instead of answering.
+        ConfigError: no model, or one that does not assess pronunciation.
     """
     config = model_config(model, None, adapter)
     return config, *load_model(config, adapter, ability="assess pronunciation")

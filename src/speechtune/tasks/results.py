@@ -1,25 +1,29 @@
-"""Results of an evaluation on disk: one file of figures, one of rows."""
+"""Results of an evaluation as JSON: one file of figures, one of rows."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from speechtune.errors import CheckpointError
 from speechtune.storage.atomic_file import write_atomically
-from speechtune.tasks import statistics
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 METRICS_NAME = "metrics.json"
 UTTERANCES_NAME = "utterances.jsonl"
 
 
 class Report(Protocol):
-    """What an evaluation found: its figures as plain values, and one dataclass per utterance."""
+    """The result of an evaluation: its figures as plain values, and one dataclass per utterance."""
 
     @property
-    def rows(self) -> Sequence[object]:
+    def rows(self) -> Sequence[DataclassInstance]:
         """One dataclass per utterance."""
         ...
 
@@ -28,14 +32,33 @@ class Report(Protocol):
         ...
 
 
-def write_evaluation(report: Report, directory: Path) -> tuple[Path, Path]:
+def to_json(result: DataclassInstance) -> dict[str, Any]:
+    """A result dataclass as a plain dict for `json.dumps`: NaN, which JSON does not have, becomes None.
+
+    Raises:
+        TypeError: not a dataclass instance.
+    """
+    return _plain(asdict(result))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def write_results(report: Report, directory: Path) -> tuple[Path, Path]:
     """Write `metrics.json` and `utterances.jsonl` (one row per line).
 
     Raises:
         CheckpointError: a file could not be written.
     """
     figures = json.dumps(report.to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    lines = (json.dumps(statistics.to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in report.rows)
+    lines = (json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in report.rows)
     paths = directory / METRICS_NAME, directory / UTTERANCES_NAME
     for path, text in zip(paths, (figures, "".join(lines)), strict=True):
         try:

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-CHUNK_ELEMENTS = 2_000_000  # indices drawn at once by the bootstrap
-
+CHUNK_ELEMENTS = 2_000_000
+"""Random numbers drawn at once, so that memory does not grow with the number of resamples."""
+PERMUTATIONS = 10_000
+EXACT_PROMPTS = 13
+"""Up to this many differing prompts all 2^n signs are tried."""
 
 Row = TypeVar("Row")
-
-
 Figure = TypeVar("Figure")
-
-
-def to_json(result: object) -> dict[str, Any]:
-    """A result dataclass as a plain dict for `json.dumps`: NaN, which JSON does not have, becomes None.
-
-    Raises:
-        TypeError: not a dataclass instance.
-    """
-    return _plain(asdict(cast(Any, result)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value
+Key = TypeVar("Key")
 
 
 def ratio(numerator: float, denominator: float) -> float:
@@ -55,19 +38,15 @@ def edit_counts(references: list[str], answers: list[str]) -> tuple[int, int, in
         return 0, 0, 0, 0
     from jiwer import process_words
 
-    found = process_words(references, answers)
-    total = found.hits + found.substitutions + found.deletions
-    return found.substitutions, found.deletions, found.insertions, total
+    counts = process_words(references, answers)
+    total = counts.hits + counts.substitutions + counts.deletions
+    return counts.substitutions, counts.deletions, counts.insertions, total
 
 
 def by_group(
     rows: Sequence[Row], key: Callable[[Row], object], measure: Callable[[list[Row]], Figure]
 ) -> dict[str, Figure]:
-    """Any measure per group: by speaker, age group, gender; rows whose key is None are the group "unknown".
-
-    Returns:
-        Group name -> what `measure` says of the group's rows, in the order of names.
-    """
+    """What `measure` says of each group of rows, in the order of names; a key of None is the group "unknown"."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         value = key(row)
@@ -75,9 +54,42 @@ def by_group(
     return {name: measure(groups[name]) for name in sorted(groups)}
 
 
-PERMUTATIONS = 10_000
-EXACT_PROMPTS = 13
-"""Up to this many differing prompts all 2^n signs are tried."""
+def bootstrap_interval(
+    measure: Callable[..., np.ndarray],
+    *columns: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval over rows (Efron & Tibshirani 1993, chapter 13).
+
+    Rows are drawn with replacement, as if they were independent; several of one speaker are not quite, so the true
+    interval is somewhat wider.
+
+    Args:
+        measure: from resampled columns of shape (resamples, rows) to one figure per resample.
+        columns: arrays of one length.
+        resamples: how many are drawn.
+        seed: of the draws.
+        chunk_elements: indices drawn at once; changes nothing but memory.
+
+    Returns:
+        Lower and upper end over the resamples with a finite figure; NaN where there are none.
+    """
+    size = len(columns[0])
+    generator = np.random.default_rng(seed)
+    chunk = max(1, chunk_elements // max(1, size))
+    parts = [np.empty(0)]
+    for start in range(0, resamples if size else 0, chunk):
+        drawn = generator.integers(0, size, size=(min(chunk, resamples - start), size))
+        parts.append(measure(*(column[drawn] for column in columns)))
+    figures = np.concatenate(parts)
+    figures = figures[np.isfinite(figures)]
+    if not figures.size:
+        return math.nan, math.nan
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(figures, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +107,14 @@ class Estimate:
     p_value: float | None = None
 
 
-def interval(
-    numerators: np.ndarray, denominators: np.ndarray, median: bool, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
-    """Quotient of sums over rows (with `median` the median numerator), and its 95 % bootstrap interval."""
+def estimate(numerators: np.ndarray, denominators: np.ndarray, median: bool) -> Estimate:
+    """Quotient of sums over rows (with `median` the median numerator), and its bootstrap interval."""
 
     def measure(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.median(a, axis=-1) if median else a.sum(axis=-1) / b.sum(axis=-1)
 
-    generator = np.random.default_rng(seed)
-    chunk = max(1, CHUNK_ELEMENTS // len(numerators))
-    parts = []
-    for start in range(0, resamples, chunk):
-        drawn = generator.integers(0, len(numerators), size=(min(chunk, resamples - start), len(numerators)))
-        parts.append(measure(numerators[drawn], denominators[drawn]))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
-    return Estimate(float(measure(numerators, denominators)), float(low), float(high), len(numerators))
+    low, high = bootstrap_interval(measure, numerators, denominators)
+    return Estimate(float(measure(numerators, denominators)), low, high, len(numerators))
 
 
 def permutation_test(differences: np.ndarray, seed: int = 0) -> float:
@@ -121,25 +124,26 @@ def permutation_test(differences: np.ndarray, seed: int = 0) -> float:
     WER. Drawn signs give (1 + as extreme) / (1 + drawn), which is never 0.
     """
     differences = differences[differences != 0]  # a sign changes nothing there
-    if not len(differences):
+    count = len(differences)
+    if not count:
         return 1.0
     extreme = abs(differences.sum()) * (1 - 1e-12)  # sums in another order may round below the same value
-    count = len(differences)
     if count <= EXACT_PROMPTS:
         signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
         return float((np.abs(signs @ differences) >= extreme).mean())
     generator = np.random.default_rng(seed)
     chunk = max(1, CHUNK_ELEMENTS // count)
-    hits = 0
+    as_extreme = 0
     for start in range(0, PERMUTATIONS, chunk):
         signs = 1 - 2 * generator.integers(0, 2, size=(min(chunk, PERMUTATIONS - start), count))
-        hits += int((np.abs(signs @ differences) >= extreme).sum())
-    return (1 + hits) / (1 + PERMUTATIONS)
+        as_extreme += int((np.abs(signs @ differences) >= extreme).sum())
+    return (1 + as_extreme) / (1 + PERMUTATIONS)
 
 
-def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """P-values adjusted by Holm's step-down method over all of them."""
-    adjusted, largest = {}, 0.0
+    adjusted: dict[Key, float] = {}
+    largest = 0.0
     for rank, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
         largest = max(largest, min(1.0, p_values[key] * (len(p_values) - rank)))
         adjusted[key] = largest

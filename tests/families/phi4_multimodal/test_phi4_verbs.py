@@ -25,9 +25,9 @@ from speechtune.family import Family
 from speechtune.inference import evaluate_pronunciation as evaluate_module
 from speechtune.inference import score as score_module
 from speechtune.inference.answer_file import AnswerFile
-from speechtune.inference.evaluate_pronunciation import evaluate, training_samples
+from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation, training_samples
 from speechtune.inference.score import assessor, score_samples
-from speechtune.tasks.pronunciation.alignment import align_words
+from speechtune.tasks.pronunciation.alignment import align_words, pronunciation_dictionary
 from speechtune.tasks.pronunciation.evaluation import evaluate_answers
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, task_samples
 from speechtune.training.run import Outcome
@@ -133,10 +133,10 @@ def test_a_text_is_aligned_with_the_dictionary(run: Run, clips: list[Path]) -> N
     (score,) = json.loads(out)["scores"]
     assert code == 0 and score["unknown_words"] == ["Zyzzxq"]
     assert [word["text"] for word in score["words"]] == ["The", "bear", "Zyzzxq"]
-    assert [pair["wanted"] for pair in score["words"][1]["phones"] if pair["wanted"]] == ["B", "EH", "R"]
+    assert [pair["canonical"] for pair in score["words"][1]["phones"] if pair["canonical"]] == ["B", "EH", "R"]
     assert score["words"][1]["mispronounced"] and not score["words"][2]["mispronounced"]
-    pairs = [(pair["wanted"], pair["heard"]) for pair in score["words"][1]["phones"]]
-    marks = [wanted if wanted == heard else f"{wanted or '+'}>{heard or '-'}" for wanted, heard in pairs]
+    pairs = [(pair["canonical"], pair["predicted"]) for pair in score["words"][1]["phones"]]
+    marks = [wanted if wanted == said else f"{wanted or '+'}>{said or '-'}" for wanted, said in pairs]
     assert any(">" in mark for mark in marks)
     code, out, _ = run("score", clips[2], "--text", "The bear, Zyzzxq!")
     assert code == 0 and f"{clips[2]}\n" in out and "not in the dictionary" in out and "Zyzzxq" in out
@@ -144,7 +144,7 @@ def test_a_text_is_aligned_with_the_dictionary(run: Run, clips: list[Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "heard", "verdicts"),
+    ("text", "predicted", "verdicts"),
     [
         ("the bear", "DH IY B EH R", {}),
         ("the bear", "DH AH B EH R", {}),
@@ -165,12 +165,12 @@ def test_a_text_is_aligned_with_the_dictionary(run: Run, clips: list[Path]) -> N
         ("...", "B EH R", {}),
     ],
 )
-def test_alignments_by_hand(text: str, heard: str, verdicts: dict[str, list[str] | None]) -> None:
-    words, unknown = align_words(Sample("x", text, None), heard.split())
+def test_alignments_by_hand(text: str, predicted: str, verdicts: dict[str, list[str] | None]) -> None:
+    words, unknown = align_words(Sample("x", text, None), predicted.split())
     assert list(unknown) == [word for word, marks in verdicts.items() if marks is None]
     wrong = {word: marks for word, marks in verdicts.items() if marks is not None}
     shown = {
-        word.text: [p.wanted if p.right else f"{p.wanted or '+'}>{p.heard or '-'}" for p in word.phones]
+        word.text: [p.canonical if p.correct else f"{p.canonical or '+'}>{p.predicted or '-'}" for p in word.phones]
         for word in words
         if word.mispronounced
     }
@@ -208,7 +208,7 @@ def test_a_corpus_becomes_lines(run: Run, corpus: Path, tmp_path: Path) -> None:
     assert code == 0 and [row["id"] for row in rows] == ["u1", "u2", "u3"]
     assert all(has(row, number) for number, row in enumerate(rows))
     assert [word["text"] for word in rows[0]["words"]] == ["HI", "LISA"] and "u1.WAV" in printed
-    assert [pair["wanted"] for pair in rows[0]["words"][0]["phones"] if pair["wanted"]] == ["HH", "AY"]
+    assert [pair["canonical"] for pair in rows[0]["words"][0]["phones"] if pair["canonical"]] == ["HH", "AY"]
     code, printed, _ = run("score", "--manifest", corpus, "--json")
     (row,) = json.loads(printed)["scores"]
     assert row["id"] == "t1" and has(row, 3)  # of two splits the test split
@@ -243,7 +243,7 @@ def test_an_answer_cut_off_is_incomplete(run: Run, clips: list[Path]) -> None:
     code, out, _ = run("score", clips[0], "--text", "a bear", "--json", "--max-new-tokens", 6)
     (score,) = json.loads(out)["scores"]
     assert code == 0 and not score["complete"]
-    assert score["words"] == []  # what was not heard yet is not mispronounced
+    assert score["words"] == []  # what was not transcribed is not mispronounced
     code, out, _ = run("score", clips[0], "--max-new-tokens", 6)
     assert code == 0 and "incomplete" in out
 
@@ -324,7 +324,7 @@ def test_a_missing_extra_shows_before_the_model_is_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    score_module._dictionary.cache_clear()
+    pronunciation_dictionary.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     asked = [clips[0], "--text", "a bear"] if verb == "score" else [phi4_rows, "--out", tmp_path / "out"]
     code, out, err = run(verb, *asked, "--model", tmp_path / "gone", adapter=None)
@@ -406,7 +406,9 @@ def test_folders_that_name_an_adapter(corpus: Path, run_folder: Path, tmp_path: 
     (checkpoint, *_) = sorted(run_folder.glob("checkpoint-*"))
     _, texts = by_heart(corpus, [3])
     for number, folder in enumerate((run_folder, run_folder / "lora_adapters", checkpoint)):
-        report = evaluate(corpus, adapter=folder, out=tmp_path / str(number), cache_dir=tmp_path / "cache")
+        report = evaluate_pronunciation(
+            corpus, adapter=folder, out=tmp_path / str(number), cache_dir=tmp_path / "cache"
+        )
         assert [row.text for row in report.rows] == texts
         assert report.apa is not None and report.apa.baseline is not None  # the train split lies beside
 

@@ -1,7 +1,7 @@
-"""A model's raw answers to task samples -> every figure, per group, beside baselines and the ceiling of one rater.
+"""Evaluate raw answers to task samples: every metric, also per group, beside baselines and the one-rater ceiling.
 
-Nothing here needs a model: answers come as text, in the order of the samples. Figures are those of `metrics`
-and `mdd`, each over the answers that could be read and over all of them.
+Answers come as text, in the order of the samples. Metrics are those of `metrics` and `mdd`, each over the answers that
+could be read and over all of them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speechtune.tasks import statistics
 from speechtune.tasks.pronunciation import metrics
 from speechtune.tasks.pronunciation.answers import Answer, read_answer
-from speechtune.tasks.pronunciation.mdd import (
-    CopyBaseline,
-    MddReport,
-    MddResult,
-    PhoneMatch,
-    copy_baseline,
-    mdd,
-    phone_match_f1,
-)
+from speechtune.tasks.pronunciation.mdd import CopyBaseline, MddReport, PhoneMatch, copy_baseline, mdd, phone_match_f1
 from speechtune.tasks.pronunciation.metrics import ErrorRateReport, RaterCeiling, ScoreReport
 from speechtune.tasks.pronunciation.targets import (
     SCORE_FIELDS,
@@ -36,6 +27,8 @@ from speechtune.tasks.pronunciation.targets import (
     target_of,
     task_of,
 )
+from speechtune.tasks.results import to_json
+from speechtune.tasks.statistics import by_group
 from speechtune.types import Sample
 
 ADULT_YEARS = 18
@@ -114,7 +107,7 @@ class MddFigures:
 class EvaluationReport:
     """All figures of one evaluation: `apa` and `mdd` are None without samples of the task, `notes` say what is missing.
 
-    `groups`: "speaker", "age_group" and "gender" -> group -> compact figures over the answers that could be read.
+    `groups`: "speaker", "age_group" and "gender" -> group -> a few figures over the answers that could be read.
     """
 
     apa: ApaFigures | None
@@ -125,7 +118,7 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         """All but the rows as a plain dict; what is not defined is None."""
-        values = statistics.to_json(replace(self, rows=()))
+        values = to_json(replace(self, rows=()))
         del values["rows"]
         return values
 
@@ -151,11 +144,11 @@ def evaluate_answers(
     rows = tuple(map(_row, samples, texts, answers))
     notes: list[str] = []
     scored = [(sample, row) for sample, row in zip(samples, rows, strict=True) if row.task == "APA"]
-    heard = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.task == "MDD"]
-    apa, transcripts = _apa_figures(scored, train, notes), _mdd_figures(heard, notes)
+    transcribed = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.task == "MDD"]
+    figures = _apa_figures(scored, train, notes), _mdd_figures(transcribed, notes)
     keys = {"speaker": lambda row: row.speaker, "age_group": _age_group, "gender": lambda row: row.gender}
-    groups = {name: statistics.by_group(rows, key, _group_figures) for name, key in keys.items()}
-    return EvaluationReport(apa, transcripts, groups, tuple(notes), rows)
+    groups = {name: by_group(rows, key, _group_figures) for name, key in keys.items()}
+    return EvaluationReport(*figures, groups, tuple(notes), rows)
 
 
 def _row(sample: Sample, text: str | None, answer: Answer | None) -> UtteranceRow:
@@ -244,8 +237,8 @@ def _ceiling(samples: Sequence[Sample], notes: list[str]) -> dict[str, RaterCeil
             reason = "no sample has scores of single raters (labels.raters)"
         elif len({len(row) for row in ratings if row}) > 1:
             reason = "samples have different numbers of raters"
-        elif found := metrics.rater_ceiling(ratings):
-            ceiling[name] = found
+        elif pccs := metrics.rater_ceiling(ratings):
+            ceiling[name] = pccs
             continue
         else:
             reason = "fewer than two samples or two raters"
@@ -258,7 +251,7 @@ def _mdd_figures(pairs: Sequence[tuple[UtteranceRow, Answer | None]], notes: lis
         notes.append("no transcripts: there are no MDD samples")
         return None
     rows, answers = [row for row, _ in pairs], [answer for _, answer in pairs if answer is not None]
-    realised, predicted = _referred(rows, "phones"), _parsed(rows, "phones")
+    realised, predicted = _columns(rows, "phones")
     per = metrics.phone_error_rate(realised, predicted)
     # the labels read are normalised already, so the raw rate comes from those that the model wrote
     raw = metrics.phone_error_rate(realised, [None if answer is None else answer.raw_phones for _, answer in pairs])
@@ -269,50 +262,46 @@ def _mdd_figures(pairs: Sequence[tuple[UtteranceRow, Answer | None]], notes: lis
     if len(known) < len(rows):
         missing = f"{len(rows) - len(known)} of {len(rows)} MDD samples have no canonical phones"
         notes.append(f"{missing}: they count for WER, PER and phone match, but not for detection and its baseline")
-    canonical, said = [row.canonical or [] for row in known], _referred(known, "phones")
+    canonical, (known_realised, known_predicted) = [row.canonical or [] for row in known], _columns(known, "phones")
     return MddFigures(
         count=len(rows),
         parse_rate=sum(len(row.parsed or {}) == 2 for row in rows) / len(rows),
         truncated=sum(row.truncated for row in rows),
         unknown_labels=sum(answer.unknown_labels for answer in answers),
-        wer=metrics.word_error_rate(_referred(rows, "word_transcript"), _parsed(rows, "word_transcript")),
+        wer=metrics.word_error_rate(*_columns(rows, "word_transcript")),
         per=per,
-        phone_match=phone_match_f1(_referred(read, "phones"), _parsed(read, "phones")),
+        phone_match=phone_match_f1(*_columns(read, "phones")),
         phone_match_imputed=phone_match_f1(realised, predicted),
         canonical_count=len(known),
-        detection=mdd(canonical, said, _parsed(known, "phones")) if known else None,
-        baseline=copy_baseline(canonical, said) if known else None,
+        detection=mdd(canonical, known_realised, known_predicted) if known else None,
+        baseline=copy_baseline(canonical, known_realised) if known else None,
     )
 
 
-def _parsed(rows: Sequence[UtteranceRow], name: str) -> list[Any]:
-    return [(row.parsed or {}).get(name) for row in rows]
-
-
-def _referred(rows: Sequence[UtteranceRow], name: str) -> list[Any]:
-    return [row.reference[name] for row in rows]
+def _columns(rows: Sequence[UtteranceRow], name: str) -> tuple[list[Any], list[Any]]:
+    """A value of the references, and of the answers; None where it could not be read."""
+    return [row.reference[name] for row in rows], [(row.parsed or {}).get(name) for row in rows]
 
 
 def _group_figures(rows: list[UtteranceRow]) -> dict[str, Any]:
-    """The compact set of one group; every figure over the answers that could be read."""
+    """The few figures of one group, over the answers that could be read."""
     figures: dict[str, Any] = {"utterances": len({row.utterance for row in rows})}
     scored = [row for row in rows if row.task == "APA"]
     if scored:
         figures["apa_count"] = len(scored)
         for name in SCORE_FIELDS:
             pairs = [(row.parsed[name], row.reference[name]) for row in scored if row.parsed and name in row.parsed]
-            found = metrics.field_scores([p for p, _ in pairs], [r for _, r in pairs], resamples=1)  # no interval
-            pcc = found.pcc if found.count >= MIN_GROUP_PCC else None
-            figures[name] = {"count": found.count, "pcc": pcc, "collapsed": found.collapsed, "mae": found.mae}
-    heard = [row for row in rows if row.task == "MDD"]
-    if heard:
-        known = [row for row in heard if row.canonical is not None and "phones" in (row.parsed or {})]
-        words = metrics.word_error_rate(_referred(heard, "word_transcript"), _parsed(heard, "word_transcript"))
-        phones = metrics.phone_error_rate(_referred(heard, "phones"), _parsed(heard, "phones"))
-        canonical = [row.canonical or [] for row in known]
-        found = mdd(canonical, _referred(known, "phones"), _parsed(known, "phones")).parsed
-        figures |= {"mdd_count": len(heard), "phones_read": phones.parse_rate}
-        figures |= {"wer": words.parsed.rate, "per": phones.parsed.rate, "mdd_f1": found.f1}
+            scores = metrics.field_scores([p for p, _ in pairs], [r for _, r in pairs], resamples=1)  # no interval
+            pcc = scores.pcc if scores.count >= MIN_GROUP_PCC else None
+            figures[name] = {"count": scores.count, "pcc": pcc, "collapsed": scores.collapsed, "mae": scores.mae}
+    transcribed = [row for row in rows if row.task == "MDD"]
+    if transcribed:
+        known = [row for row in transcribed if row.canonical is not None and "phones" in (row.parsed or {})]
+        words = metrics.word_error_rate(*_columns(transcribed, "word_transcript"))
+        phones = metrics.phone_error_rate(*_columns(transcribed, "phones"))
+        detection = mdd([row.canonical or [] for row in known], *_columns(known, "phones")).parsed
+        figures |= {"mdd_count": len(transcribed), "phones_read": phones.parse_rate}
+        figures |= {"wer": words.parsed.rate, "per": phones.parsed.rate, "mdd_f1": detection.f1}
     return figures
 
 
@@ -347,26 +336,26 @@ def _add_apa(table: Table, figures: ApaFigures) -> None:
 def _add_mdd(table: Table, figures: MddFigures) -> None:
     _add(table, "MDD answers read", f"{figures.parse_rate:.1%} of {figures.count}")
     _add(table, "MDD answers cut off", str(figures.truncated))
-    copied, found = figures.baseline, figures.detection
+    copied, detection = figures.baseline, figures.detection
     for name, report, baseline in (("WER", figures.wer, None), ("PER", figures.per, copied and copied.per.parsed)):
         columns = (report.parsed, report.imputed, baseline)
         _add_figure(table, name, columns, "rate")
         _add_figure(table, f"{name} before normalisation", columns, "raw_rate")
-    detections = (found and found.parsed, found and found.imputed, copied and copied.mdd.parsed)
+    detections = (detection and detection.parsed, detection and detection.imputed, copied and copied.mdd.parsed)
     names = {"f1": "F1", "precision": "precision", "recall": "recall", "false_acceptance_rate": "FAR"}
     names |= {"false_rejection_rate": "FRR", "diagnosis_error_rate": "DER"}
     for attribute, label in names.items():
         _add_figure(table, f"MDD {label}", detections, attribute)
-    _add(table, "TA TR FA FR (CD DE)", *map(_counts, detections))
+    outcomes = (
+        f"{d.true_acceptance} {d.true_rejection} {d.false_acceptance} {d.false_rejection} "
+        f"({d.correct_diagnosis} {d.diagnosis_error})"
+        if d
+        else "-"
+        for d in detections
+    )
+    _add(table, "TA TR FA FR (CD DE)", *outcomes)
     matches = (figures.phone_match, figures.phone_match_imputed, copied and copied.phone_match)
     _add_figure(table, f"phone match F1 ({figures.phone_match.label})", matches, "f1")
-
-
-def _counts(result: MddResult | None) -> str:
-    if result is None:
-        return "-"
-    accepted = f"{result.true_acceptance} {result.true_rejection} {result.false_acceptance} {result.false_rejection}"
-    return f"{accepted} ({result.correct_diagnosis} {result.diagnosis_error})"
 
 
 def _add(table: Table, *cells: str) -> None:

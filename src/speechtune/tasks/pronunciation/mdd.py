@@ -1,7 +1,7 @@
 """Mispronunciation detection and diagnosis: canonical, realised and predicted phones, aligned and counted.
 
 Terms: *canonical* phones are what the text asks for, *realised* (annotated) ones what the speaker said, *predicted*
-ones what the model heard. Phones are compared without stress digits; `<unk>` is a phone like any other.
+ones what the model transcribed. Phones are compared without stress digits; `<unk>` is a phone like any other.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CANONICAL_ANSWER = "the canonical phones: nothing is detected"
 
 @dataclass(frozen=True, slots=True)
 class MddResult:
-    """The hierarchy of detection and diagnosis; a rate with a zero denominator is NaN.
+    """Counts and rates of detection and diagnosis; a rate with a zero denominator is NaN.
 
     Attributes:
-        true_acceptance: TA, said as it should be and heard so.
+        true_acceptance: TA, pronounced correctly and accepted.
         true_rejection: TR, mispronounced and flagged; `correct_diagnosis` + `diagnosis_error`.
         false_acceptance: FA, mispronounced and missed.
-        false_rejection: FR, said as it should be and flagged.
+        false_rejection: FR, pronounced correctly and flagged.
         correct_diagnosis: CD, flagged as the phone that was said.
         diagnosis_error: DE, flagged as another one.
         precision: TR / (TR + FR).
@@ -48,8 +48,6 @@ class MddResult:
         false_acceptance_rate: FAR = FA / (FA + TR).
         false_rejection_rate: FRR = FR / (FR + TA).
         diagnosis_error_rate: DER = DE / (CD + DE).
-        insertion_rule: how insertions were counted.
-        normalisation: of the phones before they were compared.
     """
 
     true_acceptance: int
@@ -93,7 +91,7 @@ class PhoneMatch:
 
 @dataclass(frozen=True, slots=True)
 class CopyBaseline:
-    """What a model reaches that hears nothing and repeats the canonical phones."""
+    """The figures of a model that ignores the recording and repeats the canonical phones."""
 
     per: ErrorRateReport
     mdd: MddReport
@@ -109,6 +107,7 @@ def align(first: Phones, second: Phones) -> list[Pair]:
     Returns:
         Pairs in order; None stands for the phone that is not there.
     """
+    # jiwer's alignment has no rule for ties, and which phones pair up decides what counts as a correct diagnosis
     rows, columns = len(first), len(second)
     edit = rows + columns + 1  # one edit weighs more than all matches, each of which counts -1
     cost = [[edit * (rows - i + columns - j) for j in range(columns + 1)] for i in range(rows + 1)]  # of the rest
@@ -138,26 +137,26 @@ def align_three(canonical: Phones, realised: Phones, predicted: Phones) -> list[
     Both other sequences are aligned with the canonical one by `align`; what they insert at the same place is aligned
     with each other in the same way. So equal answers always fall into equal columns.
     """
-    said, heard = _slots(canonical, realised), _slots(canonical, predicted)
     columns: list[Column] = []
-    for place in range(len(canonical) + 1):
-        columns += [(None, a, p) for a, p in align(said[0][place], heard[0][place])]
-        if place < len(canonical):
-            columns.append((canonical[place], said[1][place], heard[1][place]))
+    slots = zip([*canonical, None], _slots(canonical, realised), _slots(canonical, predicted), strict=True)
+    for expected, (said_before, said), (answered_before, answered) in slots:
+        columns += [(None, a, p) for a, p in align(said_before, answered_before)]
+        if expected is not None:
+            columns.append((expected, said, answered))
     return columns
 
 
-def _slots(canonical: Phones, other: Phones) -> tuple[list[list[str]], list[str | None]]:
-    """What `other` inserts before each canonical phone and at the end, and what it has in place of each."""
-    inserted: list[list[str]] = [[]]
-    replaced: list[str | None] = []
-    for expected, found in align(canonical, other):
-        if expected is None and found is not None:
-            inserted[-1].append(found)
+def _slots(canonical: Phones, other: Phones) -> list[tuple[list[str], str | None]]:
+    """Per canonical phone what `other` inserts before it, and has in its place; and what it inserts at the end."""
+    slots: list[tuple[list[str], str | None]] = []
+    inserted: list[str] = []
+    for expected, given in align(canonical, other):
+        if expected is None and given is not None:
+            inserted.append(given)
         else:
-            replaced.append(found)
-            inserted.append([])
-    return inserted, replaced
+            slots.append((inserted, given))
+            inserted = []
+    return [*slots, (inserted, None)]
 
 
 def classify(column: Column) -> Outcome:
@@ -173,10 +172,7 @@ def classify(column: Column) -> Outcome:
 def mdd(canonical: Sequence[Phones], realised: Sequence[Phones], predicted: Sequence[Phones | None]) -> MddReport:
     """Detection and diagnosis over a corpus (Qian, Soong & Meng 2010; Leung, Liu & Meng 2019).
 
-    Args:
-        canonical: phones the text asks for, per utterance.
-        realised: phones the speaker said.
-        predicted: phones the model heard; None is an answer that could not be read.
+    A prediction of None is an answer that could not be read.
 
     Raises:
         ValueError: different lengths.
@@ -215,24 +211,18 @@ def phone_match_f1(realised: Sequence[Phones], predicted: Sequence[Phones | None
     The F1 of arXiv 2509.02915 behaves like this and not like detection: precision and recall are nearly equal and
     move with the PER, and copying the canonical phones scores about 0.96. An answer that could not be read has no
     phones, so it costs recall.
-
-    Raises:
-        ValueError: different lengths.
     """
-    matches = said = heard = 0
+    matches = num_realised = num_predicted = 0
     for truth, answer in zip(realised, predicted, strict=True):
         first, second = normalise_phones(truth), normalise_phones(answer or ())
         matches += sum(a == b for a, b in align(first, second))
-        said, heard = said + len(first), heard + len(second)
-    f1 = ratio(2 * matches, said + heard)
-    return PhoneMatch(ratio(matches, heard), ratio(matches, said), f1, matches, heard, said)
+        num_realised, num_predicted = num_realised + len(first), num_predicted + len(second)
+    precision, recall = ratio(matches, num_predicted), ratio(matches, num_realised)
+    f1 = ratio(2 * matches, num_realised + num_predicted)
+    return PhoneMatch(precision, recall, f1, matches, num_predicted, num_realised)
 
 
 def copy_baseline(canonical: Sequence[Phones], realised: Sequence[Phones]) -> CopyBaseline:
-    """The figures of canonical phones given as the answer: a low PER, and a recall of 0 at detection.
-
-    Raises:
-        ValueError: different lengths.
-    """
+    """The figures of canonical phones given as the answer: a low PER, and a recall of 0 at detection."""
     per = phone_error_rate(realised, canonical)
     return CopyBaseline(per, mdd(canonical, realised, canonical), phone_match_f1(realised, canonical))

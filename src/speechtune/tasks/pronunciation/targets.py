@@ -19,7 +19,9 @@ from speechtune.types import Pronunciation, Sample
 Task = Literal["APA", "MDD"]
 TASKS: tuple[Task, ...] = ("APA", "MDD")
 SCORE_FIELDS = ("accuracy", "fluency", "prosodic", "total")
-"""Keys of an APA answer, in order; each a whole number from 0 to 10."""
+"""Keys of an APA answer, in order."""
+MAX_SCORE = 10
+"""Each score is a whole number from 0 to this."""
 TRANSCRIPT_FIELDS = ("word_transcript", "phoneme_transcript")
 """Keys of an MDD answer, in order; phones are base phones with blanks between them."""
 FIELDS: Mapping[Task, tuple[str, ...]] = {"APA": SCORE_FIELDS, "MDD": TRANSCRIPT_FIELDS}

@@ -1,4 +1,4 @@
-"""Scorers of generated speech behind three small protocols: what was said, by whom, and how well it sounds.
+"""Load the scorers of generated speech: a recogniser, a speaker encoder, a predictor of mean opinion scores.
 
 Each comes with an optional package and is loaded when it is asked for. Weights lie in the package, in a folder, or
 under a hub id that the caller names; nothing is fetched otherwise. The same audio gives the same number, alone or among
@@ -14,32 +14,31 @@ import torch
 
 from speechtune.errors import ConfigError
 from speechtune.family import MosPredictor, Scorers, SpeakerEncoder, Transcriber
-from speechtune.tasks.voice_cloning import scorers_asr, scorers_mos, scorers_speaker, word_errors
+from speechtune.tasks.voice_cloning import asr, mos, speaker, word_errors
 
 Scorer = TypeVar("Scorer")
 
-
 ASR: dict[str, Callable[[str, str], Transcriber]] = {
-    "faster-whisper": scorers_asr.FasterWhisper,
-    "whisper": scorers_asr.Whisper,
-    "pocketsphinx": scorers_asr.PocketSphinx,
+    "faster-whisper": asr.FasterWhisper,
+    "whisper": asr.Whisper,
+    "pocketsphinx": asr.PocketSphinx,
 }
 SPEAKER: dict[str, Callable[[str, str], SpeakerEncoder]] = {
-    "resemblyzer": scorers_speaker.Resemblyzer,
-    "wavlm": scorers_speaker.WavLM,
+    "resemblyzer": speaker.Resemblyzer,
+    "wavlm": speaker.WavLM,
 }
 MOS: dict[str, Callable[[str, str], MosPredictor]] = {
-    "distillmos": scorers_mos.DistillMos,
-    "dnsmos": scorers_mos.Dnsmos,
+    "distillmos": mos.DistillMos,
+    "dnsmos": mos.Dnsmos,
 }
 NEEDS_WEIGHTS = frozenset({"faster-whisper", "whisper", "wavlm"})
 """Kinds whose weights lie in a folder or under a hub id; those of the others lie in their package."""
 MISSING = {
-    "asr": f"no WER: no recogniser was named; for example pocketsphinx or whisper:FOLDER ({scorers_asr.INSTALL})",
-    "speaker": f"no speaker similarity: no encoder was named; for example resemblyzer ({scorers_speaker.INSTALL})",
-    "mos": f"no MOS: no predictor was named; for example distillmos ({scorers_mos.INSTALL})",
+    "asr": f"no WER: no recogniser was named; for example pocketsphinx or whisper:FOLDER ({asr.INSTALL})",
+    "speaker": f"no speaker similarity: no encoder was named; for example resemblyzer ({speaker.INSTALL})",
+    "mos": f"no MOS: no predictor was named; for example distillmos ({mos.INSTALL})",
 }
-"""What a report says of a scorer that is not there."""
+"""A report's line on a scorer that was not named."""
 
 
 def load_scorers(asr: str | None, speaker: str | None, mos: str | None, *, device: str = "cpu") -> Scorers:
@@ -77,6 +76,6 @@ def _load(spec: str | None, known: dict[str, Callable[[str, str], Scorer]], devi
         raise ConfigError(f"{spec!r}: no such scorer; known are {listed}")
     if colon and kind not in NEEDS_WEIGHTS:
         raise ConfigError(f"{spec!r}: the weights of {kind} lie in its package; write {kind!r}")
-    # networks draw weights before theirs are loaded; a training that listens must draw what another one draws
+    # networks draw random weights before theirs are loaded; a training must draw the same with scorers and without
     with torch.random.fork_rng(devices=[]):
         return known[kind](spec, device)

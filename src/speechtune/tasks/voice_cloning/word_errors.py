@@ -1,4 +1,4 @@
-"""Word errors of what was heard against what was to be said, after normalisation by whisper-normalizer per language.
+"""Word errors of a transcript against the text to be said, after normalisation by whisper-normalizer per language.
 
 seed-tts-eval (Anastassiou et al. 2024) is followed in its definitions: jiwer's alignment, WER = (S + D + I) / N per
 utterance, characters in place of words where the script does not divide words. Differences, all in the normalisation:
@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import version
 
 from speechtune.tasks.statistics import edit_counts
-from speechtune.tasks.voice_cloning.scorer_support import need
+from speechtune.tasks.voice_cloning.support import need
 
 INSTALL = "pip install 'speechtune[asr]'"
 BY_CHARACTER = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
@@ -39,14 +39,6 @@ def check_installed() -> None:
         need(module, "word error rate", INSTALL)
 
 
-def normalisation(language: str | None) -> str:
-    """How texts of a language are normalised, in words."""
-    code = language_code(language)
-    if code == "en":
-        return "EnglishTextNormalizer"
-    return "BasicTextNormalizer, each character a word" if code in BY_CHARACTER else "BasicTextNormalizer"
-
-
 def description() -> str:
     """The normalisation of all languages in one line."""
     return (
@@ -56,20 +48,20 @@ def description() -> str:
 
 
 @cache
-def _normaliser(kind: str) -> Callable[[str], str]:
-    if kind == "EnglishTextNormalizer":
+def _normaliser(code: str | None) -> Callable[[str], str]:
+    if code == "en":
         return need("whisper_normalizer.english", "word error rate", INSTALL).EnglishTextNormalizer()
     basic = need("whisper_normalizer.basic", "word error rate", INSTALL).BasicTextNormalizer
     # without the marks Indic and Thai words lose their vowels
-    return basic(preserve_marks=True, split_letters=kind != "BasicTextNormalizer")
+    return basic(preserve_marks=True, split_letters=code in BY_CHARACTER)
 
 
 def normalise(text: str, language: str | None) -> str:
     """Text as it is compared, with single spaces."""
-    return " ".join(_normaliser(normalisation(language))(text).split())
+    return " ".join(_normaliser(language_code(language))(text).split())
 
 
-def word_errors(text: str, heard: str, language: str | None) -> tuple[int, int]:
+def word_errors(text: str, transcript: str, language: str | None) -> tuple[int, int]:
     """Substitutions, deletions and insertions together, and the number of words (characters) of `text`.
 
     Returns:
@@ -78,5 +70,5 @@ def word_errors(text: str, heard: str, language: str | None) -> tuple[int, int]:
     reference = normalise(text, language)
     if not any(map(str.isalnum, reference)):  # the English rules leave "..." as a token
         return 0, 0
-    substitutions, deletions, insertions, words = edit_counts([reference], [normalise(heard, language)])
+    substitutions, deletions, insertions, words = edit_counts([reference], [normalise(transcript, language)])
     return substitutions + deletions + insertions, words

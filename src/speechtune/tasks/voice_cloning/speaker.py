@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,16 @@ import torch
 from torch import nn
 
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.scorer_support import (
-    LOAD_ISSUES,
+from speechtune.tasks.voice_cloning.support import (
+    INT16_MAX,
+    LOAD_ERRORS,
     RATE,
+    hub_arguments,
     identity,
     need,
     package_file,
-    place_of,
+    pcm16,
+    pretrained_identity,
     waveform,
 )
 from speechtune.types import Audio
@@ -34,7 +35,6 @@ PARTIAL_FRAMES = 160
 PARTIALS_PER_SECOND, LEAST_COVERAGE = 1.3, 0.75
 TARGET_DBFS = -30
 VAD_WINDOW, VAD_SMOOTHING, VAD_SILENCE = 480, 8, 6  # samples (30 ms); windows
-INT16_MAX = 2**15 - 1
 
 
 def cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
@@ -78,9 +78,9 @@ class Resemblyzer:
 
     @torch.inference_mode()
     def _embed(self, samples: np.ndarray) -> np.ndarray:
-        loud = _raise_volume(samples)
-        spoken = self._trim(loud)
-        samples = spoken if len(spoken) else loud  # where no window counts as voice, all of it is judged
+        samples = _raise_volume(samples)
+        voiced = self._trim(samples)
+        samples = voiced if len(voiced) else samples  # where no window counts as voice, all of it is embedded
         starts = _partial_starts(len(samples))
         samples = np.pad(samples, (0, max(0, (starts[-1] + PARTIAL_FRAMES) * HOP - len(samples))))
         mel_TM = self._spectrogram(samples)
@@ -104,7 +104,7 @@ class Resemblyzer:
         samples = samples[: len(samples) // VAD_WINDOW * VAD_WINDOW]
         if not len(samples):
             return samples
-        pcm = struct.pack(f"{len(samples)}h", *np.round(samples * INT16_MAX).astype(np.int16))
+        pcm = pcm16(samples)
         vad = self._vad.Vad(mode=3)
         starts = range(0, len(pcm), 2 * VAD_WINDOW)
         flags = np.array([vad.is_speech(pcm[i : i + 2 * VAD_WINDOW], sample_rate=RATE) for i in starts], dtype=float)
@@ -140,18 +140,15 @@ class WavLM:
     def __init__(self, spec: str, device: str) -> None:
         from transformers import AutoFeatureExtractor, WavLMForXVector
 
-        place, revision = place_of(spec)
-        named: Any = {"revision": revision} if revision else {}
+        place, options = hub_arguments(spec)
         try:
-            self._extract: Any = AutoFeatureExtractor.from_pretrained(place, **named)
-            model: Any = WavLMForXVector.from_pretrained(place, weights_only=True, **named)
-        except LOAD_ISSUES as error:
+            self._extract: Any = AutoFeatureExtractor.from_pretrained(place, **options)
+            model: Any = WavLMForXVector.from_pretrained(place, weights_only=True, **options)
+        except LOAD_ERRORS as error:
             raise ConfigError(f"{spec}: does not load as WavLM for speaker verification: {error}") from None
-        folder = Path(place)
         self._model = model.eval().to(device)
         self._device = device
-        commit = getattr(model.config, "_commit_hash", None)
-        self.name = identity("transformers", folder if folder.is_dir() else None, f"WavLM-SV {place}", commit)
+        self.name = pretrained_identity(place, f"WavLM-SV {place}", model)
 
     @torch.inference_mode()
     def embed(self, audios: Sequence[Audio]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Recognisers: Whisper through faster-whisper or transformers, by path or hub id; pocketsphinx with its own model."""
+"""Speech recognisers: Whisper by faster-whisper or transformers, from a path or hub id; pocketsphinx."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.scorer_support import LOAD_ISSUES, RATE, identity, need, place_of, waveform
+from speechtune.tasks.voice_cloning.support import (
+    LOAD_ERRORS,
+    RATE,
+    hub_arguments,
+    identity,
+    need,
+    pcm16,
+    place_of,
+    pretrained_identity,
+    waveform,
+)
 from speechtune.tasks.voice_cloning.word_errors import INSTALL, language_code
 from speechtune.types import Audio
 
 INSTALL_FASTER_WHISPER = "pip install 'speechtune[asr,faster-whisper]'"
 BATCH_SIZE = 8
 WINDOW_SECONDS = 30
-"""What Whisper hears at once; longer clips go through it in pieces."""
-INT16_MAX = 2**15 - 1
+"""What Whisper takes at once; longer clips go through it in pieces."""
 
 
 class FasterWhisper:
-    """Whisper by CTranslate2: greedy, without the random retries at higher temperatures, in seed-tts-eval's manner."""
+    """Whisper by CTranslate2: greedy as in seed-tts-eval, without the random retries at higher temperatures."""
 
     languages: frozenset[str] | None = None
 
@@ -35,7 +43,7 @@ class FasterWhisper:
                 raise FileNotFoundError(f"{folder} holds no tokenizer.json")
             kind = "float32" if device == "cpu" else "default"  # no CPU computes in the float16 that most are stored in
             self._model = package.WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
-        except LOAD_ISSUES as error:
+        except LOAD_ERRORS as error:
             raise ConfigError(f"{spec}: does not load as a CTranslate2 Whisper: {error}") from None
         self._known = set(self._model.supported_languages)
         self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, greedy")
@@ -64,38 +72,35 @@ class Whisper:
     def __init__(self, spec: str, device: str) -> None:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-        place, revision = place_of(spec)
-        named: Any = {"revision": revision} if revision else {}
+        place, options = hub_arguments(spec)
         try:
-            self._processor: Any = WhisperProcessor.from_pretrained(place, **named)
-            model: Any = WhisperForConditionalGeneration.from_pretrained(place, weights_only=True, **named)
-        except LOAD_ISSUES as error:
+            self._processor: Any = WhisperProcessor.from_pretrained(place, **options)
+            model: Any = WhisperForConditionalGeneration.from_pretrained(place, weights_only=True, **options)
+        except LOAD_ERRORS as error:
             raise ConfigError(f"{spec}: does not load as Whisper: {error}") from None
         self._model = model.eval().to(device)
         tokens = getattr(model.generation_config, "lang_to_id", None) or {}
         self._known = {token.strip("<|>") for token in tokens}
-        folder = Path(place)
-        commit = getattr(model.config, "_commit_hash", None)
-        self.name = identity("transformers", folder if folder.is_dir() else None, f"Whisper {place}, greedy", commit)
+        self.name = pretrained_identity(place, f"Whisper {place}, greedy", model)
 
     @torch.inference_mode()
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
         """What is said in each clip, in batches of one language; clips over 30 s alone, in pieces."""
-        heard = [""] * len(audios)
+        texts = [""] * len(audios)
         groups: dict[str | None, list[int]] = {}
         for index, (audio, language) in enumerate(zip(audios, languages, strict=True)):
             code = language_code(language)
             code = code if code in self._known else None
             if audio.duration_seconds > WINDOW_SECONDS:
-                heard[index] = self._generate([audio], code)[0]
+                texts[index] = self._generate([audio], code)[0]
             else:
                 groups.setdefault(code, []).append(index)
         for code, indices in groups.items():
             for first in range(0, len(indices), BATCH_SIZE):
                 chosen = indices[first : first + BATCH_SIZE]
                 for index, text in zip(chosen, self._generate([audios[i] for i in chosen], code), strict=True):
-                    heard[index] = text
-        return heard
+                    texts[index] = text
+        return texts
 
     def _generate(self, audios: Sequence[Audio], code: str | None) -> list[str]:
         long = audios[0].duration_seconds > WINDOW_SECONDS
@@ -135,11 +140,10 @@ class PocketSphinx:
         return [self._transcribe(audio) for audio in audios]
 
     def _transcribe(self, audio: Audio) -> str:
-        # it carries the mean of the cepstrum over from clip to clip; each is to be heard as if it were the first
+        # it carries the mean of the cepstrum over from clip to clip, which would make texts depend on their order
         self._decoder.set_cmn(self._cmn)
         self._decoder.start_utt()
-        pcm = np.round(waveform(audio) * INT16_MAX).astype(np.int16)
-        self._decoder.process_raw(pcm.tobytes(), full_utt=True)
+        self._decoder.process_raw(pcm16(waveform(audio)), full_utt=True)
         self._decoder.end_utt()
-        found = self._decoder.hyp()
-        return found.hypstr if found is not None else ""
+        hypothesis = self._decoder.hyp()
+        return hypothesis.hypstr if hypothesis is not None else ""

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.scorer_support import RATE, identity, need, package_file, waveform
+from speechtune.tasks.voice_cloning.support import RATE, identity, need, package_file, waveform
 from speechtune.types import Audio
 
 INSTALL_DISTILLMOS = "pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0"
 INSTALL_DNSMOS = "pip install 'speechtune[mos]'"
 INSTALL = INSTALL_DISTILLMOS
 DNSMOS_SECONDS = 9.01
-"""Length of the window DNSMOS judges; shorter clips are repeated until they fill it."""
+"""Length of DNSMOS's window; shorter clips are repeated until they fill it."""
 DNSMOS_OVERALL = np.poly1d([-0.06766283, 1.11546468, 0.04602535])
-"""From what the network says to the scale of listeners (speechmos/dnsmos.py, not personalised)."""
+"""From the network's output to the scale of human ratings (speechmos/dnsmos.py, not personalised)."""
 DNSMOS_MODEL = "dnsmos_models/sig_bak_ovr.onnx"
 
 
@@ -31,16 +31,16 @@ class DistillMos:
 
     def __init__(self, spec: str, device: str) -> None:
         # distillmos uses torchaudio in its command line alone, and torchaudio loads beside one exact torch build only
-        there = sys.modules.get("torchaudio")
+        present = sys.modules.get("torchaudio")
         sys.modules["torchaudio"] = ModuleType("torchaudio")
         try:
             package = need("distillmos.sqa", spec, INSTALL_DISTILLMOS)
         finally:
             del sys.modules["torchaudio"]
-            if there is not None:
-                sys.modules["torchaudio"] = there
+            if present is not None:
+                sys.modules["torchaudio"] = present
         self.name = identity("distillmos", Path(package.DEFAULT_WEIGHTS_CHKPT))
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces its weights, also in the midst of our JSON
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the path of its weights, which would break --json
             self._model = package.ConvTransformerSQAModel().eval().to(device)
         self._device = device
 
@@ -79,9 +79,5 @@ class Dnsmos:
         count = int(len(samples) // RATE - DNSMOS_SECONDS) + 1
         # ends as the package computes them: by rounding some windows lack a sample, and those it leaves out
         windows = [samples[i * RATE : int((i + DNSMOS_SECONDS) * RATE)] for i in range(count)]
-        scores = []
-        for window in windows:
-            if len(window) == size:
-                overall = self._session.run(None, {"input_1": window[None]})[0][0][2]
-                scores.append(DNSMOS_OVERALL(overall))
-        return float(np.mean(scores))
+        outputs = [self._session.run(None, {"input_1": w[None]})[0][0][2] for w in windows if len(w) == size]
+        return float(np.mean([DNSMOS_OVERALL(output) for output in outputs]))

@@ -1,4 +1,4 @@
-"""What the scorers share: packages loaded when they are needed, places of weights, and audio as networks want it."""
+"""Helpers of the scorers: optional packages, where weights lie and what identifies them, audio as networks take it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,9 +20,10 @@ from speechtune.types import Audio
 
 RATE = 16_000
 """Sampling rate in Hz that every scorer here was trained on."""
+INT16_MAX = 2**15 - 1
 HASH_DIGITS = 12
-LOAD_ISSUES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
-"""What loading of absent, unfit, truncated or tampered weights raises."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+"""Raised by loading absent, unfit, truncated or tampered weights."""
 
 
 def need(module: str, wanted_by: str, install: str) -> ModuleType:
@@ -67,8 +69,21 @@ def place_of(spec: str) -> tuple[str, str | None]:
     return place, revision or None
 
 
+def hub_arguments(spec: str) -> tuple[str, dict[str, Any]]:
+    """Place and further arguments of transformers' `from_pretrained` for a spec; see `place_of`."""
+    place, revision = place_of(spec)
+    return place, {"revision": revision} if revision else {}
+
+
+def pretrained_identity(place: str, description: str, model: Any) -> str:
+    """`identity` of a model loaded by transformers from a folder or the hub."""
+    folder = Path(place)
+    commit = getattr(model.config, "_commit_hash", None)
+    return identity("transformers", folder if folder.is_dir() else None, description, commit)
+
+
 def identity(package: str, weights: Path | None, place: str = "", commit: str | None = None) -> str:
-    """One line that says what measures: package and version, place, and a hash of the weights or the hub's commit."""
+    """One line that identifies a scorer: package, version, place, and a hash of the weights or the hub's commit."""
     line = f"{package} {version(package)}"
     if place:
         line += f", {place}"
@@ -84,3 +99,8 @@ def waveform(audio: Audio) -> np.ndarray:
     """Samples float32 of shape (num_samples,) at `RATE`, clipped at full scale as a written wav is; at least one."""
     samples = resample(audio, RATE).samples.clip(-1.0, 1.0)
     return samples if len(samples) else np.zeros(1, np.float32)
+
+
+def pcm16(samples: np.ndarray) -> bytes:
+    """Samples as 16-bit PCM in the machine's byte order."""
+    return np.round(samples * INT16_MAX).astype(np.int16).tobytes()
