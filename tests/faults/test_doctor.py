@@ -65,12 +65,12 @@ def test_command_line_tells_by_json_and_exit_code(
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
-        ("tokenizer.json", lambda path: path.write_text(LFS_POINTER), "git-lfs pointer"),
+        ("tokenizer.json", lambda path: path.write_text(LFS_POINTER), "Git LFS pointer"),
         ("tokenizer.json", lambda path: path.write_text("<!DOCTYPE html><html>404</html>"), "web page"),
         ("tokenizer.json", lambda path: path.write_text(path.read_text()[:-40]), "not valid JSON"),
         ("config.json", lambda path: path.write_bytes(b""), "0 bytes"),
         ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated or corrupt"),
-        ("model.safetensors", lambda path: path.write_text(LFS_POINTER), "git-lfs pointer"),
+        ("model.safetensors", lambda path: path.write_text(LFS_POINTER), "Git LFS pointer"),
     ],
 )
 def test_corrupt_files_are_named(recipe: RunConfig, name: str, damage: Callable[[Path], object], reason: str) -> None:

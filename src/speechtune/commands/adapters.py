@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,43 +15,33 @@ from speechtune.export.convert import convert
 from speechtune.export.extract import extract, settings_nearby
 from speechtune.export.find import find_adapters
 from speechtune.export.merge import MAX_SHARD_SIZE, Dtype, merge
-from speechtune.export.push import Upload, plan_upload, upload
+from speechtune.export.push import plan_upload, upload
 from speechtune.export.verify import Verification, verify_adapter
 from speechtune.family import NATIVE
 from speechtune.inference.load import model_config, open_adapter
 from speechtune.lora.files import read_tensors, weights_file
 
+TEST_INPUT = "The quick brown fox jumps over the lazy dog."
 COLORS = {"ok": "green", "issue": "red", "warning": "yellow", "unchecked": "dim"}
 
 
 def run_verify(
-    path: Path,
-    base: str | None = None,
-    *,
-    find_all: bool = False,
-    verbose: bool = False,
-    as_json: bool = False,
+    path: Path, base: str | None = None, *, find_all: bool = False, verbose: bool = False, as_json: bool = False
 ) -> int:
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
-    if find_all:
-        reports = [verify_adapter(folder, base) for folder in find_adapters(path)[0]]
-    else:
-        reports = [verify_adapter(path, base)]
-    valid = bool(reports) and all(report.valid for report in reports)
+    folders = find_adapters(path)[0] if find_all else [path]
+    reports = [verify_adapter(folder, base) for folder in folders]
+    status = 0 if reports and all(report.valid for report in reports) else 1
     if as_json:
         rows = [asdict(report) for report in reports]
-        print(json.dumps({"valid": valid, "adapters": rows} if find_all else rows[0], ensure_ascii=False))
-        return 0 if valid else 1
-    console = Console()
+        return _print_json({"valid": status == 0, "adapters": rows} if find_all else rows[0], status)
     for report in reports:
-        _print_verification(console, report, verbose)
-    if not reports:
-        console.print(f"no adapter under {path}", markup=False)
-    return 0 if valid else 1
+        _print_verification(Console(), report, verbose)
+    return _print_lines([] if reports else [f"no adapter under {path}"], status)
 
 
 def _print_verification(console: Console, report: Verification, verbose: bool) -> None:
-    table = Table("check", "", "found", title=report.path)
+    table = Table("check", "", "result", title=report.path)
     for check in report.checks:
         table.add_row(check.name, f"[{COLORS[check.status]}]{check.status}[/]", escape(check.detail))
     console.print(table)
@@ -62,69 +51,52 @@ def _print_verification(console: Console, report: Verification, verbose: bool) -
             kind = str(tensor.dtype).removeprefix("torch.")
             tensors.add_row(name, str(tuple(tensor.shape)), kind, f"{float(tensor.float().norm()):.4g}")
         console.print(tensors)
-    verdict = "[green]valid[/]" if report.valid else "[red]NOT valid[/]"
-    console.print(f"{verdict}: ", end="")
+    console.print("[green]valid[/]: " if report.valid else "[red]NOT valid[/]: ", end="")
     line = f"base {report.base}, step {report.step}, {report.format}, {report.bytes:,} bytes"
     console.print(line, markup=False, soft_wrap=True)
 
 
 def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int:
-    """List every adapter under `root`; 0 when one was found, else 1."""
+    """List every adapter under `root`; 0 when one is there, else 1."""
     folders, checkpoints = find_adapters(root)
     adapters = [verify_adapter(folder, look_up_base=False) for folder in folders]
+    status = 0 if adapters or checkpoints else 1
     if as_json:
         rows = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": [str(path) for path in checkpoints]}
-        print(json.dumps(rows, ensure_ascii=False))
-        return 0 if adapters or checkpoints else 1
-    console = Console()
+        return _print_json(rows, status)
     paths = [Column(name, overflow="fold") for name in ("adapter", "base")]
     table = Table(*paths, "rank", "step", "valid", "bytes", "date", title=f"adapters under {root}")
+    lines = []
     for one in adapters:
         valid = "[green]yes[/]" if one.valid else "[red]no[/]"
         cells = (escape(one.path), escape(one.base or "?"), str(one.rank or "?"), str(one.step or "?"), valid)
         table.add_row(*cells, f"{one.bytes:,}", (one.modified or "?").replace("T", " ").removesuffix("+00:00"))
-    if adapters:
-        console.print(table)
-    for one in adapters:
         shown = one.checks if verbose else [check for check in one.checks if check.status == "issue"]
-        for check in shown:
-            console.print(f"{one.path}: {check.name}: {check.status}: {check.detail}", markup=False, soft_wrap=True)
-    for path in checkpoints:
-        console.print(
-            f"{path}: a full checkpoint with LoRA weights inside: `speechtune adapters extract`", markup=False
-        )
-    if not adapters and not checkpoints:
-        console.print(f"no adapter under {root}", markup=False)
-    return 0 if adapters or checkpoints else 1
+        lines += [f"{one.path}: {check.name}: {check.status}: {check.detail}" for check in shown]
+    if adapters:
+        Console().print(table)
+    extract_it = "a full checkpoint with LoRA weights inside: `speechtune adapters extract`"
+    lines += [f"{path}: {extract_it}" for path in checkpoints]
+    return _print_lines(lines if status == 0 else [f"no adapter under {root}"], status)
 
 
-def run_convert(
-    adapter: Path,
-    output: Path,
-    to: str,
-    *,
-    base: str | None = None,
-    compare: bool = True,
-    as_json: bool = False,
-) -> int:
+def run_convert(adapter: Path, output: Path, to: str, *, base: str | None = None, as_json: bool = False) -> int:
     """Convert an adapter and print what was done; 0."""
-    report = convert(adapter, output, to, base=base, compare=compare)
+    report = convert(adapter, output, to, base=base)
     if as_json:
-        print(json.dumps(asdict(report), ensure_ascii=False))
-        return 0
-    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
-    say(f"{adapter} ({report.source_layout}) -> {output} ({to})")
-    say(f"{report.tensors} tensors, {report.renamed} renamed, values unchanged")
+        return _print_json(asdict(report))
+    lines = [
+        f"{adapter} ({report.source_layout}) -> {output} ({to})",
+        f"{report.tensors} tensors, {report.renamed} renamed, values unchanged",
+    ]
     if report.target_modules_listed:
-        say("target_modules named modules by their old place: it is now the list of the modules themselves")
+        lines.append("target_modules named modules by their old place: it is now the list of the modules themselves")
     if report.not_compared:
-        say(f"logits were not compared: {report.not_compared}")
+        lines.append(f"logits were not compared: {report.not_compared}")
     else:
-        say(
-            f"logits of both layouts differ by {report.logit_difference:.1e}; the adapter moves them by "
-            f"{report.adapter_effect:.3g}"
-        )
-    return 0
+        lines.append(f"logits of both layouts differ by {report.logit_difference:.1e}")
+        lines.append(f"the adapter moves them by {report.adapter_effect:.3g}")
+    return _print_lines(lines)
 
 
 def run_extract(
@@ -137,11 +109,10 @@ def run_extract(
     adapter_name: str | None = None,
     as_json: bool = False,
 ) -> int:
-    """Extract an adapter and print what was rescued and what could not be known; 0."""
+    """Extract an adapter, and print what it holds and what could not be known; 0."""
     report = extract(checkpoint, output, alpha=alpha, base=base, rslora=rslora, adapter_name=adapter_name)
     if as_json:
-        print(json.dumps(asdict(report), ensure_ascii=False))
-        return 0
+        return _print_json(asdict(report))
     lines = [
         f"{report.tensors} tensors of {report.modules} modules -> {output}",
         f"rank {report.rank} (from the shapes{'; other ranks in rank_pattern' if report.rank_pattern else ''})",
@@ -153,13 +124,7 @@ def run_extract(
     if report.layout not in (None, NATIVE):
         command = f"speechtune adapters convert {output} OUTPUT --to {NATIVE}"
         lines.append(f"keys are in the {report.layout} layout: next, `{command}`")
-    console = Console()
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
-
-
-TEST_INPUT = "The quick brown fox jumps over the lazy dog."
+    return _print_lines(lines)
 
 
 def run_merge(
@@ -189,17 +154,19 @@ def run_merge(
         max_shard_size=max_shard_size,
     )
     if as_json:
-        print(json.dumps(asdict(report) | {"output": str(output)}, ensure_ascii=False))
-        return 0
-    say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
-    say(f"{adapter} + {config.model.path} -> {output}")
-    say(f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}")
-    say(f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal")
-    if found := report.comparison:
-        say(f"on {found.test_input!r}: adapter on and off differ by up to {found.adapter_effect:.3g},")
-        say(f"  another first choice at {found.changed_positions} of {found.positions} positions;")
-        say(f"  merged and adapter on differ by up to {found.merged_difference:.1e}")
-    return 0
+        return _print_json(asdict(report) | {"output": str(output)})
+    lines = [
+        f"{adapter} + {config.model.path} -> {output}",
+        f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}",
+        f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal",
+    ]
+    if text := report.comparison:
+        lines += [
+            f"on {text.test_input!r}: adapter on and off differ by up to {text.adapter_effect:.3g},",
+            f"  another first choice at {text.changed_positions} of {text.positions} positions;",
+            f"  merged and adapter on differ by up to {text.merged_difference:.1e}",
+        ]
+    return _print_lines(lines)
 
 
 def run_push(
@@ -215,15 +182,24 @@ def run_push(
     plan = plan_upload(path, repository, private=private, samples=not no_samples)
     address = None if dry_run else upload(plan)
     if as_json:
-        print(json.dumps(asdict(plan) | {"url": address, "dry_run": dry_run}))
-        return 0
-    for line in _lines(plan, address):
-        print(line)
-    return 0
-
-
-def _lines(plan: Upload, address: str | None) -> Sequence[str]:
+        return _print_json(asdict(plan) | {"url": address, "dry_run": dry_run})
     kind = "private" if plan.private else "public"
-    head = f"{plan.repository} ({kind}, if new): {len(plan.files)} files, {plan.bytes / 1e6:.1f} MB"
-    files = [f"  {name}" for name in plan.files]
-    return [head, *files, f"uploaded: {address}" if address else "dry run: nothing was sent"]
+    return _print_lines(
+        [
+            f"{plan.repository} ({kind}, if new): {len(plan.files)} files, {plan.bytes / 1e6:.1f} MB",
+            *(f"  {name}" for name in plan.files),
+            f"uploaded: {address}" if address else "dry run: nothing was sent",
+        ]
+    )
+
+
+def _print_json(values: Mapping[str, object], status: int = 0) -> int:
+    print(json.dumps(values, ensure_ascii=False))
+    return status
+
+
+def _print_lines(lines: Iterable[str], status: int = 0) -> int:
+    """Print lines as they are: neither wrapped nor taken for markup."""
+    for line in lines:
+        Console(highlight=False).print(line, markup=False, soft_wrap=True)
+    return status

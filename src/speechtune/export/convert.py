@@ -43,7 +43,7 @@ class ConvertReport:
     not_compared: str | None
 
 
-def convert(adapter: Path, output: Path, to: str, *, base: str | None = None, compare: bool = True) -> ConvertReport:
+def convert(adapter: Path, output: Path, to: str, *, base: str | None = None) -> ConvertReport:
     """Write an adapter in another layout, as safetensors; one in that layout already is copied.
 
     Args:
@@ -52,7 +52,6 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None, co
         to: the wanted layout: NATIVE, or one that a family offers.
         base: hub id or folder of the base to compare both layouts on; None takes the one the adapter names where that
             is a local folder, and else compares nothing (a conversion downloads no base).
-        compare: False converts without verifying and comparing.
 
     Raises:
         ConfigError: no such layout.
@@ -69,9 +68,7 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None, co
     converted = in_layout(stored, to, layouts)
     if base:
         converted.config.base_model_name_or_path = base
-    config, reason = _comparable(stored, base) if compare else (None, "not asked for")
-    if stored.layout == to:
-        config, reason = None, "nothing was renamed"
+    config, reason = (None, "nothing was renamed") if stored.layout == to else _comparable(stored, base)
     difference = effect = None
 
     def write(aside: Path) -> None:
@@ -79,11 +76,11 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None, co
         write_adapter(aside, converted.config, converted.tensors)
         if (stored.directory / CARD_NAME).is_file():
             shutil.copyfile(stored.directory / CARD_NAME, aside / CARD_NAME)
-        if compare and (issues := verify_adapter(aside, look_up_base=to == NATIVE).issues):
+        if issues := verify_adapter(aside, look_up_base=to == NATIVE).issues:
             raise AdapterError(f"{stored.directory}: cannot be converted to {to}: " + "; ".join(issues))
         if config:
             native, other = (converted, stored) if to == NATIVE else (in_layout(stored, NATIVE, layouts), converted)
-            difference, effect = compare_layouts(config, native, other, layouts[str(other.layout)].to_native)
+            difference, effect = _compare_layouts(config, native, other, layouts[str(other.layout)].to_native)
 
     write_verified(output, write, converted.tensors)
     old, new = stored.config.target_modules, converted.config.target_modules
@@ -117,16 +114,12 @@ def _comparable(stored: StoredAdapter, base: str | None) -> tuple[RunConfig | No
 
 
 @torch.no_grad()
-def compare_layouts(
+def _compare_layouts(
     config: RunConfig, native: StoredAdapter, other: StoredAdapter, to_native: Callable[[str], str]
 ) -> tuple[float, float]:
-    """Greatest logit difference between the native adapter under PEFT and the other one added to the weights by hand.
+    """Greatest logit difference between the native adapter under PEFT and the other one added by hand, and its effect.
 
-    Returns:
-        that difference, and the adapter's own effect on the logits.
-
-    Raises:
-        AdapterError: they give other logits.
+    The other one goes to the weights without PEFT, so that a mistake in the renaming cannot hide on both sides.
     """
     family = create_family(config)
     model = family.load(plan_precision("fp32")).eval()
@@ -134,7 +127,7 @@ def compare_layouts(
     adapted = load_adapter(model, native)
     logits, _ = family.probe(adapted)
     plain = adapted.unload()
-    add_by_hand(plain, other, to_native)
+    _add_by_hand(plain, other, to_native)
     difference = float((family.probe(plain)[0] - logits).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
         raise AdapterError(
@@ -143,7 +136,7 @@ def compare_layouts(
     return difference, float((base_logits - logits).abs().max())
 
 
-def add_by_hand(model: nn.Module, other: StoredAdapter, to_native: Callable[[str], str]) -> None:
+def _add_by_hand(model: nn.Module, other: StoredAdapter, to_native: Callable[[str], str]) -> None:
     """Add `scale * lora_B @ lora_A` of an adapter of another layout to a native model's weights, without PEFT."""
     config, tensors = other.config, other.tensors
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}

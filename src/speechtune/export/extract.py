@@ -1,4 +1,4 @@
-"""Rescue a LoRA adapter out of a full checkpoint: tensors by name, configuration from shapes and files nearby."""
+"""Extract a LoRA adapter from a full checkpoint: tensors by name, configuration from shapes and files nearby."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BASE_NAMES = ("base_model_name_or_path", "base_model_path", "model_path", "model
 
 @dataclass(slots=True)
 class Weights:
-    """LoRA tensors under the names they have in an adapter's file, and what their old names told."""
+    """LoRA tensors under the names they have in an adapter's file, and what follows from their old names."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one file near a checkpoint says of the run; None where it says nothing."""
+    """What one file near a checkpoint holds of a run's settings; None where it does not name one."""
 
     file: Path
     alpha: float | None = None
@@ -55,12 +55,12 @@ class Settings:
     base: str | None = None
     codec: str | None = None
     rslora: bool | None = None
-    alpha_pattern: Mapping[str, float] | None = None
+    alpha_pattern: Mapping[str, float] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What was rescued, where alpha and base come from, and what could not be known."""
+    """What was extracted, where alpha and base come from, and what could not be known."""
 
     output: str
     tensors: int
@@ -96,7 +96,7 @@ def extract(
         adapter_name: which adapter, where the checkpoint holds several.
 
     Raises:
-        AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or alpha is nowhere to be found.
+        AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or no file gives alpha.
         CheckpointError: the output exists or cannot be written.
     """
     weights = read_lora(checkpoint, adapter_name)
@@ -105,18 +105,12 @@ def extract(
     rank = Counter(weights.ranks.values()).most_common(1)[0][0]
     levels = settings_nearby(checkpoint)
     alpha_value, alpha_from, source = _find_alpha(checkpoint, levels, alpha, rank)
-    base_value, base_from = (base, "--base") if base else _find_base(levels)
+    bases = ((settings.base, str(settings.file)) for level in levels for settings in level if settings.base)
+    base_value, base_from = (base, "--base") if base else next(bases, (None, "unknown"))
     scaled = rslora if rslora is not None else source.rslora if source else None
-    try:
-        config = LoraConfig(
-            **lora_values(weights, rank),
-            lora_alpha=alpha_value,  # pyright: ignore[reportArgumentType]  # PEFT divides by it; a float is fine
-            base_model_name_or_path=base_value,
-            use_rslora=bool(scaled),
-            alpha_pattern=dict(source.alpha_pattern or {}) if source else {},
-        )
-    except ValueError as error:
-        raise AdapterError(f"{checkpoint}: PEFT knows no adapter with these parts: {error}") from None
+    config = _config(checkpoint, weights, rank, source)
+    config.lora_alpha = alpha_value  # pyright: ignore[reportAttributeAccessIssue]  # PEFT divides by it; a float is fine
+    config.base_model_name_or_path, config.use_rslora = base_value, bool(scaled)
     verified: list[Verification] = []
 
     def write(aside: Path) -> None:
@@ -142,6 +136,23 @@ def extract(
     )
 
 
+def _config(checkpoint: Path, weights: Weights, rank: int, source: Settings | None) -> LoraConfig:
+    """What the tensors alone give of an adapter's configuration, and a file's alpha by module."""
+    try:
+        return LoraConfig(
+            r=rank,
+            rank_pattern={module: own for module, own in weights.ranks.items() if own != rank},
+            alpha_pattern=dict(source.alpha_pattern or {}) if source else {},
+            target_modules=sorted(weights.ranks),  # exactly the modules that have weights
+            modules_to_save=sorted(weights.saved_modules) or None,
+            use_dora=weights.dora,
+            lora_bias=weights.bias,
+            inference_mode=True,
+        )
+    except ValueError as error:
+        raise AdapterError(f"{checkpoint}: PEFT knows no adapter with these parts: {error}") from None
+
+
 def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source: Settings | None) -> Iterator[str]:
     yield "dropout and initialisation of the training: default values; loading does not need them"
     if base is None:
@@ -150,21 +161,6 @@ def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source:
         yield "use_rslora: taken as false; if the run scaled by sqrt(rank), give --rslora"
     if alpha is not None and source and source.alpha != alpha:
         yield f"whether alpha is {alpha:g} as given or {source.alpha:g} as {source.file} says; given was written"
-
-
-def lora_values(weights: Weights, rank: int) -> dict[str, Any]:
-    """What the tensors alone tell of an adapter's configuration; `target_modules` names exactly the modules found."""
-    return {
-        "r": rank,
-        "rank_pattern": {module: found for module, found in weights.ranks.items() if found != rank},
-        "target_modules": sorted(weights.ranks),
-        "modules_to_save": sorted(weights.saved_modules) or None,
-        "use_dora": weights.dora,
-        "lora_bias": weights.bias,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
 
 
 def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
@@ -185,7 +181,7 @@ def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
 
 def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | None) -> None:
     clean = WRAPPER_PARTS.sub("", key)
-    _, found, after = clean.partition(KEY_PREFIX)
+    _, has_prefix, after = clean.partition(KEY_PREFIX)
     match = LORA_KEY.fullmatch(clean) or SAVED_KEY.fullmatch(clean)
     if match is None:
         return
@@ -194,7 +190,7 @@ def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | 
         return
     if adapter is not None:
         weights.adapter_names.add(adapter)
-    inside = after if found else re.sub(r"^(module\.)+", "", clean)  # without PEFT's prefix only DDP's can be told
+    inside = after if has_prefix else re.sub(r"^(module\.)+", "", clean)  # without PEFT's prefix only DDP's is known
     module = inside[: len(inside) - len(clean) + match.end("module")]
     if "part" not in match.groupdict():
         weights.saved_modules.add(module)
@@ -228,19 +224,18 @@ def weight_files(checkpoint: Path) -> list[Path]:
         if missing := [name for name in names if Path(name).name != name or not (checkpoint / name).is_file()]:
             raise AdapterError(f"{index}: {len(missing)} of its {len(names)} files are not there: {missing[:3]}")
         return [checkpoint / name for name in names]
-    found = [path for path in sorted(checkpoint.glob("*")) if path.is_file() and path.suffix in WEIGHT_SUFFIXES]
-    found = [path for path in found if not NOT_WEIGHTS.search(path.name)]
-    safetensors = [path for path in found if path.suffix == ".safetensors"]
-    if not found:
+    candidates = [path for path in sorted(checkpoint.glob("*")) if path.is_file() and path.suffix in WEIGHT_SUFFIXES]
+    files = [path for path in candidates if not NOT_WEIGHTS.search(path.name)]
+    if not files:
         raise AdapterError(f"{checkpoint}: no weights there (*{', *'.join(WEIGHT_SUFFIXES)})")
-    return safetensors or found
+    return [path for path in files if path.suffix == ".safetensors"] or files
 
 
 def settings_nearby(checkpoint: Path) -> list[list[Settings]]:
-    """What files in the checkpoint's folder, then in its parent and the parent's `lora_adapters`, say of the run."""
+    """Settings of the run: from files in the checkpoint's folder, then from those in its parent, nearest first."""
     folder = (checkpoint.parent if checkpoint.is_file() else checkpoint).absolute()
     levels = [[folder, folder / FOLDER_NAME], [folder.parent, folder.parent / FOLDER_NAME]]
-    return [[found for place in places for found in _settings_in(place)] for places in levels]
+    return [[settings for place in places for settings in _settings_in(place)] for places in levels]
 
 
 def _settings_in(folder: Path) -> Iterator[Settings]:
@@ -257,9 +252,8 @@ def _settings_in(folder: Path) -> Iterator[Settings]:
 def _settings(file: Path, values: Mapping[str, Any]) -> Settings:
     lora, model = values.get("lora"), values.get("model")
     if isinstance(lora, dict) and isinstance(model, dict):  # our own recipe
+        lora = lora if lora.get("enabled", True) else {}
         base, codec = model.get("path"), model.get("codec_path")
-        if not lora.get("enabled", True):
-            return Settings(file, base=base, codec=codec)
         return Settings(file, lora.get("alpha"), lora.get("rank"), base, codec, lora.get("rslora"))
     flat = _flat(values)
     base = next((flat[name] for name in BASE_NAMES if isinstance(flat.get(name), str)), None)
@@ -278,31 +272,24 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _find_alpha(
     checkpoint: Path, levels: list[list[Settings]], given: float | None, rank: int
 ) -> tuple[float, str, Settings | None]:
-    passed_over = []
+    """Alpha, where it comes from, and the settings it stands in: the given one, or that of the nearest fitting file."""
+    other_ranks = []
     for level in levels:
-        named = [found for found in level if found.alpha is not None]
-        fitting = [found for found in named if found.rank in (None, rank)]
-        passed_over += [f"{found.file} says rank {found.rank}" for found in named if found not in fitting]
-        if given is None and len({found.alpha for found in fitting}) > 1:
-            said = ", ".join(f"{found.file} says {found.alpha:g}" for found in fitting)
-            raise AdapterError(f"{checkpoint}: files disagree on lora_alpha: {said}; give it with --alpha")
+        alphas = {settings: settings.alpha for settings in level if settings.alpha is not None}
+        fitting = {settings: alpha for settings, alpha in alphas.items() if settings.rank in (None, rank)}
+        other_ranks += [f"{settings.file} says rank {settings.rank}" for settings in alphas if settings not in fitting]
+        if given is None and len(set(fitting.values())) > 1:
+            listed = ", ".join(f"{settings.file} says {alpha:g}" for settings, alpha in fitting.items())
+            raise AdapterError(f"{checkpoint}: files disagree on lora_alpha: {listed}; give it with --alpha")
         if fitting:
-            found = fitting[0]
-            assert found.alpha is not None
+            settings, alpha = next(iter(fitting.items()))
             if given is None:
-                return found.alpha, str(found.file), found
-            return given, "--alpha", replace(found, alpha_pattern=None)  # it scales by another alpha than the given
+                return alpha, str(settings.file), settings
+            return given, "--alpha", replace(settings, alpha_pattern=None)  # it scales by another alpha than the given
     if given is not None:
         return given, "--alpha", None
-    why = f" ({'; '.join(passed_over)}, the weights have rank {rank})" if passed_over else ""
+    why = f" ({'; '.join(other_ranks)}, the weights have rank {rank})" if other_ranks else ""
     raise AdapterError(
-        f"{checkpoint}: lora_alpha is not in the weights, and no file in or beside the folder tells it{why}; give the "
+        f"{checkpoint}: lora_alpha is not in the weights, and no file in or beside the folder gives it{why}; give the "
         "value of the training with --alpha (the original pipeline's default was 32)"
     )
-
-
-def _find_base(levels: list[list[Settings]]) -> tuple[str | None, str]:
-    for found in (found for level in levels for found in level):
-        if found.base:
-            return found.base, str(found.file)
-    return None, "unknown"

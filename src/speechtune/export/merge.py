@@ -1,11 +1,11 @@
-"""Merge an adapter into its base: in float32, compared with the adapter before anything is published."""
+"""Merge an adapter into its base: in float32, compared with base and adapter before anything is written."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,9 +35,7 @@ from speechtune.storage.verified_folder import check_writable, write_verified
 log = logging.getLogger("speechtune")
 
 GREEDY_STEPS = 24
-TOLERANCE = 1e-5
-
-
+TOLERANCE = 1e-5  # of the greatest logit, in float32
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MERGE_PLAN = PrecisionPlan(
@@ -65,8 +63,7 @@ class MergeReport:
     adapter_effect: float
     merged_difference: float
     greedy_equal: bool
-    output: Path
-    comparison: Comparison | None = None
+    comparison: Comparison | None
 
 
 def merge(
@@ -101,15 +98,15 @@ def merge(
     stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
-    facts = provenance(family, config, base, adapter)
+    facts = _provenance(family, config, base, adapter)
     if adapter.identity:
         check_base(adapter.identity, adapter.directory, family, base, MERGE_PLAN)
     model = load_adapter(base, in_layout(adapter, NATIVE, family.adapter_layouts))
-    merged, report = merge_checked(family, model, output, tokenize(config, compare_on) if compare_on else None)
+    merged, report = _merge_checked(family, model, compare_on, _tokenize(config, compare_on) if compare_on else None)
     merged = cast(Any, merged.to(stored_dtype))
-    facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), "adapter_effect": report.adapter_effect}
-    facts |= {"merged_difference_float32": report.merged_difference, "greedy_equal": report.greedy_equal}
-    facts |= {"comparison": asdict(report.comparison) if report.comparison else None}
+    measured = asdict(report)
+    measured["merged_difference_float32"] = measured.pop("merged_difference")
+    facts |= {"merged_dtype": str(stored_dtype).removeprefix("torch."), **measured}
 
     for name in inspect.signature(type(merged).__init__).parameters:  # from_pretrained leaves such arguments there
         vars(merged.generation_config).pop(name, None)
@@ -121,28 +118,20 @@ def merge(
         (aside / "merge_info.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     write_verified(output, write, model_tensors(merged))
-    log.info(
-        "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g",
-        output,
-        report.merged_difference,
-        report.adapter_effect,
-    )
+    moved = "merged into %s: logits differ by %.1e from adapter-on, the adapter moves them by %.2g"
+    log.info(moved, output, report.merged_difference, report.adapter_effect)
     return report
 
 
-def merge_checked(
-    family: Family, model: PeftModel, output: Path, text: tuple[str, dict[str, torch.Tensor]] | None
+def _merge_checked(
+    family: Family, model: PeftModel, text: str | None, inputs: Mapping[str, torch.Tensor] | None
 ) -> tuple[nn.Module, MergeReport]:
-    """Merge in place, and compare the merged model with the adapter switched on.
-
-    Raises:
-        AdapterError: the adapter has no effect, or the merged model answers differently.
-    """
+    """Merge in place, and compare the merged model with the adapter switched on; also on a text with its token ids."""
     logits, rows = family.probe(model, GREEDY_STEPS)
-    on = _text_logits(model, text[1]) if text else None
+    on = _text_logits(model, inputs)
     with adapter_off(model):
         effect = float((family.probe(model)[0] - logits).abs().max())
-        off = _text_logits(model, text[1]) if text else None
+        off = _text_logits(model, inputs)
     if not effect > 0.0:  # also NaN
         raise AdapterError("the adapter changes no logit on its base: nothing to merge")
     merged = cast(nn.Module, model.merge_and_unload()).eval()
@@ -156,36 +145,27 @@ def merge_checked(
             f"output {'equal' if equal else 'different'}; nothing was written"
         )
     comparison = None
-    if text and on is not None and off is not None:
-        comparison = compare(text[0], on, off, _text_logits(merged, text[1]))
-    return merged, MergeReport(effect, difference, equal, output, comparison)
+    if text:
+        then = _text_logits(merged, inputs)
+        changed = int((on.argmax(-1) != off.argmax(-1)).sum())
+        differences = float((on - off).abs().max()), float((then - on).abs().max())
+        comparison = Comparison(text, *differences, changed, on[..., 0].numel())
+    return merged, MergeReport(effect, difference, equal, comparison)
 
 
-def compare(text: str, on: torch.Tensor, off: torch.Tensor, merged: torch.Tensor) -> Comparison:
-    """Differences of logits (1, S, V) on a text: adapter on against off, and merged against on."""
-    changed = int((on.argmax(-1) != off.argmax(-1)).sum())
-    return Comparison(
-        text, float((on - off).abs().max()), float((merged - on).abs().max()), changed, on[..., 0].numel()
-    )
-
-
-def tokenize(config: RunConfig, text: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """A text with its token ids and mask.
-
-    Raises:
-        ConfigError: the base has no usable tokenizer.
-    """
-    tokenizer = load_tokenizer(config.model, config.model.revision)
-    encoded = tokenizer(text, return_tensors="pt")
-    return text, {name: encoded[name] for name in ("input_ids", "attention_mask")}
+def _tokenize(config: RunConfig, text: str) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a text."""
+    encoded = load_tokenizer(config.model, config.model.revision)(text, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
-def _text_logits(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**inputs).logits.float()
+def _text_logits(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    """Logits (1, S, V) of a text; empty for none."""
+    return model(**inputs).logits.float() if inputs else torch.empty(0)
 
 
-def provenance(family: Family, config: RunConfig, base: nn.Module, adapter: StoredAdapter) -> dict[str, Any]:
+def _provenance(family: Family, config: RunConfig, base: nn.Module, adapter: StoredAdapter) -> dict[str, Any]:
     """What a merged model was made of: base and its parts by revision or content, adapter by content, versions."""
     folder = Path(config.model.path)
     parts: dict[str, Any] = {}

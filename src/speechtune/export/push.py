@@ -60,7 +60,7 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
     verified = verify_adapter(folder, look_up_base=False)
     if not verified.valid:
         raise AdapterError(f"{folder}: not uploaded: {'; '.join(verified.issues)}")
-    check_card(folder / CARD_NAME)
+    _check_card(folder / CARD_NAME)
     files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     if samples:
         files |= _samples(folder.parent / SAMPLES)
@@ -68,12 +68,8 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
     return Upload(repository, private, {name: str(file) for name, file in files.items()}, size, None)
 
 
-def check_card(file: Path) -> None:
-    """The card has a metadata block that the hub reads.
-
-    Raises:
-        ConfigError: there is no card, or no sound block in it.
-    """
+def _check_card(file: Path) -> None:
+    """Refuse a card without a metadata block that the hub reads."""
     try:
         card = RepoCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Verify a saved adapter: its files, its values, its fit to the base, and its effect."""
+"""Verify a saved adapter: its files, its values, how it fits the base, and its effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from speechtune.errors import AdapterError, ConfigError
 from speechtune.families import adapter_layouts, create_family
 from speechtune.family import NATIVE
 from speechtune.inference.load import load_model, model_config
-from speechtune.lora.apply import adapter_off, adapter_state, lora_b_norms
+from speechtune.lora.apply import adapter_off, adapter_state
 from speechtune.lora.base_identity import read_recipe
 from speechtune.lora.files import (
     BIN_NAME,
@@ -47,7 +47,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What one check of an adapter said."""
+    """Outcome of one check of an adapter."""
 
     name: str
     status: Status
@@ -56,7 +56,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All that can be said of one adapter; `valid` when no check found an issue."""
+    """Facts of a saved adapter and the checks it went through; `valid` when none has an issue."""
 
     path: str
     valid: bool
@@ -151,21 +151,19 @@ def _check_manifest(directory: Path, file: Path) -> CheckResult:
         with zipfile.ZipFile(file) as archive:
             changed = archive.testzip()
         if changed:
-            return CheckResult(
-                "manifest", "issue", f"{file.name}: the checksum of {changed} differs: changed since it was saved"
-            )
-    return CheckResult("manifest", "unchecked", f"no {MANIFEST_NAME}: a changed value cannot be told")
+            detail = f"{file.name}: the checksum of {changed} differs: changed since it was saved"
+            return CheckResult("manifest", "issue", detail)
+    return CheckResult("manifest", "unchecked", f"no {MANIFEST_NAME}: a changed value would not show")
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> CheckResult:
     if issues := value_issues(tensors):
         return CheckResult("values", "issue", "; ".join(issues))
-    norms = lora_b_norms(tensors)
-    zero = sorted(name for name, norm in norms.items() if norm == 0.0)
-    if zero:
-        detail = f"{len(zero)} of {len(norms)} lora_B are zero (first {zero[0]}): never reached, or lost in saving"
+    trained = {name: bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name}
+    if zero := sorted(name for name in trained if not trained[name]):
+        detail = f"{len(zero)} of {len(trained)} lora_B are zero (first {zero[0]}): never reached, or lost in saving"
         return CheckResult("values", "warning", detail)
-    return CheckResult("values", "ok", f"all finite, all {len(norms)} lora_B trained")
+    return CheckResult("values", "ok", f"all finite, all {len(trained)} lora_B trained")
 
 
 def _check_structure(stored: StoredAdapter) -> CheckResult:
@@ -212,7 +210,7 @@ def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> C
     if stored.layout in family.adapter_layouts:
         return CheckResult("base", "issue", stored.layout_hint)
     try:
-        promised = promised_shapes(skeleton, stored.config)
+        promised = _promised_shapes(skeleton, stored.config)
     except (ValueError, TypeError, RuntimeError) as error:
         return CheckResult("base", "issue", f"PEFT cannot put this config on {base or named}: {str(error)[:300]}")
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
@@ -225,7 +223,7 @@ def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> C
     return _result("base", issues, f"names and shapes are those of {base or named}")
 
 
-def promised_shapes(skeleton: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _promised_shapes(skeleton: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors an adapter of this config must hold for a base, built on the meta device."""
     empty = copy.deepcopy(config)
     empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there

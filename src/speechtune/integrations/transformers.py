@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from speechtune.errors import ConfigError, TrainingError, some
 from speechtune.lora.apply import trainable
 from speechtune.lora.files import FOLDER_NAME
-from speechtune.lora.save import BORN_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
+from speechtune.lora.save import STARTS_AT_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
 from speechtune.tensors import checksums, tensors_fingerprint
 from speechtune.training import guards
 
@@ -94,7 +94,7 @@ class LoRACheckpointCallback(TrainerCallback):
         """Check the gradients, after clipping."""
         optimizer = kwargs["optimizer"]
         if not self._has_moved and any(group["lr"] > 0 for group in optimizer.param_groups):  # a warm-up begins at 0
-            self._before = checksums(self._born_zero())
+            self._before = checksums(self._starts_at_zero())
         if getattr(optimizer, "scaler", None) is not None:
             return  # with float16 autocast an overflow is normal: the scaler skips the step
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -111,7 +111,7 @@ class LoRACheckpointCallback(TrainerCallback):
         if self._before is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
         before, self._before = self._before, None
-        after = checksums(self._born_zero())
+        after = checksums(self._starts_at_zero())
         self._guard(guards.check_moved, before, after, where, where=where)
         still = [name for name in after if before[name] == after[name]]
         self._has_moved = len(still) < len(after)
@@ -161,8 +161,8 @@ class LoRACheckpointCallback(TrainerCallback):
             is_main_process=args.should_save,
         )
 
-    def _born_zero(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._parameters.items() if any(mark in name for mark in BORN_ZERO)}
+    def _starts_at_zero(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._parameters.items() if any(mark in name for mark in STARTS_AT_ZERO)}
 
     def _guard(self, check: Callable[..., None], *arguments: Any, where: str, **options: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""LoRA adapters: apply them, list what they train, get their tensors in and out, and refuse a poor fit."""
+"""LoRA adapters on a model: apply a fresh one, load a saved one, switch it, list what is trained, collect tensors."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def target_pattern(family: Family, settings: LoraSettings) -> str:
     return family.lora_presets.get(settings.targets, settings.targets)
 
 
+def interchangeable(family: Family, settings: LoraSettings) -> Mapping[str, object]:
+    """What must be the same for a resume to go on with another run's adapter."""
+    values = settings.model_dump(mode="json", exclude={"enabled", "dropout"})
+    return values | {"targets": target_pattern(family, settings)}
+
+
 def matching_modules(model: nn.Module, pattern: str) -> list[str]:
     """Names of the linear layers a pattern matches in full, as PEFT matches them.
 
@@ -61,13 +67,7 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
 
 
 def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: int) -> PeftModel:
-    """Freeze `model` and inject a fresh adapter with float32 weights.
-
-    Args:
-        model: the base, changed in place.
-        family: supplies the presets.
-        settings: rank, alpha, targets and variants.
-        seed: of lora_A's initialisation, so that every rank starts alike.
+    """Freeze the base and inject a fresh adapter with float32 weights, in place; with one seed all ranks start alike.
 
     Raises:
         AdapterError: the targets match nothing.
@@ -113,18 +113,18 @@ def carried_adapters(model: PeftModel) -> list[str]:
 
 
 def activate(model: PeftModel) -> None:
-    """Switch every adapter on and let only our own be trained: PEFT would switch the others off without a word."""
+    """Switch every adapter on and let only our own be trained."""
     carried = carried_adapters(model)
     if not carried:
         return
-    cast(Any, model.base_model).set_adapter([*carried, ADAPTER])
+    cast(Any, model.base_model).set_adapter([*carried, ADAPTER])  # PEFT had silently switched the others off
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and not any(f".{other}." in f"{name}." for other in carried))
 
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The base alone, with what it carries, for the time of a `with` block."""
+    """Switch our own adapter off inside a `with` block: the base answers, with the adapters that belong to it."""
     carried = carried_adapters(model)
     if not carried:
         with model.disable_adapter():
@@ -162,7 +162,7 @@ def _scale(config: PeftConfig) -> dict[str, object]:
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:
-    """Freeze the parameters whose whole name matches, and return their names.
+    """Freeze the parameters whose full name matches, and return their names.
 
     Raises:
         AdapterError: the pattern is no regex, or matches nothing.
@@ -204,17 +204,11 @@ def adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor] | None = N
     return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
-def lora_b_norms(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of every lora_B: zero means never trained."""
-    return {name: float(tensor.float().norm()) for name, tensor in state.items() if "lora_B" in name}
-
-
 def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
     """Put a saved adapter onto its base for inference, and refuse what PEFT only warns about.
 
     Raises:
-        AdapterError: keys missing or left over, shapes that differ, another layout than the base's (the message names
-            the command that converts it).
+        AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert).
     """
     config = copy.deepcopy(stored.config)
     config.inference_mode = True
@@ -240,25 +234,10 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
     return loaded.eval()
 
 
-def describe_settings(settings: LoraSettings, pattern: str) -> dict[str, Any]:
-    """What makes two adapters interchangeable for a resume."""
-    return {
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "targets": pattern,
-        "rslora": settings.rslora,
-        "dora": settings.dora,
-        "modules_to_save": list(settings.modules_to_save),
-        "trainable_tokens": list(settings.trainable_tokens),
-    }
-
-
 def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """The tensors a save of this model must hold: the adapter's, or all of a model trained in full.
 
-    Args:
-        model: the trained model.
-        state: its tensors at another moment, by the model's own names; None takes those it has now.
+    `state` holds the model's tensors at another moment, by its own names; None takes those it has now.
     """
     if isinstance(model, PeftModel):
         return adapter_state(model, state)

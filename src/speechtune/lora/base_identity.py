@@ -1,7 +1,7 @@
 """What an adapter was trained on: how its base was prepared, and what that base answered to a fixed input.
 
-An adapter is a difference. On another base, or on the right one prepared another way, it loads without a word and is
-wrong; so the recipe lies beside the adapter, and loading compares it.
+An adapter is a difference: on another base, or on the right one prepared another way, it loads without an error and is
+wrong. So the identity of the base is saved beside the adapter, and loading compares it.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from speechtune.errors import AdapterError, Issue
 from speechtune.family import NATIVE, AdapterLayout
 from speechtune.lora.base_identity import BaseRecipe, read_recipe
 from speechtune.storage.hashing import file_sha256
+from speechtune.storage.model_folder import not_downloaded
 from speechtune.storage.verified_folder import MANIFEST_NAME, verify_folder
 
 FOLDER_NAME = "lora_adapters"
@@ -153,17 +154,11 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     """Tensors of a .safetensors or torch file whose names are `wanted`; no pickled code is run.
 
     Raises:
-        AdapterError: the file is not readable, with what it holds instead where that can be told.
+        AdapterError: the file is not readable; the message says what it holds instead, if that is known.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
-        if not head:
-            raise AdapterError(f"{path}: empty (0 bytes of weights)")
-        if head.startswith(b"version https://git-lfs"):
-            raise AdapterError(f"{path}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise AdapterError(f"{path}: a web page, not weights: the download failed; fetch the file again")
+        if reason := not_downloaded(path):
+            raise AdapterError(f"{path}: {reason}")
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118

@@ -19,13 +19,7 @@ T = TypeVar("T")
 
 
 def in_layout(stored: StoredAdapter, to: str, layouts: Mapping[str, AdapterLayout]) -> StoredAdapter:
-    """An adapter in another layout; one whose layout is not among `layouts` is taken for a native one.
-
-    Args:
-        stored: the adapter.
-        to: NATIVE, or a key of `layouts`.
-        layouts: the layouts that adapters of its family can have.
-    """
+    """An adapter in another layout, NATIVE or one of `layouts`, its family's; it is native if its own is not there."""
     source = stored.layout if stored.layout and stored.layout in layouts else NATIVE
     if source == to:
         return stored

@@ -1,4 +1,4 @@
-"""Save a LoRA adapter from any training script: found behind its wrappers, checked, written, read back, compared."""
+"""Save the LoRA adapter of any training script: unwrapped, checked, written, read back, compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
 from speechtune.lora.base_identity import RECIPE_NAME
-from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, FOLDER_NAME, WEIGHTS_NAME
 from speechtune.storage.verified_folder import MANIFEST_NAME, check_writable, write_verified
 
 log = logging.getLogger("speechtune")
@@ -24,7 +24,7 @@ ADAPTER_FILES = frozenset({WEIGHTS_NAME, BIN_NAME, CONFIG_NAME, CARD_NAME, RECIP
 COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
 SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
 NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"
-BORN_ZERO = ("lora_B", "lora_embedding_A")  # what PEFT initialises with zeros, so that a fresh adapter changes nothing
+STARTS_AT_ZERO = ("lora_B", "lora_embedding_A")  # so that a fresh adapter of PEFT changes nothing
 
 
 def save_lora_adapters(
@@ -39,17 +39,17 @@ def save_lora_adapters(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     is_main_process: bool | None = None,
 ) -> Path:
-    """Save the LoRA adapter inside `model` as a folder plain PEFT loads, and prove by reading back that it is there.
+    """Save the LoRA adapter inside `model` as a folder that plain PEFT loads, and prove it by reading it back.
 
     Args:
         model: a PeftModel, or any module that holds one: DDP, torch.compile, accelerate's or one's own wrapper.
         output_dir: the adapter's own folder; it appears only when complete.
         replace: put it in the place of an older adapter; a folder holding anything else is never replaced.
         model_card: text of README.md (default: PEFT's card).
-        notes: further texts to lie beside the weights, by file name.
+        notes: further texts beside the weights, by file name.
         allow_untrained: accept an adapter whose every lora_B is still zero.
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
-        state_dict: the model's tensors, whole, under its own names, where the model has only shards of them (FSDP2).
+        state_dict: the model's gathered tensors under its own names, where the model has only shards of them (FSDP2).
         is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
             others return at once and do not wait.
 
@@ -74,9 +74,13 @@ def save_lora_adapters(
         _prepare_place(directory, state, replace)
         texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
         tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
-        renamed = tensors.keys() != state.keys()
-        parts = (embeddings, renamed, texts, state_dict)
-        write_verified(directory, lambda aside: _write(peft_model, name, aside, *parts), tensors, replace=replace)
+
+        def write(aside: Path) -> None:
+            _write(peft_model, name, aside, embeddings, state_dict)
+            for file_name, text in texts.items():
+                (aside / file_name).write_text(text, encoding="utf-8")
+
+        write_verified(directory, write, tensors, replace=replace)
     except SpeechtuneError as error:
         log.error("Saving LoRA adapters to %s failed: %s: %s", directory, type(error).__name__, error)
         log.debug("where it failed:", exc_info=True)
@@ -97,14 +101,14 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     modules = list(_reachable(model))
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
         raise AdapterError(f"{type(model).__name__} is sharded: {NO_SHARDS}")
-    found = [module for module in modules if isinstance(module, PeftModel)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        kinds = ", ".join(type(module).__name__ for module in found)
+    peft_models = [module for module in modules if isinstance(module, PeftModel)]
+    if len(peft_models) == 1:
+        return peft_models[0]
+    if peft_models:
+        kinds = ", ".join(type(module).__name__ for module in peft_models)
         raise AdapterError(
-            f"{type(model).__name__} holds {len(found)} PeftModels ({kinds}): pass the one to save; if one lies in the "
-            "other, get_peft_model was applied twice"
+            f"{type(model).__name__} holds {len(peft_models)} PeftModels ({kinds}): pass the one to save; if one lies "
+            "in the other, get_peft_model was applied twice"
         )
     if any("lora_" in name for module in modules for name, _ in module.named_parameters()):
         raise AdapterError(
@@ -173,8 +177,8 @@ def _reachable(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_state(state: Mapping[str, torch.Tensor], allow_untrained: bool) -> None:
-    born_zero = {key: tensor for key, tensor in state.items() if any(mark in key for mark in BORN_ZERO)}
-    if not born_zero:
+    b_parts = {key: tensor for key, tensor in state.items() if any(mark in key for mark in STARTS_AT_ZERO)}
+    if not b_parts:
         raise AdapterError(f"the adapter has no lora_B among its {len(state)} tensors: it is no LoRA adapter")
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
@@ -182,36 +186,34 @@ def _check_state(state: Mapping[str, torch.Tensor], allow_untrained: bool) -> No
             f"{len(broken)} of {len(state)} adapter tensors hold NaN or infinity (first {broken[0]}): the training "
             "broke down before this save; keep the adapter's weights in float32 and go back to an earlier checkpoint"
         )
-    moved = sum(bool(tensor.any()) for tensor in born_zero.values())
+    moved = sum(bool(tensor.any()) for tensor in b_parts.values())
     if not moved and not allow_untrained:
         raise AdapterError(
-            f"all {len(born_zero)} lora_B are exactly zero: this adapter was never trained. Was another object trained "
+            f"all {len(b_parts)} lora_B are exactly zero: this adapter was never trained. Was another object trained "
             "than the one saved? Pass allow_untrained=True to save it anyway"
         )
     count = sum(tensor.numel() for tensor in state.values())
-    log.info("Adapter: %d tensors, %d parameters, %d of %d lora_B trained", len(state), count, moved, len(born_zero))
+    log.info("Adapter: %d tensors, %d parameters, %d of %d lora_B trained", len(state), count, moved, len(b_parts))
 
 
 def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: bool) -> None:
     """Prove that the folder can be written and replaces nothing but an older adapter."""
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: a file stands where a folder should be: remove it or save elsewhere")
     if directory.exists():
-        strangers = sorted(path.name for path in directory.iterdir() if path.name not in ADAPTER_FILES)
-        if strangers:
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: a file stands where a folder should be: remove it or save elsewhere")
+        others = sorted(path.name for path in directory.iterdir() if path.name not in ADAPTER_FILES)
+        if others:
             raise CheckpointError(
-                f"{directory}: holds more than an adapter ({', '.join(strangers[:5])}) and will not be replaced; name "
-                f"a folder of its own, such as {directory / 'lora_adapters'}"
+                f"{directory}: holds more than an adapter ({', '.join(others[:5])}) and will not be replaced; name "
+                f"a folder of its own, such as {directory / FOLDER_NAME}"
             )
         if not replace:
             raise CheckpointError(f"{directory}: exists already; remove it, choose another, or pass replace=True")
-    parent = directory.parent
-    existed = parent.is_dir()
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    parent, existed = directory.parent, directory.parent.is_dir()
+    needed = sum(tensor.nbytes for tensor in state.values())
     check_writable(parent, needed)
     log.info("Output directory %s: %s", "exists" if existed else "created", parent)
-    free = shutil.disk_usage(parent).free
-    log.info("Write test passed: %d bytes needed, %.1f GB free", needed, free / 1e9)
+    log.info("Write test passed: %d bytes needed, %.1f GB free", needed, shutil.disk_usage(parent).free / 1e9)
 
 
 def _write(
@@ -219,8 +221,6 @@ def _write(
     name: str,
     aside: Path,
     embeddings: bool,
-    renamed: bool,
-    texts: Mapping[str, str],
     state_dict: Mapping[str, torch.Tensor] | None,
 ) -> None:
     try:
@@ -234,9 +234,7 @@ def _write(
         for path in list(named.iterdir()):
             path.rename(aside / path.name)
         named.rmdir()
-    if renamed:
+    if any(COMPILED_PART in key for key, _ in peft_model.named_parameters()):
         stored = load_file(aside / WEIGHTS_NAME)
         plain = {key.replace(COMPILED_PART, ""): tensor for key, tensor in stored.items()}
         save_file(plain, aside / WEIGHTS_NAME, metadata={"format": "pt"})
-    for file_name, text in texts.items():
-        (aside / file_name).write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Folders that are proven whole: written aside, read back, hashed, then published."""
+"""Files and folders that are complete or not there: written aside, read back, hashed, then renamed."""

@@ -19,7 +19,6 @@ from speechtune.config import ModelConfig
 from speechtune.errors import ConfigError, Issue
 
 HEAD_BYTES = 256
-LFS_HEAD = b"version https://git-lfs"
 INDEX_SUFFIX = ".index.json"
 OBJECTS = ("config.json", "tokenizer.json", INDEX_SUFFIX)
 """Ends of names of files that hold a JSON object; what else lies in the folder may hold anything."""
@@ -130,15 +129,20 @@ def hub_commit(repository: str, revision: str | None) -> str:
     return extract_commit_hash(file, None) or "unknown"
 
 
-def _reason(path: Path) -> str | None:
+def not_downloaded(path: Path) -> str | None:
+    """What lies in a file's place after a download that failed; None for anything else."""
     with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
+        head = file.read(HEAD_BYTES).lstrip()
     if not head:
-        return "0 bytes"
-    if head.startswith(LFS_HEAD):
-        return "a git-lfs pointer, not the file itself (git lfs pull fetches it)"
-    if head.lstrip()[:1] == b"<":
-        return "a web page saved under this name"
+        return "empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+    return "a web page, not the file itself: the download failed; fetch it again" if head.startswith(b"<") else None
+
+
+def _reason(path: Path) -> str | None:
+    if reason := not_downloaded(path):
+        return reason
     if path.suffix == ".json":
         try:
             value = json.loads(path.read_text(encoding="utf-8"))

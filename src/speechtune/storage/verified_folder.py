@@ -9,7 +9,9 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +47,7 @@ def write_verified(
     """Publish a folder only once all of it is on disk and reads back equal to what is in memory.
 
     Args:
-        directory: final place.
+        directory: its place.
         write: fills the empty folder it is given.
         tensors: what the folder's safetensors files must hold, bit for bit.
         replace: put the new folder in the place of an older one.
@@ -57,19 +59,21 @@ def write_verified(
         raise CheckpointError(f"{directory}: exists already; remove it or choose another output folder")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{directory.name}-", dir=directory.parent))
+        aside = directory.parent / f"{ASIDE}{directory.name}-{uuid.uuid4().hex[:8]}"
+        aside.mkdir()
     except OSError as error:
         raise _save_error(directory, error) from error
     try:
-        aside.chmod(0o777 & ~_umask())
+        mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask leaves
         write(aside)
         for path in aside.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # safetensors makes files for the owner alone
+            path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors makes files for the owner alone
         with ThreadPoolExecutor(1) as pool:  # reading back goes on while the disk writes
             entries = pool.submit(_read_back, aside, tensors)
-            _sync_files(aside)
+            for file in _files(aside):
+                _sync(file)
             write_atomically(aside / MANIFEST_NAME, json.dumps({"files": entries.result()}, indent=1).encode())
-        _sync_directory(aside)
+        _sync(aside)
         _publish(aside, directory)
     except OSError as error:
         raise _save_error(directory, error) from error
@@ -182,35 +186,29 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def _save_error(directory: Path, error: OSError) -> CheckpointError:
+    in_the_way = "a file stands where a folder should be: remove it or set output_dir elsewhere"
+    no_permission = "no permission: change the folder's owner or mode, or set output_dir elsewhere"
     cures = {
         errno.ENOSPC: "the disk is full: free space or set output_dir to another disk",
         errno.EDQUOT: "the quota is used up: free space or set output_dir to another disk",
         errno.EROFS: "the file system is read-only: set output_dir to one that can be written",
-        errno.EACCES: "no permission: change the folder's owner or mode, or set output_dir elsewhere",
-        errno.EPERM: "not permitted: change the folder's owner or mode, or set output_dir elsewhere",
+        errno.EACCES: no_permission,
+        errno.EPERM: no_permission,
         errno.ENOENT: "a folder above it cannot be made: name another",
-        errno.ENOTDIR: "a file stands where a folder should be: remove it or set output_dir elsewhere",
-        errno.EEXIST: "a file stands where a folder should be: remove it or set output_dir elsewhere",
+        errno.ENOTDIR: in_the_way,
+        errno.EEXIST: in_the_way,
     }
     cure = cures.get(error.errno or 0, "see the system's message")
     return CheckpointError(f"{directory}: saving failed: {type(error).__name__}: {error}; {cure}")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _files(directory: Path) -> list[Path]:
+    return [path for path in sorted(directory.rglob("*")) if path.is_file()]
 
 
-def _sync_files(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -221,11 +219,10 @@ def _read_back(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[dic
     """Name, size and hash of every file; on the way the weights are compared with those in memory."""
     _check_kinds(directory, tensors)
     entries = []
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            compared = tensors if path.parent == directory and path.suffix == ".safetensors" else {}
-            name, digest = str(path.relative_to(directory)), _read_file(path, compared)
-            entries.append({"name": name, "bytes": path.stat().st_size, "blake3": digest})
+    for path in _files(directory):
+        compared = tensors if path.parent == directory and path.suffix == ".safetensors" else {}
+        name, digest = str(path.relative_to(directory)), _read_file(path, compared)
+        entries.append({"name": name, "bytes": path.stat().st_size, "blake3": digest})
     return entries
 
 
@@ -292,6 +289,6 @@ def _publish(aside: Path, directory: Path) -> None:
         if old is not None:
             old.rename(directory)
         raise
-    _sync_directory(directory.parent)
+    _sync(directory.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -23,8 +23,8 @@ from speechtune.family import Family
 from speechtune.lora.apply import (
     apply_lora,
     count_by_component,
-    describe_settings,
     freeze,
+    interchangeable,
     matching_modules,
     target_pattern,
     trainable,
@@ -141,7 +141,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
         "family": config.family,
         "dataset": train_set.fingerprint,
         "base": base_fingerprint,
-        "lora": describe_settings(lora, target_pattern(family, lora)) if lora.enabled else None,
+        "lora": interchangeable(family, lora) if lora.enabled else None,
         "seed": config.train.seed,
     }
     if accelerator.is_main_process:
