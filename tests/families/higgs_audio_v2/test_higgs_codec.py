@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,38 +77,6 @@ def test_no_trace_of_torchaudio_is_left(tiny_family: HiggsAudioV2Family) -> None
     assert tiny_family.codec.num_codebooks == 8
     assert not [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]
     assert importlib.util.find_spec("torchaudio") is None
-
-
-BROKEN_TORCHAUDIO = """
-import importlib.util, sys
-import numpy as np
-from speechtune.types import Audio
-from speechtune.families.higgs_audio_v2.codec import HiggsCodec
-codes = HiggsCodec(sys.argv[1]).encode([Audio(np.load(sys.argv[2]), 24_000)])[0]
-left = [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]
-assert not left, left
-assert importlib.util.find_spec("torchaudio") is not None
-np.save(sys.argv[3], codes)
-"""
-
-
-def test_codec_loads_beside_a_broken_torchaudio(
-    tiny_base: Path, tiny_family: HiggsAudioV2Family, speech: list[Audio], tmp_path: Path
-) -> None:
-    """The newest torchaudio wheel is a CUDA build: beside CPU torch its import dies half-way with an OSError."""
-    package = tmp_path / "site" / "torchaudio"
-    package.mkdir(parents=True)
-    (package / "half.py").write_text("")
-    (package / "__init__.py").write_text("from . import half\nraise OSError('libc10_cuda.so: cannot open')\n")
-    np.save(tmp_path / "wave.npy", speech[0].samples)
-    source = str(Path(importlib.util.find_spec("speechtune").origin).parents[1])  # type: ignore[union-attr, arg-type]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), source])}
-    arguments = [str(tiny_base / "codec"), str(tmp_path / "wave.npy"), str(tmp_path / "codes.npy")]
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN_TORCHAUDIO, *arguments], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), tiny_family.encode_audio(speech[:1])[0])
 
 
 @pytest.mark.parametrize(("num_samples", "frames"), [(24_000, 25), (960 * 12, 12), (960 * 14, 14)])
@@ -225,10 +191,13 @@ def test_codes_depend_on_the_clip_alone(wide: tuple[Any, HiggsCodec], demo_clips
 def test_without_onednn_the_layers_are_the_native_ones(
     wide: tuple[Any, HiggsCodec], demo_clips: list[DemoClip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch has not the operators: nothing but the weight norms is changed."""
+    """Where torch has not the operators: nothing but the weight norms is changed, and the codes are kept apart."""
+    folder = Path(wide[1].model.config._name_or_path)
+    key = family_on(folder, folder).encode_key
     monkeypatch.setattr(higgs_codec, "is_available", lambda: False)
-    plain = HiggsCodec(wide[1].model.config._name_or_path)
-    assert not [module for module in plain.model.modules() if "forward" in vars(module)]
+    assert family_on(folder, folder).encode_key == key.replace("cpu layers", "native layers") != key
+    plain = HiggsCodec(str(folder))
+    assert not [module for module in plain.model.modules() if type(module).__module__ == higgs_codec_cpu.__name__]
     clip = read_audio(AudioRef(str(demo_clips[0].path)), 24_000)
     different = plain.encode([clip])[0] != wide[1].encode([clip])[0]
     assert different.mean() <= 5e-3
@@ -261,7 +230,7 @@ def test_a_residual_unit_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch,
     values_1CT = torch.randn(1, 16, length)
     with torch.inference_mode():
         expected = unit(values_1CT)
-        higgs_codec_cpu.use_faster_layers(unit.modules())
+        higgs_codec_cpu.use_clip_layers(unit.modules())
         torch.testing.assert_close(unit(values_1CT.clone()), expected, rtol=1e-5, atol=1e-6)
 
 

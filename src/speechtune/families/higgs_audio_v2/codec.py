@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import sys
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from transformers import AutoConfig  # before the stand-in below: transformers looks for torchaudio when imported
 
-from speechtune.families.higgs_audio_v2.codec_cpu import fold_weight_norms, is_available, use_faster_layers
+from speechtune.families.higgs_audio_v2.codec_cpu import fold_weight_norms, is_available, use_clip_layers
 from speechtune.types import Audio
 
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
@@ -66,23 +66,26 @@ def sinc_resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torc
 def codec_class() -> Any:
     """The native codec class.
 
-    Its module imports torchaudio for one pure-Python function; where torchaudio is absent, or built for another torch,
-    a stand-in with that function serves while the module is imported, and is taken away again.
+    Its module imports torchaudio for one pure-Python function. torchaudio's wheels follow one exact torch build, so it
+    is no dependency here: where it is absent a stand-in with that function serves while the module is imported.
     """
-    try:
-        import torchaudio  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except (ImportError, OSError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-            del sys.modules[name]
-    else:
-        return importlib.import_module(CODEC_MODULE).HiggsAudioV2TokenizerModel
-    stand_in = types.ModuleType("torchaudio")
-    stand_in.functional = types.SimpleNamespace(resample=sinc_resample)  # type: ignore[attr-defined]
-    sys.modules["torchaudio"] = stand_in
+    absent = importlib.util.find_spec("torchaudio") is None
+    if absent:
+        sys.modules["torchaudio"] = stand_in = types.ModuleType("torchaudio")
+        vars(stand_in)["functional"] = types.SimpleNamespace(resample=sinc_resample)
     try:
         return importlib.import_module(CODEC_MODULE).HiggsAudioV2TokenizerModel
     finally:
-        del sys.modules["torchaudio"]
+        if absent:
+            del sys.modules["torchaudio"]
+
+
+def implementation_on(device: torch.device | str) -> Literal["native", "cpu"]:
+    """Whose layers a codec on `device` has: transformers', or on a CPU with oneDNN those of `codec_cpu`.
+
+    Where two entries of a codebook are equally near, the one may choose another code than the other.
+    """
+    return "cpu" if torch.device(device).type == "cpu" and is_available() else "native"
 
 
 class HiggsCodec:
@@ -129,8 +132,8 @@ class HiggsCodec:
         """Faster layers, but not for the semantic branch's decoder: neither encoding nor decoding calls it."""
         modules = [module for name, module in self.model.named_modules() if not name.startswith("decoder_semantic")]
         fold_weight_norms(modules)
-        if is_available():
-            self._map(use_faster_layers, [modules])
+        if implementation_on(self.model.device) == "cpu":
+            self._map(use_clip_layers, [modules])
 
     def _map(self, work: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
         """`work` on each item; on a CPU one thread per item, as many as torch may use.
