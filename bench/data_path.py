@@ -21,8 +21,8 @@ from voices import SYSTEM
 from speechtune.audio import read_audio
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
-from speechtune.commands.demo import make_base
 from speechtune.families import build_config, create_family
+from speechtune.families.higgs_audio_v2.tiny import make_base
 from speechtune.family import Family
 from speechtune.training.batching import BatchPlan, StepBatches, make_loader
 from speechtune.types import AudioRef, Batch, Clip, Encoded, Sample
@@ -91,8 +91,7 @@ def measure(pairs: int = 5) -> dict[str, list[float]]:
     with quiet(), tempfile.TemporaryDirectory(prefix="speechtune-bench-") as name:
         folder = Path(name)
         voices = Path(str(resources.files("speechtune") / "assets" / "demo-voices"))
-        base = make_base(voices, folder / "base")
-        model = {"path": str(base / "model"), "codec_path": str(base / "codec")}
+        model = make_base(folder / "base", [AudioRef(str(path)) for path in sorted(voices.rglob("*.flac"))[::3]])
         config = build_config({"family": "higgs_audio_v2", "output_dir": folder, "model": model}, "bench")
         family, samples = create_family(config), demo_samples(voices)
         encoded = encode_samples(family, samples, folder / "cache", quiet=True)

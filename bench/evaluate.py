@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from speechtune.commands.demo import LONGEST_SECONDS, make_base
+from speechtune.commands.demo_voice import LONGEST_SECONDS
 from speechtune.commands.guarded import guarded
+from speechtune.families.higgs_audio_v2.tiny import make_base
 from speechtune.family import Scorers
 from speechtune.inference.evaluate_voices import System, evaluate_voices
-from speechtune.types import GenerationOptions
+from speechtune.types import AudioRef, GenerationOptions
 
 ROWS = 60
 RESULTS = Path(__file__).parent / "results"
@@ -68,7 +69,8 @@ def run() -> int:
     with tempfile.TemporaryDirectory(prefix="speechtune-bench-") as name:
         folder = Path(name)
         voices = Path(str(resources.files("speechtune") / "assets" / "demo-voices"))
-        base = make_base(voices, folder / "base")
+        base = folder / "base"
+        make_base(base, [AudioRef(str(path)) for path in sorted(voices.rglob("*.flac"))[::3]])
         prompts = write_prompts(folder / "prompts.lst", options.prompts)
         seconds(write_prompts(folder / "all.lst", options.prompts), base, folder, options.batch_size)  # fills the cache
         ratios = []

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import astuple
-from importlib import resources
 from pathlib import Path
 
 from child import BENCH, run_child
@@ -22,7 +21,7 @@ from ours import prepare
 from peers.higgs_trainer import Settings
 from voices import Size
 
-from speechtune.commands.demo import CLIPS_PER_SPEAKER, SPEAKERS, demo_config, make_base, write_manifest
+from speechtune.commands.demo_voice import CLIPS_PER_SPEAKER, SPEAKERS, demo_config, write_data
 
 HELPS = 15
 DEMO = Size(hidden_size=96, num_layers=2, codebook_size=258)
@@ -42,9 +41,7 @@ def help_seconds() -> float:
 
 def write_recipe(folder: Path) -> Path:
     """The demo's recipe without what comes after the first step: one step, nothing evaluated."""
-    voices = Path(str(resources.files("speechtune") / "assets" / "demo-voices"))
-    manifest = write_manifest(voices, folder / "train.json")
-    config = demo_config(make_base(voices, folder / "demo-base"), manifest, folder)
+    config = demo_config("higgs_audio_v2", write_data(folder), folder)
     train = config.train.model_copy(update={"max_steps": 1})
     evaluate = config.evaluate.model_copy(update={"prompts": 0, "asr": None, "speaker": None, "mos": None})
     recipe = folder / "recipe.yaml"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from helpers import DemoClip
 from speechtune.cli import main
-from speechtune.commands.doctor import Finding, examine
+from speechtune.commands.doctor import Result, examine, packages
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families import create_family
@@ -31,7 +31,7 @@ def recipe(
     write_chatml: Callable,
     demo_clips: list[DemoClip],
 ) -> RunConfig:
-    """A sound recipe on a copy of the tiny base, which a test may damage."""
+    """A valid recipe on a copy of the tiny base, which a test may damage."""
     shutil.copytree(tiny_base, tmp_path / "base")
     return make_config(
         model={"path": str(tmp_path / "base/model"), "codec_path": str(tmp_path / "base/codec")},
@@ -39,17 +39,17 @@ def recipe(
     )
 
 
-def verdicts(config: RunConfig) -> dict[str, Finding]:
-    return {finding.check: finding for finding in examine(config)}
+def verdicts(config: RunConfig) -> dict[str, Result]:
+    return {result.check: result for result in examine(config)}
 
 
-def test_a_sound_recipe_passes_every_check(recipe: RunConfig) -> None:
-    findings = verdicts(recipe)
-    assert [name for name, finding in findings.items() if finding.verdict == "fail"] == []
-    moved = findings["training step"].detail
+def test_a_valid_recipe_passes_every_check(recipe: RunConfig) -> None:
+    results = verdicts(recipe)
+    assert [name for name, result in results.items() if result.verdict == "fail"] == []
+    moved = results["training step"].detail
     assert "14 of 14 lora_B moved" in moved, moved  # two layers: q, k, v, o and three of the audio FFN each
-    assert "differ by 0.0e+00" in findings["save and reload"].detail
-    assert findings["merge"].verdict == "pass"
+    assert "differ by 0.0e+00" in results["save and reload"].detail
+    assert results["merge"].verdict == "pass"
 
 
 def test_command_line_tells_by_json_and_exit_code(
@@ -85,13 +85,13 @@ def test_corrupt_files_are_named(recipe: RunConfig, name: str, damage: Callable[
         create_family(recipe).load(plan_precision("fp32"))
 
 
-def verdicts_until_failure(config: RunConfig) -> dict[str, Finding]:
-    found: dict[str, Finding] = {}
-    for finding in examine(config):
-        found[finding.check] = finding
-        if finding.verdict == "fail" and finding.check == "model files":
+def verdicts_until_failure(config: RunConfig) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    for result in examine(config):
+        results[result.check] = result
+        if result.verdict == "fail" and result.check == "model files":
             break
-    return found
+    return results
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
@@ -104,9 +104,19 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     assert "missing" in issue.message
 
 
-def test_faulty_data_fail_the_data_line(recipe: RunConfig, tmp_path: Path) -> None:
+def test_invalid_data_fail_the_data_line(recipe: RunConfig, tmp_path: Path) -> None:
     manifest = tmp_path / "train.json"
     manifest.write_text(manifest.read_text().replace(".flac", ".gone"))
-    findings = verdicts(recipe)
-    assert findings["data"].verdict == "fail"
-    assert "training step" not in findings
+    results = verdicts(recipe)
+    assert results["data"].verdict == "fail"
+    assert "training step" not in results
+
+
+def test_packages_that_are_missing_or_too_old_are_named() -> None:
+    results = {r.check: r for r in packages(["torch>=99", "nowhere-at-all>=1", "peft>=0.1", "scipy>=99; extra == 'x'"])}
+    assert {name: r.verdict for name, r in results.items()} == {
+        "torch": "fail",
+        "nowhere-at-all": "fail",
+        "peft": "pass",
+    }
+    assert results["torch"].cure == "pip install 'torch>=99'" and "missing" in results["nowhere-at-all"].detail

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from packaging.requirements import Requirement
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -24,10 +25,9 @@ from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
-from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
 from speechtune.lora.files import read_adapter
-from speechtune.precision import PrecisionPlan, plan_precision
+from speechtune.precision import plan_precision
 from speechtune.storage.model_folder import inspect_folder
 from speechtune.storage.verified_folder import check_writable, write_verified
 from speechtune.tensors import checksums
@@ -36,14 +36,14 @@ from speechtune.training.checkpoint import ADAM_MOMENTS, save_weights
 from speechtune.training.job import Objective
 from speechtune.training.prepare import load_sets
 
-FLOORS = {"torch": (2, 8), "transformers": (5, 17), "peft": (0, 17), "accelerate": (1, 10)}
+# How far merging may move the logits: what adding the adapter rounds off in the base's own type.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 TRIED_SAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
+class Result:
+    """Outcome of one check, a line of the table."""
 
     check: str
     verdict: Literal["pass", "warn", "fail"]
@@ -51,152 +51,157 @@ class Finding:
     cure: str = ""
 
 
-def print_findings(config: RunConfig | None, *, as_json: bool = False) -> int:
-    """Run all checks, print them, and return 2 when one failed."""
-    findings = list(examine(config))
+def run_doctor(recipe: Path | None, overrides: Sequence[str], *, as_json: bool = False) -> int:
+    """Check the machine, and a recipe if one is given; print the results; 2 when a check failed, else 0."""
+    results = list(examine(load_config(recipe, overrides) if recipe else None))
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False))
+        print(json.dumps([asdict(result) for result in results], ensure_ascii=False))
     else:
-        table = Table("check", "", "found", "cure")
+        table = Table("check", "", "result", "cure")
         colours = {"pass": "green", "warn": "yellow", "fail": "red"}
-        for finding in findings:
-            verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
-            table.add_row(finding.check, verdict, finding.detail, finding.cure)
+        for result in results:
+            table.add_row(result.check, f"[{colours[result.verdict]}]{result.verdict}[/]", result.detail, result.cure)
         Console().print(table)
-    return 2 if any(finding.verdict == "fail" for finding in findings) else 0
+    return 2 if any(result.verdict == "fail" for result in results) else 0
 
 
-def examine(config: RunConfig | None) -> Iterator[Finding]:
-    """All findings in order; a check that others need ends the list when it fails."""
+def examine(config: RunConfig | None) -> Iterator[Result]:
+    """All results in order; a step of the trial that fails ends it, as each needs those before it."""
     yield from environment()
     if config is None:
         return
-    for check in (partial(output_folder, config), partial(model_folders, config)):
-        yield from check()
-    family = create_family(config)
-    patient = Patient(config, family)
-    for name, step in (
-        ("LoRA targets", patient.targets),
-        ("data", patient.data),
-        ("training step", patient.training_step),
-        ("save and reload", patient.reload),
-        ("merge", patient.merge),
-    ):
-        finding = attempt(name, step)
-        yield finding
-        if finding.verdict == "fail":
+    trial = Trial(config)
+    yield attempt("output folder", trial.output_folder)
+    yield from model_folders(trial)
+    steps: dict[str, Callable[[], str]] = {
+        "LoRA targets": trial.targets,
+        "data": trial.data,
+        "training step": trial.training_step,
+        "save and reload": trial.reload,
+        "merge": trial.merge,
+    }
+    for name, step in steps.items():
+        result = attempt(name, step)
+        yield result
+        if result.verdict == "fail":
             return
 
 
-def attempt(check: str, step: Callable[[], str]) -> Finding:
+def attempt(check: str, step: Callable[[], str]) -> Result:
     """Run one step; an error of ours or of the memory becomes a failing line."""
     try:
-        return Finding(check, "pass", step())
+        return Result(check, "pass", step())
     except SpeechtuneError as error:
-        return Finding(check, "fail", str(error), "as the message says")
+        return Result(check, "fail", str(error), "as the message says")
     except torch.cuda.OutOfMemoryError as error:
         cure = "train.gradient_checkpointing=true, a smaller rank, or a larger GPU"
-        return Finding(check, "fail", f"out of memory: {error}", cure)
+        return Result(check, "fail", f"out of memory: {error}", cure)
 
 
-def environment() -> Iterator[Finding]:
+def environment() -> Iterator[Result]:
     """Versions, device and the precision that follows from it."""
-    yield Finding("python", "pass", f"{platform.python_version()} on {platform.platform()}")
-    for package, floor in FLOORS.items():
-        version = importlib.metadata.version(package)
-        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-        wanted = ".".join(map(str, floor))
-        ok = numbers >= floor
-        cure = "" if ok else f"pip install '{package}>={wanted}'"
-        yield Finding(package, "pass" if ok else "fail", f"{version}, at least {wanted}", cure)
+    yield Result("python", "pass", f"{platform.python_version()} on {platform.platform()}")
+    try:
+        yield from packages(metadata.requires("speechtune") or ())
+    except metadata.PackageNotFoundError:
+        yield Result("packages", "warn", "speechtune is not installed: required versions unknown", "pip install -e .")
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 1e9
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         detail = f"{name}, {memory:.0f} GB, compute capability {capability}, CUDA {torch.version.cuda}"
-        yield Finding("device", "pass", detail)
+        yield Result("device", "pass", detail)
     else:
-        yield Finding(
-            "device", "warn", "no CUDA device: a CPU trains small models only", "a CUDA build of torch, a GPU"
-        )
-    yield Finding("precision", "pass", plan_precision().describe())
+        cure = "a CUDA build of torch, a GPU"
+        yield Result("device", "warn", "no CUDA device: a CPU trains small models only", cure)
+    yield Result("precision", "pass", plan_precision().describe())
 
 
-def output_folder(config: RunConfig) -> Iterator[Finding]:
-    """Permission by writing, and space for what the run will keep."""
-    family = create_family(config)
+def packages(requirements: Sequence[str]) -> Iterator[Result]:
+    """Installed versions of what is required, the requirements of extras left out."""
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and "extra" in str(requirement.marker):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = ""
+        met = bool(version) and requirement.specifier.contains(version, prereleases=True)
+        detail, cure = f"{version or 'missing'}, required is {requirement.specifier}", f"pip install '{requirement}'"
+        yield Result(requirement.name, "pass" if met else "fail", detail, "" if met else cure)
 
-    def check() -> str:
-        model = family.skeleton()
-        if config.lora.enabled:
-            model = apply_lora(model, family, config.lora, config.train.seed)
-        trained = 4 * sum(parameter.numel() for parameter in trainable(model).values())
+
+def model_folders(trial: Trial) -> Iterator[Result]:
+    """Local folders of the base and its parts file by file; hub ids are checked by the hub's client on download."""
+    parts = {"model": (trial.config.model.path, None), **trial.family.parts}
+    for part, (place, _) in parts.items():
+        name = f"{part} files"
+        if not Path(place).is_dir():
+            yield Result(name, "warn", f"{place} is a hub id: its files are checked when they are downloaded")
+            continue
+        issues = inspect_folder(Path(place))
+        detail = "; ".join(map(str, issues)) or f"{place}: every file opens"
+        yield Result(name, "fail" if issues else "pass", detail, "download these files again" if issues else "")
+
+
+class Trial:
+    """One training step of a recipe on a little of its data; each method is a check and returns what it measured."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.family = config, create_family(config)
+        self.plan = plan_precision(config.train.precision, full_finetune=not config.lora.enabled)
+
+    def _with_lora(self, model: nn.Module) -> nn.Module:
+        settings = self.config.lora
+        return apply_lora(model, self.family, settings, self.config.train.seed) if settings.enabled else model
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model with its adapter, without memory for weights."""
+        return self._with_lora(self.family.skeleton())
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its adapter."""
+        return self._with_lora(self.family.load(self.plan))
+
+    @cached_property
+    def samples(self) -> tuple[list[Any], list[Any]]:
+        """Training and evaluation samples."""
+        return load_sets(self.config, self.family)
+
+    @cached_property
+    def encoded(self) -> EncodedSet:
+        """The few samples tried."""
+        settings, cache = self.config.data, self.config.cache_dir
+        chosen = self.samples[0][:TRIED_SAMPLES]
+        return encode_samples(self.family, chosen, cache, allow_urls=settings.allow_urls, quiet=True)
+
+    def output_folder(self) -> str:
+        """Permission by writing, and space for what the run will keep."""
+        config = self.config
+        trained = 4 * sum(parameter.numel() for parameter in trainable(self.skeleton).values())
         kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
         needed = trained * ((1 + ADAM_MOMENTS) * kept + 1)
         check_writable(config.output_dir, needed)
         free = shutil.disk_usage(config.output_dir).free
         return f"written and removed a file; the run keeps {needed / 1e9:.2f} GB, {free / 1e9:.0f} GB are free"
 
-    yield attempt("output folder", check)
-
-
-def model_folders(config: RunConfig) -> Iterator[Finding]:
-    """Local folders of the base and its parts file by file; hub ids are checked by the hub's client on download."""
-    parts = {"model": (config.model.path, None), **create_family(config).parts}
-    for part, (place, _) in parts.items():
-        name = f"{part} files"
-        folder = Path(place)
-        if not folder.is_dir():
-            yield Finding(name, "warn", f"{place} is a hub id: its files are checked when they are downloaded")
-            continue
-        problems = inspect_folder(folder)
-        detail = "; ".join(map(str, problems)) or f"{place}: every file opens"
-        cure = "download these files again" if problems else ""
-        yield Finding(name, "fail" if problems else "pass", detail, cure)
-
-
-class Patient:
-    """The recipe's model and a little of its data, examined step by step; each method returns what it found."""
-
-    def __init__(self, config: RunConfig, family: Family) -> None:
-        self.config, self.family = config, family
-        self.plan: PrecisionPlan = plan_precision(config.train.precision, full_finetune=not config.lora.enabled)
-        self._encoded: EncodedSet | None = None
-        self._model: nn.Module | None = None
-
-    @property
-    def encoded(self) -> EncodedSet:
-        """The few samples tried."""
-        return cast(EncodedSet, self._encoded)
-
-    @property
-    def model(self) -> Any:
-        """The model, after the training step."""
-        return self._model
-
     def targets(self) -> str:
         """LoRA targets by part of the model."""
         if not self.config.lora.enabled:
             return "full fine-tuning: no adapter"
-        model = apply_lora(self.family.skeleton(), self.family, self.config.lora, self.config.train.seed)
-        rows = [row for row in count_by_component(model, self.family) if row.trainable]
+        rows = [row for row in count_by_component(self.skeleton, self.family) if row.trainable]
         return "; ".join(f"{row.component}: {row.trainable:,} trainable" for row in rows)
 
     def data(self) -> str:
         """The manifest reads, and its first samples encode."""
-        training, evaluation = load_sets(self.config, self.family)
-        chosen = training[:TRIED_SAMPLES]
-        urls = self.config.data.allow_urls
-        self._encoded = encode_samples(self.family, chosen, self.config.cache_dir, allow_urls=urls, quiet=True)
-        lengths = ", ".join(str(length) for length in self.encoded.lengths)
+        training, evaluation = self.samples
+        lengths = ", ".join(map(str, self.encoded.lengths))
         return f"{len(training)} training and {len(evaluation)} evaluation samples; the first take {lengths} positions"
 
     def training_step(self) -> str:
         """One real forward pass, backward pass and optimizer step."""
-        config = self.config
-        model = self.family.load(self.plan)
-        if config.lora.enabled:
-            model = apply_lora(model, self.family, config.lora, config.train.seed)
-        self._model = model
+        config, model = self.config, self.model
         parameters = trainable(model)
         guards.check_trainable(parameters, lora=config.lora.enabled)
         batch = self.family.collate([self.encoded[i] for i in range(len(self.encoded))])
@@ -242,8 +247,3 @@ class Patient:
         scale = max(1.0, float(trained.abs().max()))
         guards.check_equal(difference / scale, MERGE_TOLERANCE[self.plan.base_dtype], "the merged model")
         return f"logits differ by {difference:.1e} at a scale of {scale:.2g}, in {self.plan.base_dtype}"
-
-
-def run_doctor(recipe: Path | None, overrides: Sequence[str], *, as_json: bool = False) -> int:
-    """Examine the machine, and a recipe if one is given; print the findings."""
-    return print_findings(load_config(recipe, overrides) if recipe else None, as_json=as_json)
