@@ -52,7 +52,7 @@ class Spoken:
 def read_clips(path: Path) -> list[Spoken]:
     """Recordings at 16 kHz of a clips.jsonl, or of the first adults in the test split of a Speechocean762 folder."""
     if is_speechocean(path):
-        read = read_speechocean(path, "test", DataConfig(), headers=False).samples
+        read = read_speechocean(path, "test", DataConfig()).samples
         adults = [sample for sample in read if sample.pronunciation and (sample.pronunciation.age or 0) >= ADULT_YEARS][
             :CORPUS_CLIPS
         ]

@@ -9,7 +9,7 @@ import os
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -41,8 +41,6 @@ CLIPPING_LEVEL = 0.999
 CLIPPING_SHARE = 1e-3
 """Share of samples equal to their neighbour at full scale from which audio counts as clipped."""
 
-_HASH_CHUNK_BYTES = 2**20
-
 
 class InvalidAudioError(AudioError):
     """An `AudioError` with a short `code` for tables, such as `missing_file` or `not_audio`."""
@@ -55,7 +53,7 @@ class InvalidAudioError(AudioError):
 
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
-    """What the header of a file says: duration of the whole file in seconds, sampling rate in Hz."""
+    """The header of a file: duration of the complete file in seconds, sampling rate in Hz."""
 
     duration_seconds: float
     sampling_rate: int
@@ -145,19 +143,19 @@ def file_name(sample_id: str) -> str:
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """What `write_wav` was told about the origin of a file; None for a file that says nothing of it.
+    """The `provenance` that `write_wav` put into a file; None for a file without it.
 
     Raises:
         AudioError: no audio file.
     """
     try:
         with soundfile.SoundFile(path) as file:
-            found = json.loads(file.comment or "null")
+            comment = json.loads(file.comment or "null")
     except soundfile.SoundFileError as error:
         raise InvalidAudioError("unreadable", path, _libsndfile_reason(error)) from None
     except ValueError:
         return None
-    return found if isinstance(found, dict) and "generated" in found else None
+    return comment if isinstance(comment, dict) and "generated" in comment else None
 
 
 def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = None) -> None:
@@ -189,9 +187,15 @@ def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:
     Raises:
         AudioError: the file cannot be read.
     """
-    digest = hashlib.sha256()
-    for chunk in _chunks(ref, allow_urls):
-        digest.update(chunk)
+    if ref.path is None:
+        digest = hashlib.sha256(_bytes(ref, allow_urls))
+    else:
+        _check_file(ref, ref.path)
+        try:
+            with open(ref.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+        except OSError as error:
+            raise InvalidAudioError("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
     duration = "end" if ref.duration_seconds is None else f"{ref.duration_seconds:.6f}"
     digest.update(f"|{ref.offset_seconds:.6f}|{duration}".encode())
     return digest.hexdigest()
@@ -304,19 +308,6 @@ def _opener() -> urllib.request.OpenerDirector:
     ):
         opener.add_handler(handler())
     return opener
-
-
-def _chunks(ref: AudioRef, allow_urls: bool) -> Iterator[bytes]:
-    if ref.path is None:
-        yield _bytes(ref, allow_urls)
-        return
-    _check_file(ref, ref.path)
-    try:
-        with open(ref.path, "rb") as file:
-            while chunk := file.read(_HASH_CHUNK_BYTES):
-                yield chunk
-    except OSError as error:
-        raise InvalidAudioError("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
 
 
 def _os_reason(error: Exception) -> str:

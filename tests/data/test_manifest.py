@@ -131,7 +131,7 @@ def test_only_the_exact_prefix_is_removed(folder: Path, prefix: str) -> None:
     del row["messages"][1]["content"][0]
     path = save(folder, row)
     assert one(path).text == prefix + "now"
-    assert "without the instruction (1 rows)" in read_samples(path, DataConfig()).notes[0]
+    assert "without the instruction (1)" in read_samples(path, DataConfig()).notes[0]
 
 
 SURVIVING = [
@@ -287,7 +287,7 @@ def test_wav_txt_pairs(tmp_path: Path) -> None:
     (tmp_path / "set/anna/4.txt").write_text("alone")
     write(tmp_path / "set/anna/2.wav")
     found = {issue.sample_id: issue.code for issue in issues(tmp_path / "set" / "anna")}
-    assert found == {"anna-2": "doubled_audio", "anna-3": "missing_text", "anna-4": "missing_audio"}
+    assert found == {"anna-2": "duplicate_audio", "anna-3": "missing_text", "anna-4": "missing_audio"}
 
 
 def test_single_object_list_and_jsonl_are_the_same(folder: Path) -> None:

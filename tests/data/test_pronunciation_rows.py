@@ -39,7 +39,7 @@ from speechtune.data.pronunciation_rows import (
     read_hub_copy,
     read_hub_rows,
 )
-from speechtune.data.quarantine import ReadResult
+from speechtune.data.row_parser import ReadResult
 from speechtune.data.speechocean import read_speechocean
 from speechtune.data.speechocean_labels import SPLITS
 from speechtune.errors import ManifestError
@@ -183,7 +183,7 @@ def test_too_large_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (issue.code, issue.sample_id) == ("too_large", "u2")
 
 
-def test_doubled_ids_no_rows_and_no_objects() -> None:
+def test_duplicate_ids_no_rows_and_no_objects() -> None:
     result = read_hub_rows([hub_row("u1"), hub_row("u1")], "train", DataConfig())
     (issue,) = result.issues
     assert (issue.code, issue.row, result.num_rows) == ("duplicate_id", 2, 2)
@@ -294,7 +294,7 @@ JSONL_ISSUES: list[tuple[Any, str, str]] = [
     (task_row(target=[1]), "bad_target", "'target' is neither an object nor its JSON text but [1]"),
     (task_row(target="{'accuracy': 8}"), "bad_target", "'target' is a text, but not valid JSON"),
     (task_row(target="8"), "bad_target", "'target' is neither an object nor its JSON text but 8"),
-    (task_row(target={k: APA[k] for k in ("accuracy", "total")}), "missing_key", "lacks 'fluency', 'prosodic'"),
+    (task_row(target={k: APA[k] for k in ("accuracy", "total")}), "missing_key", "has no 'fluency', 'prosodic'"),
     (task_row(target={**APA, "completeness": 10}), "unknown_key", "'completeness' too many"),
     (task_row(target={**APA, "total": 10.5}), "bad_score", "'total' of the target is 10.5, outside 0 to 10"),
     (task_row(target={**APA, "total": -1}), "bad_score", "'total' of the target is -1, outside 0 to 10"),

@@ -183,7 +183,10 @@ def test_clips_that_cannot_be_used(
     assert isinstance(issue, Issue)
     assert (issue.sample_id, issue.row) == ("u2", 2)
     assert issue.code == code and message in issue.message
-    assert "1 issue(s) in 1 of 3 rows; mend them, or set data.on_error=quarantine" in str(caught.value)
+    assert (
+        "1 issue(s) in 1 of 3 rows; fix them (`speechtune validate` lists all), or set data.on_error=quarantine"
+        in str(caught.value)
+    )
     config = DataConfig(on_error="quarantine", quarantine_limit=0.5)
     assert ids(load_samples(path, config, tmp_path / "run")) == ["u1", "u3"]
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from rich.console import Console
 
 from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
-from speechtune.data.audio_checks import MAX_CLIP_SECONDS
-from speechtune.data.quarantine import ReadResult
+from speechtune.data.audio_checks import check_audio
+from speechtune.data.row_parser import ReadResult
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.data.splits import split_speakers
 from speechtune.errors import Issue, ManifestError
 from speechtune.tasks.pronunciation.phones import PHONES, realised_phones
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
 from speechtune.types import Mispronunciation, Pronunciation, Sample, Word
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "speechocean762-mini"
@@ -80,7 +81,13 @@ class Corpus:
         return self.folder
 
     def read(self, **options: Any) -> ReadResult:
-        return read_speechocean(self.write(), "train", DataConfig(**options))
+        """Read the training split and the headers of its clips."""
+        config = DataConfig(**options)
+        result = read_speechocean(self.write(), "train", config)
+        found = check_audio(result.samples, config, max_seconds=MAX_CLIP_SECONDS).issues
+        bad = {issue.row for issue in found}
+        samples = [sample for sample in result.samples if sample.row not in bad]
+        return replace(result, samples=samples, issues=result.issues + found)
 
     @property
     def lisa(self) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def test_optional_fields_are_notes_with_counts(corpus: Corpus) -> None:
         "train: words without 'stress' (2)",
         "train: phones below 0.5 without mispronunciation, taken as canonical (2)",
         "train: speakers without age (1)",
-        "train/spk2gender is missing: not known of any speaker (1)",
+        "train/spk2gender is missing: known of no speaker (1)",
     }
     assert "completeness" not in labels_of(result.samples[0]).scores
     assert labels_of(result.samples[0]).gender is None and labels_of(result.samples[2]).age is None
@@ -203,7 +210,7 @@ def test_damaged_scores_of_single_raters_are_left_out(corpus: Corpus, values: An
     first, second, third = raters(result)
     assert list(first) == ["accuracy", "prosodic", "total"] and len(second) == 4 and third == {}
     assert set(result.notes) == {
-        "train: utterances without sound 'fluency' scores of single raters (1)",
+        "train: utterances without valid 'fluency' scores of single raters (1)",
         "train: utterances whose single raters scored another text (1)",
     }
 
@@ -292,7 +299,7 @@ ISSUES: list[tuple[Callable[[Corpus], None], str, str, str]] = [
     (edit("words.1.phones-accuracy.3", None), "missing_score", ":", "'phones-accuracy[3]' is missing"),
     (edit("words.1.mispronunciations", ...), "missing_mispronunciations", ":", "a phone is scored below 0.5"),
     (edit("words.1.mispronunciations", "D"), "missing_mispronunciations", ":", "no list 'mispronunciations'"),
-    (edit("words.1.mispronunciations", [ENTRY, ENTRY]), "doubled_index", ":", "for the phone at index 0"),
+    (edit("words.1.mispronunciations", [ENTRY, ENTRY]), "duplicate_index", ":", "for the phone at index 0"),
     (said(index=4), "bad_index", "scores.json:", "word 2 (LISA): 'index' 4 lies outside the word, which has 4"),
     (said(index=-1), "bad_index", "scores.json:", "'index' -1 lies outside the word"),
     (said(index=1), "phone_mismatch", "scores.json:", "'L' is not the phone at index 1, which is 'IY'"),
@@ -302,9 +309,9 @@ ISSUES: list[tuple[Callable[[Corpus], None], str, str, str]] = [
     (edit("words.1.text", "LIZ"), "text_mismatch", "scores.json:", "'HI LISA' differs from the words"),
     (line("text", "u2\tHI"), "text_mismatch", "scores.json:", "'HI' differs from 'text' in scores.json, 'HI LISA'"),
     (line("text", "u2\tHI<|eot|> LISA"), "special_token", "train/text:2", "'<|eot|>'"),
-    (line("text"), "missing_text", "train/wav.scp:2", "no sound line of train/text is for it"),
-    (line("wav.scp"), "missing_audio", "train/text:2", "no sound line of train/wav.scp is for it"),
-    (line("utt2spk"), "missing_speaker", "train/text:2", "no sound line of train/utt2spk is for it"),
+    (line("text"), "missing_text", "train/wav.scp:2", "train/text has no valid line for it"),
+    (line("wav.scp"), "missing_audio", "train/text:2", "train/wav.scp has no valid line for it"),
+    (line("utt2spk"), "missing_speaker", "train/text:2", "train/utt2spk has no valid line for it"),
     (line("wav.scp", "u2\tgone.WAV"), "missing_file", "train/text:2", "no such file"),
     (line("wav.scp", "u2\tsox u2.WAV -t wav - |"), "bad_path", "train/wav.scp:2", "commands are not run"),
     (line("wav.scp", "u2\thttps://x.org/u2.WAV"), "url_refused", "train/wav.scp:2", "URLs are refused"),
@@ -382,7 +389,7 @@ def test_an_empty_split(corpus: Corpus) -> None:
     for lines in corpus.tables["train"].values():
         lines.clear()
     assert [(issue.code, issue.message) for issue in corpus.read().issues] == [
-        ("empty_manifest", "holds no utterances")
+        ("empty_manifest", "holds no rows")
     ]
 
 
@@ -415,14 +422,14 @@ def test_clips_over_the_limit(corpus: Corpus) -> None:
     corpus.sound("WAVE/SPEAKER01/u2.WAV", MAX_CLIP_SECONDS + 0.1)
     corpus.sound("WAVE/SPEAKER02/u3.WAV", 61)
     result = corpus.read()
-    assert [(issue.sample_id, issue.code) for issue in result.issues] == [("u3", "too_long"), ("u2", "too_long")]
-    assert "40.1 s is longer than 40 s; cut it" in result.issues[1].message
+    assert [(issue.sample_id, issue.code) for issue in result.issues] == [("u2", "too_long"), ("u3", "too_long")]
+    assert "40.1 s is longer than 40 s; cut it" in result.issues[0].message
     assert [sample.id for sample in result.samples] == ["u1"]
-    unopened = read_speechocean(corpus.folder, "train", DataConfig(), headers=False)
+    unopened = read_speechocean(corpus.folder, "train", DataConfig())
     assert (len(unopened.samples), unopened.issues) == (3, [])
 
 
-def test_doubled_keys_in_scores_json(corpus: Corpus) -> None:
+def test_duplicate_keys_in_scores_json(corpus: Corpus) -> None:
     entry = json.dumps(corpus.scores["u2"])
     others = f'"u1": {json.dumps(corpus.scores["u1"])}, "u3": {json.dumps(corpus.scores["u3"])}'
     folder = corpus.write(f'{{"u2": {entry},\n"u2": {entry},\n{others}}}')

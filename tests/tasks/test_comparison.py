@@ -170,7 +170,7 @@ def test_every_issue_of_a_seed_list_is_listed(seed_folder: Path, tmp_path: Path)
         (2, "bad_row"),
         (3, "empty_text"),
         (4, "missing_file"),
-        (6, "doubled_id"),
+        (6, "duplicate_id"),
         (7, "outside_root"),
     ]
     for name in ("gone.wav", "lost.wav", "meta.lst:6"):
@@ -179,7 +179,7 @@ def test_every_issue_of_a_seed_list_is_listed(seed_folder: Path, tmp_path: Path)
 
 def test_an_empty_or_missing_seed_list(tmp_path: Path) -> None:
     (tmp_path / "meta.lst").write_text("\n")
-    with pytest.raises(ManifestError, match="holds no lines"):
+    with pytest.raises(ManifestError, match="holds no rows"):
         read_seed_list(tmp_path / "meta.lst")
     with pytest.raises(ManifestError, match="cannot be read"):
         read_seed_list(tmp_path / "gone.lst")

@@ -119,7 +119,7 @@ def test_an_index_outside_the_word(index: int) -> None:
 def test_two_entries_for_one_phone() -> None:
     with pytest.raises(PhoneError, match="two mispronunciations are given for the phone at index 2") as caught:
         realised_phones(LISA, [error(2, "D"), error(2, "Z")])
-    assert caught.value.code == "doubled_index"
+    assert caught.value.code == "duplicate_index"
 
 
 @pytest.mark.parametrize("canonical", ["IY", "IY1", "IY0"])

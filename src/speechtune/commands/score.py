@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from speechtune.config import DataConfig
-from speechtune.data.audio_checks import check_audio, find_long_clips
+from speechtune.data.audio_checks import check_audio
 from speechtune.data.prompts import read_recordings
 from speechtune.data.sources import find_source, load_samples
 from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
 from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
-from speechtune.tasks.pronunciation.targets import canonical_phones
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
 from speechtune.types import AudioRef, Sample
 
 _ACCEPTED = ("silent", "clipped")  # such clips can be assessed; the answer shows what is wrong with them
@@ -54,9 +54,8 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
 
 def _checked(where: str, samples: list[Sample]) -> list[Sample]:
     silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
-    check = check_audio(samples, DataConfig(), deep=True)
+    check = check_audio(samples, DataConfig(), deep=True, max_seconds=MAX_CLIP_SECONDS)
     issues = [issue for issue in check.issues if issue.code not in _ACCEPTED]
-    issues += find_long_clips(samples, check.durations, DataConfig())
     if lines := [*silent, *map(str, issues)]:
         listed = "\n".join(f"  {line}" for line in lines)
         raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))

@@ -17,11 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from speechtune.config import DataConfig
-from speechtune.data.audio_checks import Progress, check_audio, find_long_clips
+from speechtune.data.audio_checks import Progress, check_audio
 from speechtune.data.manifest import read_samples
-from speechtune.data.sources import Source, find_source, read_source
+from speechtune.data.row_parser import ReadResult
+from speechtune.data.sources import find_source, read_source
 from speechtune.data.speechocean_labels import SCORE_FIELDS, Split
 from speechtune.errors import Issue, printable
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
 from speechtune.types import AudioRef, Pronunciation, Sample
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
@@ -34,7 +36,7 @@ _SCRIPT_NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Japanese", "KATAKANA"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `validate` found; `faults` empty means that training accepts the manifest."""
+    """What `validate` found; `issues` empty means that training accepts the manifest."""
 
     path: Path
     issues: list[Issue]
@@ -43,13 +45,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as one JSON object with all issues."""
-        values = {
-            "path": str(self.path),
-            "issues": [asdict(issue) for issue in self.issues],
-            "statistics": self.statistics,
-            "notes": self.notes,
-        }
-        return json.dumps(values, ensure_ascii=False, indent=2)
+        return json.dumps(asdict(self) | {"path": str(self.path)}, ensure_ascii=False, indent=2)
 
 
 def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progress | None = None) -> Report:
@@ -60,18 +56,34 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
         ModuleNotFoundError: pyarrow, which the hub's copy of Speechocean762 needs, is not installed.
     """
     source = find_source(path)
-    if source is not None:
-        return _validate_pronunciation(path, source, config, deep, progress)
-    result = read_samples(path, config)
-    check = check_audio(result.samples, config, deep, progress)
-    issues = sorted(result.issues + check.issues, key=lambda issue: issue.row)
-    notes = list(result.notes)
-    urls = {ref for sample in result.samples for ref in _clips(sample) if ref.url is not None}
-    if urls and not deep:
-        notes.append(f"{len(urls)} clip(s) given as URL were not fetched; a deep check fetches them")
-    bad_rows = {issue.row for issue in issues}
-    sound = [sample for sample in result.samples if sample.row not in bad_rows]
-    return Report(path, issues, statistics(sound, check.durations) | {"num_rows": result.num_rows}, notes)
+    results: dict[Split | None, ReadResult] = {}
+    if source is None:
+        results[None] = read_samples(path, config)
+    else:  # a parquet file that names no split is read as training data
+        splits: tuple[Split | None, ...] = source.splits or (None if source.format == "jsonl" else "train",)
+        results = {split: read_source(source, split, config) for split in splits}
+    samples = [sample for result in results.values() for sample in result.samples]
+    check = check_audio(samples, config, deep, progress, MAX_CLIP_SECONDS if source else math.inf)
+    issues = [issue for result in results.values() for issue in result.issues] + check.issues
+    if source is None:
+        issues.sort(key=lambda issue: issue.row)
+    if "train" in results and "test" in results:
+        issues += _overlaps(results["train"].samples, results["test"].samples)
+    notes = [note for result in results.values() for note in result.notes]
+    if check.num_not_fetched:
+        notes.append(f"{check.num_not_fetched} clip(s) given as URL were not fetched; a deep check fetches them")
+    bad = {(issue.source, issue.sample_id, issue.row) for issue in issues}
+
+    def valid(samples: Sequence[Sample]) -> list[Sample]:
+        return [sample for sample in samples if (sample.source, sample.id, sample.row) not in bad]
+
+    num_rows = sum(result.num_rows for result in results.values())
+    values = statistics(valid(samples), check.durations) | {"num_rows": num_rows}
+    if source is not None and source.format == "jsonl":
+        values["tasks"] = dict(Counter(sample.pronunciation.task for sample in valid(samples) if sample.pronunciation))
+    elif source is not None:
+        values["pronunciation"] = {split: label_statistics(valid(one.samples)) for split, one in results.items()}
+    return Report(path, issues, values, notes)
 
 
 def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def print_report(report: Report, console: Console) -> None:
     values = report.statistics
     console.print(Text(str(report.path)))
     table = Table("what", "value")
-    table.add_row("rows / sound samples", f"{values['num_rows']} / {values['num_samples']}")
+    table.add_row("rows / valid samples", f"{values['num_rows']} / {values['num_samples']}")
     table.add_row("hours of target audio", f"{values['hours']:.2f}")
     table.add_row("with / without reference", f"{values['with_reference']} / {values['without_reference']}")
     for name in ("speakers", "languages"):
@@ -167,31 +179,6 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"... and {len(report.issues) - _ISSUES_SHOWN} more; in all: {counts}"))
 
 
-def _validate_pronunciation(
-    path: Path, source: Source, config: DataConfig, deep: bool, progress: Progress | None
-) -> Report:
-    # a parquet file that names no split is read as training data
-    splits: tuple[Split | None, ...] = source.splits or (None if source.format == "jsonl" else "train",)
-    results = {split: read_source(source, split, config) for split in splits}
-    samples = [sample for result in results.values() for sample in result.samples]
-    check = check_audio(samples, config, deep, progress)
-    issues = [issue for result in results.values() for issue in result.issues] + check.issues
-    issues += find_long_clips(samples, check.durations, config)
-    if "train" in results and "test" in results:
-        issues += _overlaps(results["train"].samples, results["test"].samples)
-    bad = {(issue.source, issue.sample_id) for issue in issues}
-    sound = [sample for sample in samples if (sample.source, sample.id) not in bad]
-    values = statistics(sound, check.durations) | {"num_rows": sum(result.num_rows for result in results.values())}
-    if source.format == "jsonl":
-        values["tasks"] = dict(Counter(sample.pronunciation.task for sample in sound if sample.pronunciation))
-    else:
-        values["pronunciation"] = {
-            split: label_statistics([sample for sample in result.samples if (sample.source, sample.id) not in bad])
-            for split, result in results.items()
-        }
-    return Report(path, issues, values, [note for result in results.values() for note in result.notes])
-
-
 def _overlaps(train: Sequence[Sample], test: Sequence[Sample]) -> list[Issue]:
     """Issues of test utterances whose id or speaker also stands in the training split: no test of unseen voices."""
     ids, speakers = {sample.id for sample in train}, {sample.speaker for sample in train}
@@ -214,10 +201,6 @@ def _label_lines(values: Mapping[str, Any]) -> list[str]:
         shown = "  ".join(f"{value}: {count}" for value, count in counts.items())
         lines.append(f"{name.replace('_', ' ')}  {shown or '-'}")
     return lines
-
-
-def _clips(sample: Sample) -> list[AudioRef]:
-    return ([] if sample.audio is None else [sample.audio]) + [clip.audio for clip in sample.references]
 
 
 def _bin_name(edge: int) -> str:

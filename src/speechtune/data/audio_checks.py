@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,6 @@ from speechtune.types import AudioRef, Sample
 Progress = Callable[[int, int], None]
 """Called with (clips done, clips in all)."""
 
-
 _CLIPS_PER_TASK = 64  # one future per clip would cost more than reading a header
 _THREADS = 4
 _HEADERS_KEPT = 4096  # of files that rows cut many segments out of
@@ -32,14 +32,15 @@ _HEADERS_KEPT = 4096  # of files that rows cut many segments out of
 
 @dataclass(frozen=True, slots=True)
 class AudioCheck:
-    """Issues of the clips of some samples, and the duration in seconds of every clip that was read."""
+    """Issues of the clips of some samples, the seconds of every clip that was read, and how many URLs were not."""
 
     issues: list[Issue]
     durations: dict[AudioRef, float]
+    num_not_fetched: int
 
 
 @dataclass(slots=True)
-class _Finding:
+class _ClipCheck:
     duration_seconds: float | None = None
     file_seconds: float | None = None
     digest: bytes = b""
@@ -47,52 +48,57 @@ class _Finding:
 
 
 def check_audio(
-    samples: Sequence[Sample], config: DataConfig, deep: bool = False, progress: Progress | None = None
+    samples: Sequence[Sample],
+    config: DataConfig,
+    deep: bool = False,
+    progress: Progress | None = None,
+    max_seconds: float = math.inf,
 ) -> AudioCheck:
     """Check each distinct clip once: its header, or with `deep` every decoded sample.
 
+    Clips last at most `max_seconds`, and at most `config.max_seconds`.
+
     Headers show missing, unreadable and non-audio files, durations out of bounds or other than declared, and segments
-    outside the file. Deep also shows truncation, silence, clipping, NaN, and targets that sound like their reference.
+    outside the file. Deep also shows truncation, silence, clipping, NaN, and targets equal to their reference.
     Clips given as URL are fetched only by a deep check.
     """
     refs = list(dict.fromkeys(ref for sample in samples for ref in _own_clips(sample)))
-    # Of a million sound clips nothing is kept but their durations.
+    # Of a million clips without issues nothing is kept but their durations.
     durations: dict[AudioRef, float] = {}
-    special: dict[AudioRef, _Finding] = {}
+    special: dict[AudioRef, _ClipCheck] = {}
     num_done = 0
     header = lru_cache(_HEADERS_KEPT)(lambda path: audio_info(AudioRef(path)))
     tasks = [refs[start : start + _CLIPS_PER_TASK] for start in range(0, len(refs), _CLIPS_PER_TASK)]
 
-    def inspect(task: list[AudioRef]) -> list[_Finding]:
-        return [_inspect(ref, config, deep, header) for ref in task]
+    def inspect(task: list[AudioRef]) -> list[_ClipCheck]:
+        return [_inspect(ref, config, deep, max_seconds, header) for ref in task]
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for task, found in zip(tasks, pool.map(inspect, tasks), strict=True):
-            for ref, finding in zip(task, found, strict=True):
-                if finding.duration_seconds is not None:
-                    durations[ref] = finding.duration_seconds
-                if finding.issues or finding.digest:
-                    special[ref] = finding
+        for task, checks in zip(tasks, pool.map(inspect, tasks), strict=True):
+            for ref, check in zip(task, checks, strict=True):
+                if check.duration_seconds is not None:
+                    durations[ref] = check.duration_seconds
+                if check.issues or check.digest:
+                    special[ref] = check
             num_done += len(task)
             if progress is not None:
                 progress(num_done, len(refs))
     issues: list[Issue] = []
     for sample in samples:
-        declared = sample.declared_seconds
         own = _own_clips(sample)
         for index, ref in enumerate(own):
-            seconds = declared[index] if index < len(declared) else None
-            finding = special.get(ref)
-            if finding is None and seconds is not None:
-                finding = _Finding(durations.get(ref), durations.get(ref))
-            for code, reason in _clip_issues(finding, seconds) if finding else ():
+            declared = sample.declared_seconds[index] if index < len(sample.declared_seconds) else None
+            check = special.get(ref)
+            if check is None and declared is not None:
+                check = _ClipCheck(durations.get(ref), durations.get(ref))
+            for code, reason in _clip_issues(check, declared) if check else ():
                 role = "target" if index == 0 else f"reference {index}"
                 issues.append(_issue(sample, code, f"{role} {ref}: {reason}"))
         digests = [special[ref].digest for ref in own if ref in special]
         if len(digests) == len(own) > 1 and digests[0] and digests[0] in digests[1:]:
             reason = "the target's audio is identical to its reference's: the model would copy it"
             issues.append(_issue(sample, "target_is_reference", reason))
-    return AudioCheck(issues, durations)
+    return AudioCheck(issues, durations, 0 if deep else sum(ref.url is not None for ref in refs))
 
 
 def _own_clips(sample: Sample) -> list[AudioRef]:
@@ -102,54 +108,39 @@ def _own_clips(sample: Sample) -> list[AudioRef]:
     return target + [clip.audio for clip in references]
 
 
-def _inspect(ref: AudioRef, config: DataConfig, deep: bool, header: Callable[[str], AudioInfo]) -> _Finding:
-    finding = _Finding()
+def _inspect(
+    ref: AudioRef, config: DataConfig, deep: bool, max_seconds: float, header: Callable[[str], AudioInfo]
+) -> _ClipCheck:
+    check = _ClipCheck()
     if ref.url is not None and not deep:
-        return finding
+        return check
     try:
         info = audio_info(ref, allow_urls=config.allow_urls) if ref.path is None else header(ref.path)
-        finding.file_seconds = info.duration_seconds
-        finding.duration_seconds = segment_frames(ref, info)[1] / info.sampling_rate
-        _check_length(finding, finding.duration_seconds, config)
-        if deep and not finding.issues:
+        check.file_seconds = info.duration_seconds
+        check.duration_seconds = seconds = segment_frames(ref, info)[1] / info.sampling_rate
+        if seconds < config.min_seconds:
+            reason = f"{seconds:.3f} s is shorter than data.min_seconds ({config.min_seconds:g} s)"
+            check.issues = (("too_short", reason),)
+        elif seconds > config.max_seconds:
+            reason = f"{seconds:.1f} s is longer than data.max_seconds ({config.max_seconds:g} s)"
+            check.issues = (("too_long", reason),)
+        elif seconds > max_seconds:
+            check.issues = (("too_long", f"{seconds:.1f} s is longer than {max_seconds:g} s; cut it"),)
+        elif deep:
             audio = read_audio(ref, allow_urls=config.allow_urls)
-            finding.digest = hashlib.sha256(audio.samples.tobytes()).digest()
-            finding.issues += tuple(find_defects(audio))
+            check.digest = hashlib.sha256(audio.samples.tobytes()).digest()
+            check.issues = tuple(find_defects(audio))
     except InvalidAudioError as error:
-        finding.issues += ((error.code, error.reason),)
-    return finding
+        check.issues = ((error.code, error.reason),)
+    return check
 
 
-def _check_length(finding: _Finding, seconds: float, config: DataConfig) -> None:
-    if seconds < config.min_seconds:
-        reason = f"{seconds:.3f} s is shorter than data.min_seconds ({config.min_seconds:g} s)"
-        finding.issues += (("too_short", reason),)
-    elif seconds > config.max_seconds:
-        reason = f"{seconds:.1f} s is longer than data.max_seconds ({config.max_seconds:g} s)"
-        finding.issues += (("too_long", reason),)
-
-
-def _clip_issues(finding: _Finding, declared: float | None) -> Iterable[tuple[str, str]]:
-    yield from finding.issues
-    actual = finding.file_seconds
+def _clip_issues(check: _ClipCheck, declared: float | None) -> Iterable[tuple[str, str]]:
+    yield from check.issues
+    actual = check.file_seconds
     if declared is not None and actual is not None and abs(declared - actual) > DURATION_TOLERANCE_SECONDS:
         yield "duration_mismatch", f"declared as {declared:.2f} s, but the file is {actual:.2f} s long"
 
 
 def _issue(sample: Sample, code: str, message: str) -> Issue:
     return Issue(sample.source, sample.id, code, printable(message), sample.row)
-
-
-MAX_CLIP_SECONDS = 40.0
-"""Longest clip: a padded batch with a longer one crashes in the speech encoder that hears these clips."""
-
-
-def find_long_clips(samples: Sequence[Sample], durations: Mapping[AudioRef, float], config: DataConfig) -> list[Issue]:
-    """Issues of clips over `MAX_CLIP_SECONDS` that `config.max_seconds` lets pass; `durations` from `check_audio`."""
-    issues: list[Issue] = []
-    for sample in samples:
-        seconds = durations.get(sample.audio, 0.0) if sample.audio is not None else 0.0
-        if MAX_CLIP_SECONDS < seconds <= config.max_seconds:
-            reason = f"{sample.audio}: {seconds:.1f} s is longer than {MAX_CLIP_SECONDS:g} s; cut it"
-            issues.append(Issue(sample.source, sample.id, "too_long", printable(reason), sample.row))
-    return issues

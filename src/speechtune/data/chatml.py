@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speechtune.data.row_parser import _NOT_TEXT, Context
+from speechtune.data.row_parser import NOT_TEXT, Context
 from speechtune.types import AudioRef, Clip, Sample
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
@@ -27,13 +27,7 @@ _Spoken = tuple[AudioRef, float | None, str]  # clip, declared duration in secon
 
 def read_row(context: Context) -> Sample | None:
     """Turn a row into a sample; None, with issues in the context, where it cannot be."""
-    row, value = context.row, context.row.value
-    if row.problem:
-        context.issue(row.code, row.problem)
-        return None
-    if not isinstance(value, dict):
-        context.issue("bad_row", f"a row is an object, found {type(value).__name__}")
-        return None
+    value = context.row.value
     if value.get("messages") is not None:
         return chatml_sample(context, value)
     if "audio_file" in value:
@@ -78,8 +72,8 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
     body = turns[1:] if turns[0].role == "system" else turns
     roles = [turn.role for turn in body]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        found = ", ".join(turn.role for turn in turns[:12])
-        context.issue("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {found}")
+        given = ", ".join(turn.role for turn in turns[:12])
+        context.issue("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {given}")
         return None
     _check_start_index(context, value, len(messages) - 1)
     clips: list[_Spoken] = []
@@ -153,9 +147,9 @@ def _system(context: Context, turn: _Turn) -> tuple[str | None, str | None]:
     if turn.audios:
         context.issue("bad_part", f"{turn.where}: audio in the system message is not supported; give it as reference")
     text, scene = turn.text, None
-    if found := _SCENE.search(text):
-        scene = context.text(found[1], "the scene")
-        before, after = text[: found.start()].rstrip(), text[found.end() :].strip()
+    if match := _SCENE.search(text):
+        scene = context.text(match[1], "the scene")
+        before, after = text[: match.start()].rstrip(), text[match.end() :].strip()
         text = "\n\n".join(filter(None, (before, after)))
     return (context.text(text, "the system message") if text.strip() else None), scene
 
@@ -170,8 +164,8 @@ def _check_start_index(context: Context, value: dict[str, Any], last: int) -> No
 def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]) -> list[_Spoken]:
     """References of the user's message, then the assistant's clip with the text spoken in it."""
     if len(assistant.audios) != 1:
-        found = f"{len(assistant.audios)} audio parts, expected one" if assistant.audios else "holds no audio part"
-        context.issue("missing_audio", f"{assistant.where} (assistant): {found}")
+        given = f"{len(assistant.audios)} audio parts, expected one" if assistant.audios else "holds no audio part"
+        context.issue("missing_audio", f"{assistant.where} (assistant): {given}")
         return []
     target = context.optional_text(misc, "target_transcript")
     spoken = target or (assistant.text if assistant.text.strip() else None)
@@ -217,7 +211,7 @@ def _sample(
     speaker = context.optional_text(value, "speaker", "speaker_id") or _text(misc or {}, "speaker", "speaker_id")
     language = context.optional_text(value, "language") or _text(misc or {}, "language")
     for name, given in (("speaker", speaker), ("language", language)):
-        if given is not None and _NOT_TEXT.search(given):
+        if given is not None and NOT_TEXT.search(given):
             context.issue("bad_unicode", f"{name!r} holds lone surrogates or NUL")
     if context.issues:
         return None

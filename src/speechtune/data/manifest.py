@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,11 @@ from pathlib import Path
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.chatml import read_row
-from speechtune.data.quarantine import ReadResult, keep_sound
-from speechtune.data.row_parser import Context
-from speechtune.data.rows import Row, Shared, iterate_rows
-from speechtune.errors import Issue, printable
+from speechtune.data.quarantine import keep_valid
+from speechtune.data.row_parser import ReadResult, read_rows
+from speechtune.data.rows import iterate_rows
+from speechtune.errors import some
 from speechtune.types import Clip, Sample
-
-logger = logging.getLogger("speechtune")
 
 
 def read_samples(path: Path, config: DataConfig) -> ReadResult:
@@ -28,34 +25,13 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
     Raises:
         ManifestError: there is no such file, or it is of no known layout.
     """
-    folder = path if path.is_dir() else path.parent
-    stem = path.resolve().name if path.is_dir() else path.stem
-    samples: list[Sample] = []
-    issues: list[Issue] = []
-    notes: Counter[str] = Counter()
-    first_row: dict[str, int] = {}
-    num_rows, shared = 0, Shared()
-    for row in iterate_rows(path):
-        num_rows += 1
-        context = Context(row, row_id(row, stem), folder, config, shared)
-        sample = read_row(context)
-        first = first_row.setdefault(context.sample_id, row.number)
-        if first != row.number:
-            context.issue("duplicate_id", f"the id is already taken by row {first}")
-        issues += context.issues
-        notes.update(context.notes)
-        if sample is not None and not context.issues:
-            samples.append(sample)
-    if num_rows == 0:
-        issues.append(Issue(f"{path}:1", "-", "empty_manifest", "holds no rows"))
-    texts = [f"{text} ({count} rows)" for text, count in notes.items()]
-    if any(sample.borrows_reference for sample in samples):
-        samples = borrow_references(samples)
-        alone = [sample.id for sample in samples if sample.borrows_reference and not sample.references]
-        if alone:
-            some = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
-            texts.append(f"{len(alone)} sample(s) without reference, their speaker has no other utterance: {some}")
-    return ReadResult(samples, issues, texts, num_rows)
+    result = read_rows(path, iterate_rows(path), config, read_row)
+    samples = borrow_references(result.samples)
+    notes = result.notes
+    if alone := [sample.id for sample in samples if sample.borrows_reference and not sample.references]:
+        reason = "sample(s) without reference, their speaker has no other utterance"
+        notes.append(f"{len(alone)} {reason}: {some(alone)}")
+    return ReadResult(samples, result.issues, notes, result.num_rows)
 
 
 def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
@@ -63,8 +39,6 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
 
     A speaker's only utterance stays without reference; samples that name a reference are returned as they are.
     """
-    if not any(sample.borrows_reference for sample in samples):
-        return list(samples)
     by_speaker: defaultdict[str | None, list[Sample]] = defaultdict(list)
     position: dict[str, int] = {}
     for sample in samples:
@@ -96,14 +70,4 @@ def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = N
     result = read_samples(path, config)
     deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding
     issues = check_audio(result.samples, config, deep=deep).issues
-    return borrow_references(keep_sound(path, result, issues, config, quarantine_dir, iterate_rows(path)))
-
-
-def row_id(row: Row, stem: str) -> str:
-    """The id a row gives itself, else the stem of its file and its number."""
-    value = row.value if isinstance(row.value, dict) else {}
-    misc = value.get("misc")
-    for given in (value.get("id"), misc.get("id") if isinstance(misc, dict) else None):
-        if (isinstance(given, str) and given.strip()) or (isinstance(given, int) and not isinstance(given, bool)):
-            return printable(str(given))
-    return f"{printable(stem)}-{row.number}"
+    return borrow_references(keep_valid(path, result, issues, config, quarantine_dir, iterate_rows(path)))

@@ -1,6 +1,6 @@
 """Pronunciation data by the row: the hub's copy of Speechocean762, and plain JSONL that names task and answer.
 
-Rows become `Sample`s as `speechtune.tasks.pronunciation.targets` wants them; every issue is collected, none is raised.
+Samples are as `speechtune.tasks.pronunciation.targets` describes them; every issue is collected, none is raised.
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
-from speechtune.data.manifest import row_id
-from speechtune.data.quarantine import ReadResult
-from speechtune.data.row_parser import Context
+from speechtune.data.row_parser import Context, ReadResult, read_rows
 from speechtune.data.rows import Row, iterate_rows
-from speechtune.data.speechocean_labels import AGE, GENDERS, SPLITS, LabelReader, Split, check_score
-from speechtune.errors import Issue, ManifestError, printable
+from speechtune.data.speechocean_labels import SPLITS, LabelReader, Split, check_score, read_person, utterance
+from speechtune.errors import ManifestError, printable
 from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN
 from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task
 from speechtune.types import AudioRef, Pronunciation, Sample
@@ -30,8 +27,6 @@ _HUB_PLACES = ("*.parquet", "data/*.parquet", "train/*.parquet", "test/*.parquet
 _HUB_FIELDS = ("audio", "text", "words", "accuracy")
 _FIRST_WORD = re.compile("[A-Za-z]+")
 _BATCH_ROWS = 64  # with inline clips of some 120 kB each
-
-_Read = Callable[[Context], Sample | None]
 
 
 def hub_files(path: Path) -> dict[Split | None, list[Path]]:
@@ -80,8 +75,7 @@ def read_hub_copy(path: Path, split: Split, config: DataConfig) -> ReadResult:
     own = files.get(split) or (files.get(None) if path.suffix == ".parquet" else None)
     if not own:
         raise ManifestError(f"{path}: holds no parquet file of the split {split!r}, such as data/{split}-*.parquet")
-    folder = path.parent if path.suffix == ".parquet" else path
-    result = _read_hub(_parquet_rows(own), Context(Row(0, f"{path}:1"), "-", folder, config), split)
+    result = _read_hub(path, _parquet_rows(own), config, split)
     if own is not files.get(None) and (others := files.get(None)):
         names = ", ".join(printable(file.name) for file in others)
         result.notes.append(f"parquet files that name neither train nor test are left out: {names:.200}")
@@ -102,7 +96,7 @@ def read_hub_rows(
     """
     values = (dict(row) if isinstance(row, Mapping) else row for row in rows)
     numbered = (Row(number, f"{source}:{number}", value) for number, value in enumerate(values, 1))
-    return _read_hub(numbered, Context(Row(0, f"{source}:1"), "-", folder, config), split)
+    return _read_hub(Path(source), numbered, config, split, folder)
 
 
 def read_assessment_jsonl(path: Path, config: DataConfig) -> ReadResult:
@@ -111,37 +105,7 @@ def read_assessment_jsonl(path: Path, config: DataConfig) -> ReadResult:
     Raises:
         ManifestError: there is no such file, or it is no JSON.
     """
-    rows = ((row, row_id(row, path.stem)) for row in iterate_rows(path))
-    return _collect(rows, Context(Row(0, f"{path}:1"), "-", path.parent, config), _task_row)
-
-
-def _collect(rows: Iterable[tuple[Row, str]], whole: Context, read: _Read) -> ReadResult:
-    """Read all rows; `whole` is the context of the file itself."""
-    num_rows = 0
-    samples: list[Sample] = []
-    issues: list[Issue] = []
-    notes: Counter[str] = Counter()
-    first_row: dict[str, int] = {}
-    for row, name in rows:
-        num_rows += 1
-        context = Context(row, printable(name), whole.folder, whole.config)
-        sample = _problem(context) if row.problem or not isinstance(row.value, dict) else read(context)
-        first = first_row.setdefault(context.sample_id, row.number)
-        if first != row.number:
-            context.issue("duplicate_id", f"the id is already taken by row {first}")
-        issues += context.issues
-        if sample is not None and not context.issues:
-            samples.append(sample)
-            notes.update(context.notes)
-    if num_rows == 0:
-        whole.issue("empty_manifest", "holds no rows")
-    texts = [f"{text} ({count})" for text, count in notes.items()]
-    return ReadResult(samples, whole.issues + issues, texts, num_rows)
-
-
-def _problem(context: Context) -> None:
-    row = context.row
-    context.issue(row.code or "bad_row", row.problem or f"a row is an object, found {type(row.value).__name__}")
+    return read_rows(path, iterate_rows(path), config, _task_row)
 
 
 def _parquet_rows(files: Iterable[Path]) -> Iterator[Row]:
@@ -165,11 +129,13 @@ def _parquet_rows(files: Iterable[Path]) -> Iterator[Row]:
             raise ManifestError(f"{file}: cannot be read as parquet: {error}") from None
 
 
-def _read_hub(rows: Iterable[Row], whole: Context, split: Split) -> ReadResult:
+def _read_hub(
+    path: Path, rows: Iterable[Row], config: DataConfig, split: Split, folder: Path | None = None
+) -> ReadResult:
     def read(context: Context) -> Sample | None:
         return _hub_sample(context, split)
 
-    return _collect(((row, _hub_id(row, split)) for row in rows), whole, read)
+    return read_rows(path, rows, config, read, lambda row: _hub_id(row, split), folder)
 
 
 def _hub_id(row: Row, split: Split) -> str:
@@ -180,11 +146,11 @@ def _hub_id(row: Row, split: Split) -> str:
 
 
 def _hub_sample(context: Context, split: Split) -> Sample | None:
-    value, row = context.row.value, context.row
+    value = context.row.value
     text = context.text(context.optional_text(value, "text") or "", "the text", "missing_text")
     audio = _hub_audio(context, value.get("audio"))
     speaker = context.text(context.optional_text(value, "speaker") or "", "the speaker", "missing_speaker")
-    person = _person(context, value)
+    person = read_person(context, value)
     context.notes += [f"{split}: utterances without {name}" for name in ("age", "gender") if name not in person]
     words = _listed(context, value.get("words"), "words")
     labels = None
@@ -193,17 +159,7 @@ def _hub_sample(context: Context, split: Split) -> Sample | None:
         labels = LabelReader(context, split, "the row").read(entry, text)
     if context.issues or labels is None:
         return None
-    labels = replace(labels, **person)
-    return Sample(
-        context.sample_id,
-        text,
-        audio,
-        speaker=speaker,
-        language="en",
-        source=row.source,
-        row=row.number,
-        pronunciation=labels,
-    )
+    return utterance(context, text, audio, speaker, replace(labels, **person))
 
 
 def _hub_audio(context: Context, audio: object) -> AudioRef | None:
@@ -234,7 +190,7 @@ def _hub_audio(context: Context, audio: object) -> AudioRef | None:
 def _listed(context: Context, value: Any, what: str) -> list[Any] | None:
     """A list of objects, also where `datasets` made one object of lists out of it; None, with an issue, if that fails.
 
-    What is neither counts as empty, which the reader of labels tells.
+    What is neither counts as empty, which the reader of labels reports.
     """
     if not isinstance(value, Mapping):
         return value if isinstance(value, list) else []
@@ -254,32 +210,14 @@ def _word(context: Context, word: object) -> object:
     return {**word, "mispronunciations": _listed(context, errors, "mispronunciations") or []}
 
 
-def _person(context: Context, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Age in years and gender, as far as they are given."""
-    person: dict[str, Any] = {}
-    age, gender = value.get("age"), value.get("gender")
-    if age not in (None, "") and age == age:
-        text = str(int(age)) if isinstance(age, float) and age.is_integer() else str(age)
-        if AGE.fullmatch(text):
-            person["age"] = int(text)
-        else:
-            context.issue("bad_field", f"age {age!r:.40} is not a number of years")
-    if gender not in (None, ""):
-        if isinstance(gender, str) and gender.lower() in GENDERS:
-            person["gender"] = gender.lower()
-        else:
-            context.issue("bad_field", f"gender {gender!r:.40} is not m or f")
-    return person
-
-
 def _task_row(context: Context) -> Sample | None:
-    value, row = context.row.value, context.row
+    value = context.row.value
     text = context.text(context.optional_text(value, "text") or "", "the text")
     named = context.audio(value, "audio")
     speaker = context.optional_text(value, "speaker")
     if speaker is not None:
         context.text(speaker, "the speaker")
-    person = _person(context, value)
+    person = read_person(context, value)
     task: Task | None = next((task for task in TASKS if task == value.get("task")), None)
     if task is None:
         context.issue("unknown_task", f"'task' {value.get('task')!r:.40} is none of {', '.join(TASKS)}")
@@ -287,17 +225,8 @@ def _task_row(context: Context) -> Sample | None:
     target = _target(context, task, value.get("target"))
     if context.issues or named is None:
         return None
-    return Sample(
-        context.sample_id,
-        text,
-        named[0],
-        speaker=speaker,
-        language="en",
-        source=row.source,
-        row=row.number,
-        declared_seconds=() if named[1] is None else (named[1],),
-        pronunciation=Pronunciation(task, target, **person),
-    )
+    sample = utterance(context, text, named[0], speaker, Pronunciation(task, target, **person))
+    return sample if named[1] is None else replace(sample, declared_seconds=(named[1],))
 
 
 def _target(context: Context, task: Task, target: object) -> dict[str, Any]:
@@ -313,7 +242,7 @@ def _target(context: Context, task: Task, target: object) -> dict[str, Any]:
         return {}
     fields = FIELDS[task]
     if absent := [name for name in fields if name not in target]:
-        context.issue("missing_key", f"'target' of {task} lacks {', '.join(map(repr, absent))}")
+        context.issue("missing_key", f"'target' of {task} has no {', '.join(map(repr, absent))}")
     if more := [name for name in target if name not in fields]:
         context.issue("unknown_key", f"'target' of {task} has the key(s) {', '.join(map(repr, more)):.100} too many")
     given = {name: target[name] for name in fields if name in target}

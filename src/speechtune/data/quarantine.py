@@ -7,11 +7,11 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speechtune.config import DataConfig
+from speechtune.data.row_parser import ReadResult
 from speechtune.data.rows import UNREADABLE_REST, Row
 from speechtune.errors import Issue, ManifestError
 from speechtune.types import Sample
@@ -21,17 +21,18 @@ logger = logging.getLogger("speechtune")
 _ISSUES_SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class ReadResult:
-    """What a manifest holds: sound samples, the issues of the other rows, notes for the reader."""
+def require_valid(path: Path, result: ReadResult) -> list[Sample]:
+    """The samples of a file without issues.
 
-    samples: list[Sample]
-    issues: list[Issue]
-    notes: list[str]
-    num_rows: int
+    Raises:
+        ManifestError: it has issues.
+    """
+    if result.issues:
+        raise _error(f"{path}: {len(result.issues)} issue(s) in its rows", result.issues)
+    return result.samples
 
 
-def keep_sound(
+def keep_valid(
     path: Path,
     result: ReadResult,
     audio_issues: Sequence[Issue],
@@ -57,7 +58,7 @@ def keep_sound(
     num_bad = result.num_rows - len(kept)
     head = f"{path}: {len(issues)} issue(s) in {num_bad} of {result.num_rows} rows"
     if config.on_error == "fail":
-        raise _error(f"{head}; mend them, or set data.on_error=quarantine", issues)
+        raise _error(f"{head}; fix them (`speechtune validate` lists all), or set data.on_error=quarantine", issues)
     folder = quarantine_dir or (path if path.is_dir() else path.parent)
     target = folder / f"quarantine-{path.resolve().stem}.jsonl"
     try:
@@ -79,7 +80,7 @@ def keep_sound(
 def _error(head: str, issues: list[Issue]) -> ManifestError:
     lines = [f"  {issue}" for issue in issues[:_ISSUES_SHOWN]]
     if len(issues) > _ISSUES_SHOWN:
-        lines.append(f"  ... and {len(issues) - _ISSUES_SHOWN} more; `speechtune validate` lists all of them")
+        lines.append(f"  ... and {len(issues) - _ISSUES_SHOWN} more")
     return ManifestError("\n".join([head, *lines]), tuple(issues))
 
 
@@ -92,11 +93,11 @@ def _write_quarantine(target: Path, rows: Iterable[Row], issues: list[Issue]) ->
     known = set(target.read_text(encoding="utf-8").splitlines()) if target.exists() else set()
     lines: list[str] = []
     for row in rows:
-        found = by_row.get(row.number or row.source)
-        if not found:
+        own = by_row.get(row.number or row.source)
+        if not own:
             continue
-        record: dict[str, Any] = {"source": row.source, "row": row.number, "id": found[0].sample_id}
-        record["issues"] = [{"code": issue.code, "message": issue.message} for issue in found]
+        record: dict[str, Any] = {"source": row.source, "row": row.number, "id": own[0].sample_id}
+        record["issues"] = [{"code": issue.code, "message": issue.message} for issue in own]
         record["content"] = row.raw if row.value is None else row.value
         if (line := json.dumps(record)) not in known:  # ASCII: lone surrogates must survive
             lines.append(line + "\n")

@@ -1,4 +1,4 @@
-"""What the readers of all row layouts share: the allowed folder, text checks, paths and URLs."""
+"""Rows -> samples, whatever their layout: the loop over the rows, and the checks of texts, paths and URLs in one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import binascii
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +18,11 @@ from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
 from speechtune.data.rows import Row, Shared
 from speechtune.errors import Issue, printable
-from speechtune.types import AudioRef
+from speechtune.types import AudioRef, Sample
 
-_NOT_TEXT = re.compile("[\ud800-\udfff\0]")
+NOT_TEXT = re.compile("[\ud800-\udfff\0]")
+"""Lone surrogates, which stand for bytes that are not UTF-8, and NUL."""
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
-
-
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://|(file|data):", re.IGNORECASE)
 
 
@@ -46,9 +46,9 @@ class Context:
         """Check a text and return it unchanged, byte for byte."""
         if not text.strip():
             self.issue(code, f"{what} is empty")
-        if found := _SPECIAL_TOKEN.search(text):
-            self.issue("special_token", f"{what} holds the control token {found[0]!r}, which would enter the prompt")
-        if _NOT_TEXT.search(text):
+        if token := _SPECIAL_TOKEN.search(text):
+            self.issue("special_token", f"{what} holds the control token {token[0]!r}, which would enter the prompt")
+        if NOT_TEXT.search(text):
             self.issue("bad_unicode", f"{what} holds bytes that are not UTF-8, lone surrogates or NUL")
         return text
 
@@ -145,3 +145,68 @@ class Context:
 @lru_cache(maxsize=4096)
 def _real_folder(path: str) -> str:
     return os.path.realpath(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """What a data file holds: samples, the issues of the other rows, and notes with counts."""
+
+    samples: list[Sample]
+    issues: list[Issue]
+    notes: list[str]
+    num_rows: int
+
+
+def read_rows(
+    path: Path,
+    rows: Iterable[Row],
+    config: DataConfig,
+    read: Callable[[Context], Sample | None],
+    name: Callable[[Row], str] | None = None,
+    folder: Path | None = None,
+) -> ReadResult:
+    """Read each row of the data file or folder `path`; rows with issues give no sample.
+
+    Args:
+        path: where the rows stand.
+        rows: its rows.
+        config: limits.
+        read: reads a row whose value is an object; issues go to the context.
+        name: the id of a row; None takes the one it gives itself, else the name of `path` and its number.
+        folder: what paths in the rows are relative to; None takes that of `path`.
+    """
+    stem = path.resolve().name if path.is_dir() else path.stem
+    folder = folder or (path if path.is_dir() else path.parent)
+    samples: list[Sample] = []
+    issues: list[Issue] = []
+    notes: Counter[str] = Counter()
+    first_row: dict[str, int] = {}
+    num_rows, shared = 0, Shared()
+    for row in rows:
+        num_rows += 1
+        context = Context(row, printable(name(row) if name else _row_id(row, stem)), folder, config, shared)
+        sample = None
+        if row.reason or not isinstance(row.value, dict):
+            reason = row.reason or f"a row is an object, found {type(row.value).__name__}"
+            context.issue(row.code or "bad_row", reason)
+        else:
+            sample = read(context)
+        first = first_row.setdefault(context.sample_id, row.number)
+        if first != row.number:
+            context.issue("duplicate_id", f"the id is already taken by row {first}")
+        issues += context.issues
+        if sample is not None and not context.issues:
+            samples.append(sample)
+            notes.update(context.notes)
+    if num_rows == 0:
+        issues.append(Issue(f"{path}:1", "-", "empty_manifest", "holds no rows"))
+    return ReadResult(samples, issues, [f"{text} ({count})" for text, count in notes.items()], num_rows)
+
+
+def _row_id(row: Row, stem: str) -> str:
+    value = row.value if isinstance(row.value, dict) else {}
+    misc = value.get("misc")
+    for given in (value.get("id"), misc.get("id") if isinstance(misc, dict) else None):
+        if (isinstance(given, str) and given.strip()) or (isinstance(given, int) and not isinstance(given, bool)):
+            return str(given)
+    return f"{stem}-{row.number}"

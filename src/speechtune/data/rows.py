@@ -17,7 +17,7 @@ MAX_ROW_CHARS = 256 * 2**20
 AUDIO_SUFFIXES = (".wav", ".flac")
 """What a folder without metadata.json is searched for."""
 UNREADABLE_REST = "unreadable_rest"
-"""Code of an issue after which the rows behind it are unknown; quarantine cannot mend it."""
+"""Code of an issue after which the rows behind it are unknown; quarantine cannot help."""
 
 EXPECTED = (
     "expected one of: ChatML or ms-swift rows as a JSON list, a JSON object or JSONL; a folder (or its metadata.json) "
@@ -27,28 +27,26 @@ EXPECTED = (
 _CHUNK_CHARS = 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOP_LEVEL_LIST = re.compile(r'"(samples|messages)"\s*:\s*\[')
-
-
 Value = TypeVar("Value", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in the file; `value` is None where it cannot be parsed and `problem` says why.
+    """One row as it stands in the file; `value` is None where it cannot be parsed and `reason` says why.
 
-    `code` classifies the problem; `raw` is the unparsed text where there is one line of it.
+    `code` classifies the reason; `raw` is the unparsed text where there is one line of it.
     """
 
     number: int
     source: str
     value: Any = None
     code: str = ""
-    problem: str = ""
+    reason: str = ""
     raw: str = ""
 
 
 class Shared:
-    """Keeps one of equal values: most clips of a manifest stand in it twice, a system message in every row."""
+    """Keeps one of equal values: most clips stand in two rows of a manifest, a system message in every row."""
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}
@@ -85,8 +83,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 return
             if first != "{":
                 raise ManifestError(f"{path}: neither JSON nor JSONL (begins with {head[:20]!r}); {EXPECTED}")
-            found = _TOP_LEVEL_LIST.search(head)
-            if path.name == "metadata.json" or (found and found[1] == "samples"):
+            top_list = _TOP_LEVEL_LIST.search(head)
+            if path.name == "metadata.json" or (top_list and top_list[1] == "samples"):
                 yield from _Scanner(file, path).member_rows("samples")
             elif path.suffix in (".jsonl", ".ndjson") or _is_json(head.lstrip().partition("\n")[0]):
                 yield from _line_rows(file, path)
@@ -124,7 +122,7 @@ def _line_rows(file: TextIO, path: Path) -> Iterator[Row]:
 
 
 class _Scanner:
-    """Decodes one JSON value after the other out of a growing buffer, so that a list is never held whole."""
+    """Decodes one JSON value after the other out of a growing buffer, so that a list is never in memory as a whole."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file = file
@@ -137,11 +135,11 @@ class _Scanner:
         self._ended = False
 
     def list_rows(self) -> Iterator[Row]:
-        """Rows of a JSON list that makes up the whole file."""
+        """Rows of a JSON list that is the file."""
         row = Row(0, "")
         for row in self._list():
             yield row
-        if not row.problem and self._peek():
+        if not row.reason and self._peek():
             yield self._broken(row.number + 1, "there is more text after the end of the list")
 
     def object_rows(self) -> Iterator[Row]:
@@ -150,7 +148,7 @@ class _Scanner:
         while self._peek():
             number += 1
             yield (row := self._row(number))
-            if row.problem:
+            if row.reason:
                 return
 
     def member_rows(self, name: str) -> Iterator[Row]:
@@ -158,15 +156,15 @@ class _Scanner:
         self._at = 1 if self._peek() == "{" else 0
         while self._peek() == '"':
             key = self._row(1)
-            if key.problem or self._peek() != ":":
-                yield self._broken(1, key.problem or "expected ':'")
+            if key.reason or self._peek() != ":":
+                yield self._broken(1, key.reason or "expected ':'")
                 return
             self._at += 1
             if key.value == name and self._peek() == "[":
                 yield from self._list()
                 return
             value = self._row(1)
-            if value.problem:
+            if value.reason:
                 yield value
                 return
             if self._peek() == ",":
@@ -183,7 +181,7 @@ class _Scanner:
         while True:
             number += 1
             yield (row := self._row(number))
-            if row.problem:
+            if row.reason:
                 return
             separator = self._peek()
             if separator not in (",", "]"):
@@ -214,8 +212,8 @@ class _Scanner:
             self._more()
 
     def _broken(self, number: int, reason: str) -> Row:
-        problem = f"not valid JSON: {reason}; the rest of the file cannot be read"
-        return Row(number, self._source(), None, UNREADABLE_REST, problem)
+        text = f"not valid JSON: {reason}; the rest of the file cannot be read"
+        return Row(number, self._source(), None, UNREADABLE_REST, text)
 
     def _source(self) -> str:
         self._line += self._buffer.count("\n", self._counted, self._at)
@@ -252,7 +250,7 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
     """Pairs of audio and .txt as rows of the metadata.json layout; speaker = parent folder."""
     audio: dict[str, str] = {}
     texts: dict[str, str] = {}
-    doubled: set[str] = set()
+    duplicates: set[str] = set()
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
@@ -260,7 +258,7 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
             key = os.path.relpath(os.path.join(place, stem), folder)
             if suffix.lower() in AUDIO_SUFFIXES:
                 if key in audio:
-                    doubled.add(key)
+                    duplicates.add(key)
                 audio.setdefault(key, key + suffix)
             elif suffix.lower() == ".txt":
                 texts[key] = key + suffix
@@ -276,12 +274,12 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
         source = f"{folder / texts.get(key, audio.get(key, key))}:1"
         value |= {"audio_file": audio[key]} if key in audio else {}
         value |= {"transcript_file": texts[key]} if key in texts else {}
-        if key in doubled:
-            problem = f"several audio files belong to the text {key}.txt; keep one"
-            yield Row(number, source, None, "doubled_audio", problem, json.dumps(value))
+        if key in duplicates:
+            reason = f"several audio files belong to the text {key}.txt; keep one"
+            yield Row(number, source, None, "duplicate_audio", reason, json.dumps(value))
         elif key not in audio:
-            problem = f"no {' or '.join(AUDIO_SUFFIXES)} of the same name beside this text"
-            yield Row(number, source, None, "missing_audio", problem, json.dumps(value))
+            reason = f"no {' or '.join(AUDIO_SUFFIXES)} of the same name beside this text"
+            yield Row(number, source, None, "missing_audio", reason, json.dumps(value))
         elif key not in texts:
             yield Row(number, source, None, "missing_text", "no .txt of the same name beside it", json.dumps(value))
         else:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from speechtune.config import DataConfig
 from speechtune.data import manifest
-from speechtune.data.audio_checks import check_audio, find_long_clips
+from speechtune.data.audio_checks import check_audio
 from speechtune.data.pronunciation_rows import (
     hub_files,
     is_assessment_jsonl,
@@ -18,13 +18,15 @@ from speechtune.data.pronunciation_rows import (
     read_assessment_jsonl,
     read_hub_copy,
 )
-from speechtune.data.quarantine import ReadResult, keep_sound
+from speechtune.data.quarantine import keep_valid
+from speechtune.data.row_parser import ReadResult
 from speechtune.data.rows import Row, iterate_rows
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.data.speechocean_labels import SPLITS, Split
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
 from speechtune.types import Sample
 
-_BEARABLE = ("silent", "clipped")  # defects that stop no training; who wants them gone sets quarantine
+_BEARABLE = ("silent", "clipped")  # these defects stop no training; quarantine takes them out
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,9 @@ def find_source(path: Path) -> Source | None:
     if named and is_speechocean(path.parent):
         return Source("folder", path.parent, named, (named,))
     if is_hub_copy(path):
-        found: tuple[Split, ...] = tuple(split for split in SPLITS if split in hub_files(path))
-        alone = len(found) == 1 and (named or path.suffix == ".parquet")  # else DIR with one split would pass for both
-        return Source("hub", path, found[0] if alone else None, found)
+        splits: tuple[Split, ...] = tuple(split for split in SPLITS if split in hub_files(path))
+        alone = len(splits) == 1 and (named or path.suffix == ".parquet")  # else DIR with one split would pass for both
+        return Source("hub", path, splits[0] if alone else None, splits)
     if named and not os.path.exists(path) and is_hub_copy(path.parent):
         return Source("hub", path.parent, named, (named,))
     return Source("jsonl", path) if is_assessment_jsonl(path) else None
@@ -70,7 +72,7 @@ def read_source(source: Source, split: Split | None, config: DataConfig) -> Read
         return read_assessment_jsonl(source.path, config)
     if source.format == "hub":
         return read_hub_copy(source.path, split, config)
-    return read_speechocean(source.path, split, config, headers=False)
+    return read_speechocean(source.path, split, config)
 
 
 def load_samples(
@@ -89,8 +91,7 @@ def load_samples(
     if source is None:
         return manifest.load_samples(path, config, quarantine_dir)
     result = read_source(source, None if source.format == "jsonl" else source.split or default_split, config)
-    check = check_audio(result.samples, config, deep=True)
-    issues = check.issues + find_long_clips(result.samples, check.durations, config)
+    issues = check_audio(result.samples, config, deep=True, max_seconds=MAX_CLIP_SECONDS).issues
     if config.on_error == "fail":
         issues = [issue for issue in issues if issue.code not in _BEARABLE]
     rows: Iterable[Row]
@@ -99,4 +100,4 @@ def load_samples(
     else:  # a row is no line of text to set aside: the quarantine file names its place
         first = {issue.row or issue.source: issue for issue in reversed([*result.issues, *issues])}
         rows = [Row(issue.row, issue.source) for issue in reversed(first.values())]
-    return keep_sound(path, result, issues, config, quarantine_dir, rows)
+    return keep_valid(path, result, issues, config, quarantine_dir, rows)

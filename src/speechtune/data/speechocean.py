@@ -10,17 +10,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from speechtune.config import DataConfig
-from speechtune.data.audio_checks import check_audio, find_long_clips
-from speechtune.data.quarantine import ReadResult
-from speechtune.data.row_parser import Context
+from speechtune.data.row_parser import NOT_TEXT, Context, ReadResult, read_rows
 from speechtune.data.rows import Row
-from speechtune.data.speechocean_labels import AGE, GENDERS, LabelReader, Split, read_raters
+from speechtune.data.speechocean_labels import LabelReader, Split, read_person, read_raters, utterance
 from speechtune.errors import Issue, ManifestError, printable
 from speechtune.types import AudioRef, Sample
 
@@ -31,8 +29,6 @@ RATERS_FILE = Path("resource", "scores-detail.json")
 
 _TABLES = {"text": "missing_text", "wav.scp": "missing_audio", "utt2spk": "missing_speaker"}
 _KEY = re.compile(r'"([^"\\]*)"\s*:\s*\{')
-_NOT_TEXT = re.compile("[\ud800-\udfff\0]")
-
 
 _Tables = Mapping[str, Mapping[str, tuple[str, int]]]  # file -> key -> (value, line)
 _Details = Mapping[str, Mapping[str, Any]]  # speaker -> what is known of the person
@@ -43,46 +39,37 @@ def is_speechocean(path: Path) -> bool:
     return os.path.isfile(path / SCORES_FILE)
 
 
-def read_speechocean(folder: Path, split: Split, config: DataConfig, headers: bool = True) -> ReadResult:
+def read_speechocean(folder: Path, split: Split, config: DataConfig) -> ReadResult:
     """Read one split of a Speechocean762 folder; utterances with issues give no sample.
 
-    Rows count from 1 within the split. `headers` also opens every clip, for missing files and durations out of bounds.
+    Rows count from 1 within the split. Audio is not checked.
 
     Raises:
         ManifestError: not such a folder, or `scores.json` is no JSON object.
     """
-    source = _read_scores(folder / SCORES_FILE)
-    reader = _SplitReader(folder, split, config, source)
-    samples = reader.read()
-    if headers:
-        check = check_audio(samples, config)
-        reader.issues += check.issues + find_long_clips(samples, check.durations, config)
-        bad = {issue.row for issue in reader.issues}
-        samples = [sample for sample in samples if sample.row not in bad]
-    notes = [f"{text} ({count})" for text, count in reader.notes.items()]
-    return ReadResult(samples, reader.issues, notes, reader.num_rows)
+    return _SplitReader(folder, split, config, _read_scores(folder / SCORES_FILE)).read()
 
 
 @dataclass(slots=True)
 class _Scores:
-    """`scores.json`: its utterances, the line each begins at, and keys that stand twice in one object."""
+    """`scores.json`: its utterances, the line each begins at, and keys that stand in one object more than once."""
 
     path: Path
     values: dict[str, Any]
     lines: dict[str, int]
-    doubled: frozenset[str]
+    duplicates: frozenset[str]
 
     def source(self, utterance: str) -> str:
         return f"{self.path}:{self.lines.get(utterance, 1)}"
 
 
 def _read_scores(path: Path) -> _Scores:
-    doubled: set[str] = set()
+    duplicates: set[str] = set()
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(items)
         if len(values) < len(items):
-            doubled.update(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+            duplicates.update(key for key, count in Counter(key for key, _ in items).items() if count > 1)
         return values
 
     try:
@@ -97,9 +84,9 @@ def _read_scores(path: Path) -> _Scores:
         raise ManifestError(f"{path}: expected an object with the utterance ids as keys, found {type(values).__name__}")
     lines: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        for found in _KEY.finditer(line):
-            lines.setdefault(found[1], number)
-    return _Scores(path, values, lines, frozenset(doubled))
+        for match in _KEY.finditer(line):
+            lines.setdefault(match[1], number)
+    return _Scores(path, values, lines, frozenset(duplicates))
 
 
 @dataclass(slots=True)
@@ -112,52 +99,51 @@ class _SplitReader:
     scores: _Scores
     issues: list[Issue] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
-    num_rows: int = 0
     raters: _Scores | None = None
 
-    def read(self) -> list[Sample]:
+    def read(self) -> ReadResult:
         self._open_raters()
         tables = {name: self._table(name, required=True) for name in _TABLES}
         people = {name: self._table(name, required=False) for name in ("spk2age", "spk2gender")}
         order = list(dict.fromkeys(key for table in tables.values() for key in table))
-        self.num_rows = len(order)
-        if not order:
-            self._file_issue(f"{self.folder / self.split / 'text'}:1", "empty_manifest", "holds no utterances")
         speakers = dict.fromkeys(value for value, _ in tables["utt2spk"].values())
         details = {speaker: self._details(speaker, people) for speaker in speakers}
-        for key in sorted(self.scores.doubled - self.scores.values.keys()):
+        for key in sorted(self.scores.duplicates - self.scores.values.keys()):
             self._file_issue(f"{self.scores.path}:1", "duplicate_key", f"an object holds the key {key!r:.60} twice")
-        spoilt = {issue.sample_id for issue in self.issues}  # which of two lines is right is not ours to say
-        samples: list[Sample] = []
-        for number, utterance in enumerate(order, 1):
-            name = next(name for name in tables if utterance in tables[name])
-            source = f"{self.folder / self.split / name}:{tables[name][utterance][1]}"
-            context = Context(Row(number, source), printable(utterance), self.folder, self.config)
-            sample = self._utterance(context, utterance, tables, details)
-            self.issues += context.issues
-            if sample is not None and context.sample_id not in spoilt:
-                samples.append(sample)
-                self.notes.update(context.notes)
-        return samples
+        spoilt = {issue.sample_id for issue in self.issues}  # which of two lines is right cannot be known
+
+        def rows() -> Iterator[Row]:
+            for number, key in enumerate(order, 1):
+                name = next(name for name in tables if key in tables[name])
+                yield Row(number, f"{self.folder / self.split / name}:{tables[name][key][1]}", {"utterance": key})
+
+        def read(context: Context) -> Sample | None:
+            sample = self._utterance(context, context.row.value["utterance"], tables, details)
+            return None if context.sample_id in spoilt else sample
+
+        text = self.folder / self.split / "text"
+        result = read_rows(text, rows(), self.config, read, lambda row: row.value["utterance"], self.folder)
+        notes = [f"{text} ({count})" for text, count in self.notes.items()]
+        return replace(result, issues=self.issues + result.issues, notes=notes + result.notes)
 
     def _open_raters(self) -> None:
         path = self.folder / RATERS_FILE
         if os.path.exists(path):
             try:
-                found = _read_scores(path)
-            except ManifestError as error:  # the labels are whole without it
+                raters = _read_scores(path)
+            except ManifestError as error:  # the labels are complete without it
                 self.notes[f"no scores of single raters: {error}"] += 1
                 return
-            if inner := sorted(found.doubled - found.values.keys()):  # in which utterances is not known
+            if inner := sorted(raters.duplicates - raters.values.keys()):  # in which utterances is not known
                 self.notes[f"no scores of single raters: {path}: an object holds the key {inner[0]!r:.60} twice"] += 1
             else:
-                self.raters = found
+                self.raters = raters
 
     def _file_issue(self, source: str, code: str, message: str, sample_id: str = "-") -> None:
         self.issues.append(Issue(source, printable(sample_id), code, printable(message)))
 
     def _table(self, name: str, required: bool) -> dict[str, tuple[str, int]]:
-        """Key -> (value, line) of one table; the first of doubled lines counts, and the others are issues."""
+        """Key -> (value, line) of one table; of lines with one key the first counts, and the others are issues."""
         path = self.folder / self.split / name
         table: dict[str, tuple[str, int]] = {}
         try:
@@ -167,7 +153,7 @@ class _SplitReader:
             if required:
                 self._file_issue(f"{path}:1", "missing_table", "no such file; every split needs it")
             else:
-                self.notes[f"{self.split}/{name} is missing: not known of any speaker"] += 1
+                self.notes[f"{self.split}/{name} is missing: known of no speaker"] += 1
             return table
         except OSError as error:
             self._file_issue(f"{path}:1", "missing_table", f"cannot be read: {error.strerror}")
@@ -176,7 +162,7 @@ class _SplitReader:
             key, *rest = line.split(None, 1) or [""]
             if not key:
                 continue
-            if _NOT_TEXT.search(line):
+            if NOT_TEXT.search(line):
                 reason = "the line holds bytes that are not UTF-8, or NUL"
                 self._file_issue(f"{path}:{number}", "bad_unicode", reason, key)
             elif not rest:
@@ -193,58 +179,44 @@ class _SplitReader:
         details: dict[str, Any] = {}
         for name, table in people.items():
             key = name.removeprefix("spk2")
-            if speaker not in table:
-                if table:
-                    self.notes[f"{self.split}: speakers without {key}"] += 1
-                continue
-            value, line = table[speaker]
-            sound = value.lower() in GENDERS if key == "gender" else AGE.fullmatch(value) is not None
-            if sound:
-                details[key] = value.lower() if key == "gender" else int(value)
-            else:
-                wanted = "m or f" if key == "gender" else "a number of years"
+            if speaker in table:
+                value, line = table[speaker]
                 source = f"{self.folder / self.split / name}:{line}"
-                self._file_issue(source, "bad_field", f"speaker {speaker}: {key} {value!r:.40} is not {wanted}")
+                context = Context(Row(0, source), "-", self.folder, self.config)
+                details |= read_person(context, {key: value}, f"speaker {speaker}: ")
+                self.issues += context.issues
+            elif table:
+                self.notes[f"{self.split}: speakers without {key}"] += 1
         return details
 
-    def _utterance(self, context: Context, utterance: str, tables: _Tables, details: _Details) -> Sample | None:
+    def _utterance(self, context: Context, key: str, tables: _Tables, details: _Details) -> Sample | None:
         for name, code in _TABLES.items():
-            if utterance not in tables[name]:
-                context.issue(code, f"no sound line of {self.split}/{name} is for it")
+            if key not in tables[name]:
+                context.issue(code, f"{self.split}/{name} has no valid line for it")
         row = context.row
-        text = tables["text"].get(utterance, ("", 0))[0]
+        text = tables["text"].get(key, ("", 0))[0]
         if text:
             context.text(text, "the text")
         audio = None
-        if utterance in tables["wav.scp"]:
-            place, line = tables["wav.scp"][utterance]
+        if key in tables["wav.scp"]:
+            place, line = tables["wav.scp"][key]
             context.row = Row(row.number, f"{self.folder / self.split / 'wav.scp'}:{line}")
             audio = _audio(context, place)
-        context.row = Row(row.number, self.scores.source(utterance))
-        if utterance in self.scores.doubled:
+        context.row = Row(row.number, self.scores.source(key))
+        if key in self.scores.duplicates:
             context.issue("duplicate_id", "scores.json holds this utterance twice")
-        entry = self.scores.values.get(utterance)
+        entry = self.scores.values.get(key)
         labels = LabelReader(context, self.split, "scores.json").read(entry, text)
         context.row = row
         if context.issues or labels is None:
             return None
         raters: dict[str, list[float]] = {}
         if self.raters is not None:
-            doubled = utterance in self.raters.doubled  # which of the two is right is not ours to say
-            entry = None if doubled else self.raters.values.get(utterance)
+            duplicate = key in self.raters.duplicates  # which of the two is right cannot be known
+            entry = None if duplicate else self.raters.values.get(key)
             raters = read_raters(context, self.split, entry, text)
-        speaker = tables["utt2spk"][utterance][0]
-        labels = replace(labels, raters=raters, **details[speaker])
-        return Sample(
-            context.sample_id,
-            text,
-            audio,
-            speaker=speaker,
-            language="en",
-            source=row.source,
-            row=row.number,
-            pronunciation=labels,
-        )
+        speaker = tables["utt2spk"][key][0]
+        return utterance(context, text, audio, speaker, replace(labels, raters=raters, **details[speaker]))
 
 
 def _audio(context: Context, place: str) -> AudioRef | None:

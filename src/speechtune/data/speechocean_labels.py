@@ -15,7 +15,7 @@ from speechtune.tasks.pronunciation.phones import (
     realised_phones,
     split_phones,
 )
-from speechtune.types import Mispronunciation, Pronunciation, Word
+from speechtune.types import AudioRef, Mispronunciation, Pronunciation, Sample, Word
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -29,9 +29,7 @@ MAX_PHONE_ACCURACY = 2.0
 """Best accuracy of a phone; 1 is a heavy accent, 0 wrong or missed."""
 MISPRONOUNCED_BELOW = 0.5
 """Accuracy under which the corpus names what was said instead of the phone."""
-GENDERS = ("f", "m")
-AGE = re.compile("[0-9]{1,3}")
-"""An age in years."""
+_AGE = re.compile("[0-9]{1,3}")
 
 
 def check_score(context: Context, label: str, value: object, best: float = MAX_SCORE) -> float | None:
@@ -43,6 +41,32 @@ def check_score(context: Context, label: str, value: object, best: float = MAX_S
     else:
         return value
     return None
+
+
+def utterance(
+    context: Context, text: str, audio: AudioRef | None, speaker: str | None, labels: Pronunciation
+) -> Sample:
+    """The sample of a recording with labels; all such data is English."""
+    where = {"source": context.row.source, "row": context.row.number}
+    return Sample(context.sample_id, text, audio, speaker=speaker, language="en", pronunciation=labels, **where)
+
+
+def read_person(context: Context, values: Mapping[str, Any], who: str = "") -> dict[str, Any]:
+    """Age in years and gender, as far as they are given; messages begin with `who`."""
+    person: dict[str, Any] = {}
+    age, gender = values.get("age"), values.get("gender")
+    if age not in (None, "") and age == age:
+        text = str(int(age)) if isinstance(age, float) and age.is_integer() else str(age)
+        if _AGE.fullmatch(text):
+            person["age"] = int(text)
+        else:
+            context.issue("bad_field", f"{who}age {age!r:.40} is not a number of years")
+    if gender not in (None, ""):
+        if isinstance(gender, str) and gender.lower() in ("f", "m"):
+            person["gender"] = gender.lower()
+        else:
+            context.issue("bad_field", f"{who}gender {gender!r:.40} is not m or f")
+    return person
 
 
 def read_raters(context: Context, split: Split, entry: object, text: str) -> dict[str, list[float]]:
@@ -60,7 +84,7 @@ def read_raters(context: Context, split: Split, entry: object, text: str) -> dic
         if isinstance(values, list) and values and all(map(_is_score, values)):
             raters[name] = [float(value) for value in values]
         else:
-            context.notes.append(f"{split}: utterances without sound {name!r} scores of single raters")
+            context.notes.append(f"{split}: utterances without valid {name!r} scores of single raters")
     return raters
 
 
@@ -157,20 +181,20 @@ class LabelReader:
             reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
             self.context.issue("missing_mispronunciations", reason)
             return ()
-        found, issues = [], len(self.context.issues)
+        errors, issues = [], len(self.context.issues)
         for value in values:
             try:
-                found.append(read_mispronunciation(value, phones))
+                errors.append(read_mispronunciation(value, phones))
             except PhoneError as error:
                 self.context.issue(error.code, f"{where}: {error}")
         if len(self.context.issues) > issues:
             return ()
         try:
-            realised_phones(phones, found)  # refuses what would show only when the target is made
+            realised_phones(phones, errors)  # refuses what would show only when the target is made
         except PhoneError as error:
             self.context.issue(error.code, f"{where}: {error}")
             return ()
-        silent = len(wrong - {item.index for item in found})
+        silent = len(wrong - {item.index for item in errors})
         note = f"{self.split}: phones below {MISPRONOUNCED_BELOW:g} without mispronunciation, taken as canonical"
         self.context.notes += [note] * silent
-        return tuple(found)
+        return tuple(errors)

@@ -19,25 +19,24 @@ from torch import nn
 from transformers import Phi4MultimodalFeatureExtractor
 
 from speechtune.errors import AudioError
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
 from speechtune.types import Audio
 
 FRAMES_PER_SECOND = 100
-MAX_SECONDS = 40.0
-"""The encoder cuts longer clips into pieces, and fails on them in a padded batch."""
 
 
 def log_mel(extractor: Phi4MultimodalFeatureExtractor, audio: Audio) -> np.ndarray:
     """Log-mel features, float32 of shape (T, M), of one clip alone.
 
     Raises:
-        AudioError: another sampling rate, shorter than one window, or longer than `MAX_SECONDS`.
+        AudioError: another sampling rate, shorter than one window, or longer than `MAX_CLIP_SECONDS`.
     """
     if audio.sampling_rate != extractor.sampling_rate:
         raise AudioError(f"the feature extractor wants {extractor.sampling_rate} Hz, got {audio.sampling_rate} Hz")
     if len(audio.samples) < extractor.win_length:
         raise AudioError(f"{len(audio.samples)} samples: shorter than one window of {extractor.win_length}")
-    if audio.duration_seconds > MAX_SECONDS:
-        raise AudioError(f"{audio.duration_seconds:.1f} s is longer than {MAX_SECONDS:g} s; cut it")
+    if audio.duration_seconds > MAX_CLIP_SECONDS:
+        raise AudioError(f"{audio.duration_seconds:.1f} s is longer than {MAX_CLIP_SECONDS:g} s; cut it")
     features = extractor([audio.samples], sampling_rate=audio.sampling_rate, return_tensors="pt")
     return features["audio_input_features"][0].numpy()
 

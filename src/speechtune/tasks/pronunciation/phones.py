@@ -129,7 +129,7 @@ def realised_phones(
         if not 0 <= item.index < len(phones):
             raise PhoneError("bad_index", f"'index' {item.index} lies outside the word of {len(phones)} phone(s)")
         if item.index in replaced:
-            raise PhoneError("doubled_index", f"two mispronunciations are given for the phone at index {item.index}")
+            raise PhoneError("duplicate_index", f"two mispronunciations are given for the phone at index {item.index}")
         replaced[item.index] = pronounced_phones(item.pronounced, star_policy)
     result: list[str] = []
     for index, label in enumerate(phones):

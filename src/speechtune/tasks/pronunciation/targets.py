@@ -16,6 +16,8 @@ from speechtune.errors import ConfigError, ManifestError
 from speechtune.tasks.pronunciation.phones import StarPolicy, realised_phones
 from speechtune.types import Pronunciation, Sample
 
+MAX_CLIP_SECONDS = 40.0
+"""Longest clip of an utterance: Phi-4-multimodal's encoder cuts longer ones up, and fails on them in a padded batch."""
 Task = Literal["APA", "MDD"]
 TASKS: tuple[Task, ...] = ("APA", "MDD")
 SCORE_FIELDS = ("accuracy", "fluency", "prosodic", "total")
