@@ -388,9 +388,7 @@ def test_missing_tables(corpus: Corpus, name: str) -> None:
 def test_an_empty_split(corpus: Corpus) -> None:
     for lines in corpus.tables["train"].values():
         lines.clear()
-    assert [(issue.code, issue.message) for issue in corpus.read().issues] == [
-        ("empty_manifest", "holds no rows")
-    ]
+    assert [(issue.code, issue.message) for issue in corpus.read().issues] == [("empty_manifest", "holds no rows")]
 
 
 def test_every_issue_of_an_utterance_is_listed(corpus: Corpus) -> None:
