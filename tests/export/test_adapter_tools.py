@@ -32,14 +32,16 @@ from adapter_helpers import (
 )
 from speechtune.cli import main
 from speechtune.commands.adapters import run_convert, run_extract, run_find, run_merge, run_verify
-from speechtune.errors import AdapterError, CheckpointError
+from speechtune.errors import AdapterError, CheckpointError, ConfigError
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, read_lora
 from speechtune.export.find import find_adapters
 from speechtune.export.merge import merge
 from speechtune.export.verify import verify_adapter
-from speechtune.families.higgs_audio_v2.boson import boson_name, rename_key
+from speechtune.families.higgs_audio_v2.boson import BOSON, boson_name, rename_key
+from speechtune.family import NATIVE
 from speechtune.inference.load import model_config, open_adapter
+from speechtune.lora.layouts import in_layout
 from speechtune.storage.verified_folder import verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +225,7 @@ def test_alpha_comes_from_files_nearby_or_is_asked_for(
     assert given.alpha == 16 and any("16 as given or 8" in reason for reason in given.unknown)
 
 
-def test_what_cannot_be_extracted_says_why(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_extracted_is_refused_with_the_reason(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
     base = str(tiny_base / "model")
     with pytest.raises(AdapterError, match="no lora_A"):
         extract(tiny_base / "model", tmp_path / "out", alpha=8)
@@ -341,17 +343,27 @@ def test_what_cannot_be_converted(adapter: Path, tiny_base: Path, tmp_path: Path
     with pytest.raises(AdapterError, match="cannot be converted to native"):
         convert(other, tmp_path / "out", "native")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="no such layout; there are: native, boson"):
+        convert(adapter, tmp_path / "out", "original")
     same = convert(adapter, tmp_path / "same", "native")
     assert same.renamed == 0 and same.not_compared == "nothing was renamed"
     with pytest.raises(CheckpointError, match="exists already"):
         convert(adapter, tmp_path / "same", "boson")
 
 
+def test_names_alone_do_not_make_another_layout(adapter: Path, tmp_path: Path) -> None:
+    """Guards against a family whose own modules are called `layers`: its adapters must not count as Higgs Audio's."""
+    stored = open_adapter(as_boson(adapter, tmp_path / "boson"))
+    assert stored.layout == "boson"
+    assert in_layout(stored, NATIVE, {}) is stored
+    assert in_layout(stored, NATIVE, {"boson": BOSON}).tensors.keys() == read_weights(adapter).keys()
+
+
 # -- merge ---------------------------------------------------------------------------------------------------------
 
 
 def placed(kind: str, run: Path, folder: Path) -> Path:
-    """The same trained adapter in one of the places and layouts it can come in."""
+    """The same trained adapter in one of its possible places and layouts."""
     if kind == "checkpoint-4":
         return run / "checkpoint-4"
     if kind == "a run's folder":

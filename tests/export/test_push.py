@@ -103,17 +103,17 @@ def test_the_card_is_one_the_hub_reads(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("issue", "reason"),
+    ("damage", "reason"),
     [("weights", "not uploaded"), ("card", "no model card"), ("metadata", "metadata block"), ("name", "owner/name")],
 )
-def test_what_is_refused_before_anything_is_sent(issue: str, reason: str, run: Path) -> None:
+def test_what_is_refused_before_anything_is_sent(damage: str, reason: str, run: Path) -> None:
     folder, name = run / "lora_adapters", NAME
-    if issue == "weights":
+    if damage == "weights":
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-8])
-    elif issue == "card":
+    elif damage == "card":
         (folder / "README.md").unlink()
-    elif issue == "metadata":
+    elif damage == "metadata":
         (folder / "README.md").write_text("---\nlibrary_name: [peft\n---\n# a card\n")
     else:
         name = "adapter"

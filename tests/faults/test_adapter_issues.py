@@ -1,4 +1,4 @@
-"""Every way an adapter can be broken, and who sees it: `adapters verify`, loading, or only MANIFEST.json."""
+"""Ways in which an adapter can be damaged, and what detects each: `adapters verify`, loading, or only MANIFEST.json."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_another_models_adapter(other_run: Path, tiny_base: Path, loaded_base: n
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_what_only_the_manifest_sees(name: str, listed: Path, run: Path, loaded_base: nn.Module) -> None:
+def test_what_only_the_manifest_detects(name: str, listed: Path, run: Path, loaded_base: nn.Module) -> None:
     SILENT[name](listed)
     issues = verify_adapter(listed).issues
     assert len(issues) == 1 and issues[0].startswith("manifest: adapter_"), issues
@@ -251,13 +251,13 @@ def test_weights_of_another_checkpoint(listed: Path, run: Path, loaded_base: nn.
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": [{"nbme": "x"}]}', '{"files": []}', '{"files": 3}'])
-def test_a_broken_manifest_is_a_issue(text: str, listed: Path, loaded_base: nn.Module) -> None:
+def test_a_broken_manifest_is_an_issue(text: str, listed: Path, loaded_base: nn.Module) -> None:
     (listed / "MANIFEST.json").write_text(text)
     assert any("manifest: " in issue for issue in verify_adapter(listed).issues)
     assert "MANIFEST.json" in refused(loaded_base, listed)
 
 
-def test_every_flipped_bit_is_seen_with_a_manifest(listed: Path) -> None:
+def test_every_flipped_bit_is_detected_with_a_manifest(listed: Path) -> None:
     data, random_bits = (listed / WEIGHTS).read_bytes(), random.Random(7)
     for _ in range(40):
         position = random_bits.choice([random_bits.randrange(6000), random_bits.randrange(len(data))])
@@ -291,7 +291,7 @@ def test_pickled_code_is_not_run(adapter: Path, tmp_path: Path, loaded_base: nn.
 
 
 @pytest.mark.parametrize("named", [None, "gone/base"])
-def test_without_a_base_it_says_so(named: str | None, adapter: Path) -> None:
+def test_without_a_base_the_check_is_unchecked(named: str | None, adapter: Path) -> None:
     edit_config(adapter, base_model_name_or_path=named)
     report = verify_adapter(adapter)
     assert report.valid and {check.name: check.status for check in report.checks}["base"] == "unchecked"

@@ -1,4 +1,4 @@
-"""save_lora_adapters: behind every wrapper the trained adapter is found, written and proven; the rest is refused."""
+"""save_lora_adapters: the trained adapter is found behind every wrapper, written and compared; the rest is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
-    """What the speechtune logger says, level first, from DEBUG up."""
+    """Lines of the speechtune logger, level first, from DEBUG up."""
     said: list[str] = []
 
     class Keep(logging.Handler):
@@ -275,7 +275,7 @@ def test_a_read_only_place_is_named_with_its_cure(read_only: Path, lines: list[s
 
 
 def assert_failed(lines: list[str], *parts: str) -> None:
-    """The failure is told with type, place and cure, its traceback follows, and no success is claimed after it."""
+    """The failure is logged with type, place and cure, its traceback follows, and no success is claimed after it."""
     error = next(index for index, line in enumerate(lines) if line.startswith("ERROR"))
     assert all(part in lines[error] for part in parts), lines[error]
     assert lines[error + 1 :] == ["DEBUG where it failed: + traceback"]
@@ -312,7 +312,7 @@ def test_only_an_older_adapter_is_replaced(tmp_path: Path) -> None:
 # -- lines and failures --------------------------------------------------------------------------------------------
 
 
-def test_the_steps_are_told_in_order(tmp_path: Path, lines: list[str]) -> None:
+def test_the_steps_are_logged_in_order(tmp_path: Path, lines: list[str]) -> None:
     folder = save_lora_adapters(Wrapper(trained()), tmp_path / "out" / "lora_adapters")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     expected = [

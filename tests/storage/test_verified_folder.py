@@ -1,4 +1,4 @@
-"""Checkpoints on their own: nothing torn is ever published, nothing damaged is ever trusted, and issues name a cure."""
+"""Verified folders: nothing incomplete is published, nothing damaged is trusted, and messages say what to do."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_writer_that_dies_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_an_existing_folder_is_not_overwritten_unless_told(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten_unless_asked_to(tmp_path: Path) -> None:
     folder = publish(tmp_path, 1)
     before = (folder / "sub" / "note.txt").stat().st_mtime_ns
     with pytest.raises(CheckpointError, match="exists already"):
@@ -308,7 +308,7 @@ def test_checkpoints_are_found_in_order_of_steps(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_the_newest_valid_one_is_chosen_and_the_torn_are_named(tmp_path: Path) -> None:
+def test_the_newest_valid_one_is_chosen_and_damaged_ones_are_named(tmp_path: Path) -> None:
     folders = {step: publish(tmp_path, step) for step in (1, 2, 3, 4)}
     os.truncate(folders[4] / "model.safetensors", 10)
     (folders[3] / "MANIFEST.json").unlink()
@@ -369,7 +369,7 @@ def test_what_interrupted_saves_left_is_cleared(tmp_path: Path) -> None:
 
 
 def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
-    """mkdtemp makes folders of mode 0700: colleagues could not read a shared run directory."""
+    """Guards against folders of mode 0700: colleagues could not read a shared run directory."""
     old = os.umask(0o027)
     try:
         folder = publish(tmp_path, 1)
