@@ -11,6 +11,8 @@ import report_cases
 from browser import Browser, find_chromium
 from helpers import DemoClip
 from speechtune.commands.report import run_report
+from speechtune.report.html import page
+from speechtune.report.read_run import read_run
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(
@@ -52,6 +54,14 @@ READING = """(() => {
   plot.dispatchEvent(new PointerEvent('pointermove', at));
   return plot.parentElement.querySelector('.reading').textContent;
 })()"""
+
+AXES = """[...document.querySelectorAll('figure.panel')].map((figure) => [
+  figure.querySelector('h3').textContent,
+  [...figure.querySelectorAll('.tick[text-anchor=end]')].map((tick) => tick.textContent),
+  [...figure.querySelectorAll('svg *')].flatMap((e) => [...e.attributes]
+    .filter((a) => ['x', 'y', 'x1', 'x2', 'y1', 'y2', 'cx', 'cy', 'd'].includes(a.name)).map((a) => a.value)),
+  [...figure.querySelectorAll('.broken title')].map((title) => title.textContent),
+])"""
 
 # Elements that stick out of the window, but for what scrolls in a box of its own.
 WIDTHS = """[innerWidth, document.documentElement.scrollWidth, [...document.querySelectorAll('body *')]
@@ -106,6 +116,42 @@ def test_all_players_play(browser: Browser, pages: dict[str, Path]) -> None:
     assert all(what == "canplaythrough" and duration > 1 for what, duration, _ in players), players
     assert browser.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 50)")
     assert browser.evaluate(PLAY_TWO) == [True, False, True]  # one at a time
+    assert not browser.problems, browser.problems
+
+
+CURVES = {  # losses of one run by step, and the labels of its axis
+    "nothing": ([0.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+    "one": ([5.0], ["4.6", "4.8", "5", "5.2", "5.4"]),
+    "below": ([-1.0, -1.0], ["-1.1", "-1.05", "-1", "-0.95", "-0.9"]),
+    "wide": ([1e-300, 1e300], None),
+    "decades": ([0.03, 400.0], ["0.1", "1", "10", "100"]),
+    "half": ([3.3, 200.0], ["5", "10", "20", "50", "100", "200"]),
+    "tiny": ([0.0, 1e-9], None),
+    "gap": ([None, 2.0, float("nan")], ["1.8", "1.9", "2", "2.1", "2.2"]),
+    "NaN": ([float("nan")], ["0", "0.5", "1"]),
+    "close": ([1e6, 1e6 + 1], None),
+}
+
+
+def test_every_curve_has_axes(browser: Browser, tmp_path: Path) -> None:
+    """Values that leave no range, or one that no linear axis can show: round labels, and no NaN in the drawing."""
+    run = report_cases.make_bare_run(tmp_path / "run")
+    rows = [
+        {"step": step, "losses": {name: values[step] for name, (values, _) in CURVES.items() if step < len(values)}}
+        for step in range(3)
+    ]
+    report_cases.write_lines(run / "metrics.jsonl", rows)
+    (tmp_path / "axes.html").write_text(page([read_run(run, "run")]), encoding="utf-8")
+    browser.open(tmp_path / "axes.html", 1280)
+    drawn = {title: rest for title, *rest in browser.evaluate(AXES)}
+    for name, (_, expected) in CURVES.items():
+        labels, numbers, broken = drawn[f"loss of the {name} head"]
+        assert 2 <= len(labels) < 20 and len(set(labels)) == len(labels), (name, labels)
+        assert expected is None or labels == expected, (name, labels)
+        assert numbers and not any("NaN" in n or "Infinity" in n for n in numbers), (name, numbers)
+        assert broken == {"gap": ["step 2, run: NaN or infinite"], "NaN": ["step 0, run: NaN or infinite"]}.get(
+            name, []
+        )
     assert not browser.problems, browser.problems
 
 

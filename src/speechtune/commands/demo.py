@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speechtune.commands import demo_pronunciation, demo_voice
+from speechtune.commands.report import write_report
 from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
 from speechtune.errors import ManifestError, TrainingError
@@ -19,7 +20,6 @@ from speechtune.export.verify import verify_adapter
 from speechtune.families import family_part
 from speechtune.inference.load import load_model, open_adapter
 from speechtune.lora.files import FOLDER_NAME
-from speechtune.report.write import write_report
 from speechtune.training.run import Outcome, run_training
 
 DEFAULTS = {"voice": "higgs_audio_v2", "pronunciation": "phi4_multimodal"}

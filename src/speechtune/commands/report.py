@@ -6,21 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechtune.errors import ConfigError
 from speechtune.report.facts import to_json
-from speechtune.report.write import write_report
+from speechtune.report.html import page
+from speechtune.report.markdown import markdown
+from speechtune.report.read_run import RunReport, read_run, short_names
+from speechtune.storage.atomic_file import write_atomically
 
 
 def run_report(runs: Sequence[Path], out: Path | None = None, as_json: bool = False) -> int:
-    """Write report.html and, beside it, report.md on one run or several, and name them; 0.
-
-    Args:
-        runs: run directories, finished or not.
-        out: the HTML file, or a folder for it; by default the run's own folder, for several runs the current one.
-        as_json: print the facts as one JSON object.
-
-    Raises:
-        ConfigError: a folder is no run, or `out` has another ending than .html.
-    """
+    """Write the report of one run or several, and name the files or, with `as_json`, print the facts; 0."""
     reports, path = write_report(runs, out)
     text_path = path.with_suffix(".md")
     if as_json:
@@ -32,3 +27,19 @@ def run_report(runs: Sequence[Path], out: Path | None = None, as_json: bool = Fa
             for line in report.missing:
                 print(f"{report.name}: {line}")
     return 0
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[RunReport], Path]:
+    """Write report.html and, beside it, report.md; what was read, and where the page is.
+
+    `out` is the HTML file or a folder for it; by default the run's own folder, for several runs the current one.
+    """
+    reports = [read_run(run, name) for run, name in zip(runs, short_names(runs), strict=True)]
+    path = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if path.is_dir() or not path.suffix:
+        path = path / "report.html"
+    if path.suffix.lower() not in {".html", ".htm"}:
+        raise ConfigError(f"--out {path}: name a file that ends in .html, or a folder; Markdown is written beside it")
+    for file, text in ((path, page(reports)), (path.with_suffix(".md"), markdown(reports))):
+        write_atomically(file, text.encode(errors="replace"))  # a text may hold half of a surrogate pair
+    return reports, path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from speechtune.report.read_run import STOPPED, RunReport, number, section
+from speechtune.report.read_run import STOPPED, RunReport, curve, number, section
 from speechtune.training.tracking import duration, flatten
 
 Rows = list[tuple[str, str]]  # name and value
@@ -14,15 +14,14 @@ Rows = list[tuple[str, str]]  # name and value
 CURVE_ROWS = 12  # steps of the training table, evenly spread
 CODEBOOK = "codebook_accuracy_"
 
-PARTS_OF_TIME = (
-    ("data_seconds", "waiting for data"),
-    ("forward_backward_seconds", "forward and backward"),
-    ("optimizer_seconds", "optimizer"),
-    ("evaluation_seconds", "evaluation"),
-    ("checkpoint_seconds", "checkpoints"),
-)
-
-# measure -> (what it is, which way is better)
+PARTS_OF_TIME = {
+    "data_seconds": "waiting for data",
+    "forward_backward_seconds": "forward and backward",
+    "optimizer_seconds": "optimizer",
+    "evaluation_seconds": "evaluation",
+    "checkpoint_seconds": "checkpoints",
+}
+# measurement -> (what it is, which way is better or another note)
 MEASURES = {
     "wer": ("word error rate", "lower is better"),
     "per": ("phone error rate", "lower is better"),
@@ -37,6 +36,11 @@ MEASURES = {
     "mdd_f1": ("F1 of mispronunciation detection", "higher is better"),
     "parse_rate": ("share of answers that parse", "higher is better"),
     "eval_loss": ("evaluation loss", "lower is better"),
+    "loss": ("loss", "all heads weighted"),
+    "grad_norm": ("gradient norm", "before clipping"),
+    "audio_seconds_per_second": ("seconds of audio per second", ""),
+    "tokens_per_second": ("positions per second", ""),
+    "data_wait_share": ("share of the step spent waiting for data", ""),
 }
 
 
@@ -70,8 +74,11 @@ def time_of(seconds: object) -> str:
 
 
 def measure_label(name: str) -> str:
-    """A measure's name in words; unknown ones and codebooks as they are called."""
-    return MEASURES.get(name, (name.replace("_", " "), ""))[0]
+    """A measurement's name in words; unknown ones and codebooks as they are called."""
+    group, _, key = name.rpartition("/")
+    if group in ("losses", "eval_losses"):
+        return f"{'evaluation ' if group == 'eval_losses' else ''}loss of the {key} head"
+    return MEASURES.get(key, (key.replace("_", " "), ""))[0]
 
 
 def better(name: str) -> str:
@@ -81,11 +88,13 @@ def better(name: str) -> str:
 
 def state_line(report: RunReport) -> str:
     """State and step of a run, and why a guard stopped it."""
-    total = report.total_steps
-    at = f"at step {report.last_step:,}" + (f" of {total:,}" if total else "")
-    if report.state == STOPPED:
-        return f"{STOPPED} {at}: {report.stop_reasons[-1]}"
-    return f"{report.state} {at}"
+    reason = f": {report.stop_reasons[-1]}" if report.state == STOPPED else ""
+    return f"{report.state} at step {steps_taken(report)}{reason}"
+
+
+def steps_taken(report: RunReport) -> str:
+    """The last step, and the number of steps planned."""
+    return f"{report.last_step:,}" + (f" of {report.total_steps:,}" if report.total_steps else "")
 
 
 def progress(report: RunReport) -> list[tuple[str, object, object]]:
@@ -113,9 +122,8 @@ def _measures(record: Mapping[str, Any]) -> dict[str, object]:
 
 def headline(report: RunReport) -> Rows:
     """The key figures at the top of a page."""
-    total = report.total_steps
-    rows = [("steps", f"{report.last_step:,}" + (f" of {total:,}" if total else ""))]
-    losses = [value for _, value in report.training_curve("loss")]
+    rows = [("steps", steps_taken(report))]
+    losses = [value for _, value in curve(report.steps, "loss")]
     if losses:
         rows.append(("training loss, first → last", f"{figure(losses[0])} → {figure(losses[-1])}"))
     rows += [(measure_label(name), change(base, value)) for name, base, value in progress(report)[:4]]
@@ -133,14 +141,15 @@ def identity_rows(report: RunReport) -> Rows:
     model, lora, train = section(config, "model"), section(config, "lora"), section(config, "train")
     identity, base = section(report.trainer_state, "identity"), section(info, "base")
     hardware, proof = section(info, "hardware"), section(report.summary, "proof")
+    rate, warmup = figure(train.get("learning_rate")), figure(train.get("warmup_steps"))
     rows: Rows = [
         ("family", str(config.get("family") or identity.get("family") or "-")),
         ("base", str(base.get("path") or model.get("path") or "-")),
         ("base revision", str(base.get("revision") or model.get("revision") or "not pinned")),
         ("hash of the base's weights", str(base.get("fingerprint") or identity.get("base") or "-")),
         ("hash of the data", str(section(info, "data").get("fingerprint") or identity.get("dataset") or "-")),
-        ("trained", _adapter(lora, identity)),
-        ("learning rate", _rate(train)),
+        ("trained", _adapter(lora, identity) if lora else "-"),
+        ("learning rate", f"{rate}, {train.get('schedule')}, {warmup} warm-up" if train else "-"),
         ("samples per optimizer step", figure(identity.get("global_batch"))),
         ("seed", figure(train.get("seed"))),
         ("precision", str(info.get("precision") or f"{train.get('precision', '-')} (as configured)")),
@@ -158,20 +167,12 @@ def identity_rows(report: RunReport) -> Rows:
 
 
 def _adapter(lora: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    if not lora:
-        return "-"
     if lora.get("enabled") is False:
         return "the full model"
     numbers = [f"{name} {figure(lora.get(name))}" for name in ("rank", "alpha", "dropout")]
     variants = [name for name in ("rslora", "dora") if lora.get(name)]
     targets = section(identity, "lora").get("targets") or lora.get("targets")
     return ", ".join(["LoRA", *numbers, *variants, f"on {targets}"])
-
-
-def _rate(train: Mapping[str, Any]) -> str:
-    if not train:
-        return "-"
-    return f"{figure(train.get('learning_rate'))}, {train.get('schedule')}, {figure(train.get('warmup_steps'))} warm-up"
 
 
 def _hardware(hardware: Mapping[str, Any]) -> str:
@@ -216,7 +217,9 @@ def parameter_rows(report: RunReport) -> list[tuple[str, str, str]]:
 def time_parts(report: RunReport) -> list[tuple[str, float]]:
     """Seconds by activity, the rest as `other`; empty if the run did not record them."""
     times = section(report.summary, "time")
-    parts = [(label, seconds) for key, label in PARTS_OF_TIME if (seconds := number(times.get(key))) is not None]
+    parts = [
+        (label, seconds) for key, label in PARTS_OF_TIME.items() if (seconds := number(times.get(key))) is not None
+    ]
     total = number(times.get("total_seconds"))
     rest = (total or 0.0) - sum(seconds for _, seconds in parts)
     return [*parts, ("other", rest)] if parts and rest > 0 else parts
@@ -249,7 +252,7 @@ def evaluation_table(report: RunReport) -> list[list[str]]:
         return []
     flat = [flatten(record) for record in report.evaluations]
     names = list(dict.fromkeys(name for record in flat for name in record if "seconds" not in name))
-    rows = [["step", *(measure_label(name.removeprefix("scores/")) for name in names)]]
+    rows = [["step", *map(measure_label, names)]]
     for record, values in zip(report.evaluations, flat, strict=True):
         step = "0 (zero-shot base)" if record["step"] == 0 else f"{record['step']:,}"
         rows.append([step, *(figure(values.get(name)) for name in names)])
@@ -262,12 +265,14 @@ def training_table(report: RunReport) -> list[list[str]]:
     if not steps:
         return []
     heads = [f"losses/{head}" for head in section(steps[-1], "losses")]
-    names = ["step", "loss", *heads, "learning_rate", "grad_norm"]
+    names = ["loss", *heads, "learning_rate", "grad_norm"]
     count = min(CURVE_ROWS, len(steps))
     chosen = sorted({round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)})
-    flat = [{"step": steps[i]["step"], **flatten(steps[i])} for i in chosen]
-    rows = [[figure(values.get(name)) for name in names] for values in flat]
-    return [[name.replace("losses/", "loss, ").replace("_", " ") for name in names], *rows]
+    rows = [["step", *map(measure_label, names)]]
+    for i in chosen:
+        values = flatten(steps[i])
+        rows.append([figure(steps[i]["step"]), *(figure(values.get(name)) for name in names)])
+    return rows
 
 
 def to_json(report: RunReport) -> dict[str, Any]:
@@ -286,7 +291,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "throughput": report.throughput(),
         "time": report.summary.get("time"),
         "checkpoints": [
-            {"name": c.name, "bytes": c.num_bytes, "damage": c.damage, "eval_loss": c.eval_loss, "best": c.best}
+            {"name": c.name, "bytes": c.num_bytes, "damage": c.damage or None, "eval_loss": c.eval_loss, "best": c.best}
             for c in report.checkpoints
         ],
         "warnings": report.warnings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -14,20 +15,27 @@ import yaml
 
 from speechtune import __version__
 from speechtune.report import facts
-from speechtune.report.plots import COLOURS, SOLID, Panel, evaluation_panels, svg, throughput_panels, training_panels
+from speechtune.report.plots import Plot, evaluation_plots, throughput_plots, training_plots
 from speechtune.report.read_run import FINISHED, UNFINISHED, RunReport
 from speechtune.report.sections import Block, Definitions, Listing, Note, Table, comparison, not_comparable, sections
 from speechtune.report.sound import AudioBudget, samples
 
 ASSETS = resources.files("speechtune") / "assets" / "report"
 BADGES = {FINISHED: "finished", UNFINISHED: "unfinished"}
+COLOURS = 8  # variables --c0 to --c7 of the style sheet
 SHORT_CELL = 20  # characters that always stay on one line: a narrow screen scrolls the table
+FOLDED = {"curves": "The curves as a table", "evaluation": "All evaluations as a table"}
+
+Parts = list[tuple[str, str, str]]
+"""Anchor, title and content of each section."""
 
 
 def page(reports: Sequence[RunReport], budget: AudioBudget | None = None) -> str:
     """The page for one run or several; `budget` limits the sound on it."""
     budget = budget or AudioBudget()
-    body = one_run(reports[0], budget) if len(reports) == 1 else several_runs(reports, budget)
+    head, parts = one_run(reports[0], budget) if len(reports) == 1 else several_runs(reports, budget)
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in parts)
+    content = "".join(f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' for anchor, title, content in parts)
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, and nothing may be fetched, whatever the texts of a data set hold.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -42,7 +50,7 @@ def page(reports: Sequence[RunReport], budget: AudioBudget | None = None) -> str
         title=text(", ".join(report.name for report in reports) + " · speechtune report"),
         style=(ASSETS / "report.css").read_text(encoding="utf-8"),
         script=script,
-        body=body,
+        body=f'<header><p class="faint">speechtune report</p>{head}<nav>{links}</nav></header>{content}',
     )
 
 
@@ -51,146 +59,111 @@ def text(value: object) -> str:
     return escape(str(value), quote=True)
 
 
-def one_run(report: RunReport, budget: AudioBudget) -> str:
-    """Body for a single run."""
-    parts = [  # anchor, title, content
-        ("curves", "Training", plots(training_panels([report]))),
-        ("evaluation", "Evaluation", evaluation([report])),
-        ("samples", "Samples", samples([report], budget)),
-        ("what", "What was trained on what", identity(report)),
-        *text_sections(report, plots(throughput_panels([report]))),
-    ]
+def one_run(report: RunReport, budget: AudioBudget) -> tuple[str, Parts]:
+    """Head and sections of the page on a single run."""
+    figures = definitions(facts.headline(report), "figures", "<div>{}</div>")
     head = (
         f"<h1>{text(report.name)}</h1>"
-        f'<p>{badge(report)} <span class="faint">{text(report.directory)}</span></p>{stop_notice(report)}'
-        f"{key_figures(report)}"
+        f'<p>{badge(report)} <span class="faint">{text(report.directory)}</span></p>{stop_notice(report)}{figures}'
     )
-    return body(head, parts)
+    before = {
+        "curves": plots(training_plots([report])),
+        "evaluation": plots(evaluation_plots([report])),
+        "time": time_bar(report) + plots(throughput_plots([report])),
+    }
+    parts = text_parts(report, before)
+    parts.insert(2, ("samples", "Samples", samples([report], budget)))
+    return head, parts
 
 
-def several_runs(reports: Sequence[RunReport], budget: AudioBudget) -> str:
-    """Body for a comparison: what differs, final figures, curves laid over one another, then each run."""
+def several_runs(reports: Sequence[RunReport], budget: AudioBudget) -> tuple[str, Parts]:
+    """Head and sections of a comparison: what differs, final figures, curves laid over one another, then each run."""
     parts = [
         *((anchor, title, "".join(map(block, blocks))) for anchor, title, blocks in comparison(reports)),
-        ("curves", "Training", plots(training_panels(reports))),
-        ("evaluation", "Evaluation", evaluation(reports)),
+        ("curves", "Training", plots(training_plots(reports))),
+        ("evaluation", "Evaluation", plots(evaluation_plots(reports))),
         ("samples", "Samples", samples(reports, budget)),
-        ("time", "Throughput", plots(throughput_panels(reports))),
+        ("time", "Throughput", plots(throughput_plots(reports))),
         ("runs", "Each run", "".join(map(details_of, reports))),
     ]
     warning = not_comparable(reports)
-    badges = "".join(
-        f'<li class="c{i % COLOURS}"><i></i>{text(report.name)} {badge(report)}</li>'
-        for i, report in enumerate(reports)
-    )
+    badges = [f"{text(report.name)} {badge(report)}" for report in reports]
     notice = block(Note(warning, "warnings")) if warning else ""
-    return body(f'<h1>{len(reports)} runs compared</h1><ul class="legend">{badges}</ul>{notice}', parts)
-
-
-def body(head: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """Head, links to the sections (anchor, title, content), and the sections."""
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
-    parts = "".join(
-        f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' for anchor, title, content in sections
-    )
-    return f'<header><p class="faint">speechtune report</p>{head}<nav>{links}</nav></header>{parts}'
-
-
-def badge(report: RunReport) -> str:
-    """The state of a run, coloured."""
-    return f'<span class="badge {BADGES.get(report.state, "stopped")}">{text(report.state)}</span>'
+    return f"<h1>{len(reports)} runs compared</h1>{legend(badges)}{notice}", parts
 
 
 def details_of(report: RunReport) -> str:
     """One run of a comparison, folded."""
-    parts = "".join(f"<h3>{title}</h3>{content}" for _, title, content in text_sections(report))
-    summary = f"<summary>{text(report.name)}</summary>"
-    return f'<details class="run">{summary}{stop_notice(report)}{identity(report)}{parts}</details>'
+    parts = "".join(
+        f"<h3>{title}</h3>{content}" for _, title, content in text_parts(report, {"time": time_bar(report)})
+    )
+    return f'<details class="run"><summary>{text(report.name)}</summary>{stop_notice(report)}{parts}</details>'
 
 
-def text_sections(report: RunReport, throughput: str = "") -> list[tuple[str, str, str]]:
-    """The sections of `facts`, with what only a page shows: bar and plots of the time, and the configuration."""
-    before, after = {"time": time_bar(report)}, {"time": f"<br>{throughput}", "again": configuration(report)}
-    return [
-        (anchor, title, before.get(anchor, "") + "".join(map(block, blocks)) + after.get(anchor, ""))
-        for anchor, title, blocks in sections(report)
-    ]
+def text_parts(report: RunReport, before: dict[str, str]) -> Parts:
+    """The sections of text, after what only a page shows in them; the resolved configuration is folded below."""
+    parts = []
+    for anchor, title, blocks in sections(report):
+        content = "".join(map(block, blocks))
+        if anchor in FOLDED and content:
+            content = f"<details><summary>{FOLDED[anchor]}</summary>{content}</details>"
+        if anchor == "again" and report.config:
+            config = yaml.safe_dump(dict(report.config), sort_keys=False, allow_unicode=True)
+            content += f"<details><summary>Resolved configuration</summary><pre>{text(config)}</pre></details>"
+        parts.append((anchor, title, before.get(anchor, "") + content))
+    return parts
 
 
 def block(content: Block) -> str:
     """One block of text."""
     match content:
         case Note(note, kind):
-            return f'<p class="{kind}">{text(note)}</p>' if kind else f"<p>{text(note)}</p>"
+            return f'<p class="{kind}">{text(note)}</p>'
         case Definitions(rows):
-            return f'<dl class="facts">{"".join(f"<dt>{text(n)}</dt><dd>{text(v)}</dd>" for n, v in rows)}</dl>'
+            return definitions(rows, "facts", "{}")
         case Listing(lines, is_code):
             if is_code:
                 return "<pre>" + "\n".join(map(text, lines)) + "</pre>"
             return f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>"
         case Table(rows, kinds):
-            return table(rows, kinds)
+            return table(rows, kinds) if rows else ""
 
 
-def key_figures(report: RunReport) -> str:
-    """Key figures as cards."""
-    rows = facts.headline(report)
-    cells = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in rows)
-    return f'<dl class="figures">{cells}</dl>'
+def definitions(rows: facts.Rows, kind: str, around: str) -> str:
+    """Names with their values, each pair inside the tags of `around`."""
+    pairs = "".join(around.format(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>") for name, value in rows)
+    return f'<dl class="{kind}">{pairs}</dl>'
 
 
-def table(rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Sequence[str]], kinds: Sequence[str]) -> str:
     """A table that scrolls by itself on a narrow screen; the first row names the columns."""
-    head = "".join(_cell("th", cell) for cell in rows[0])
-    lines = "".join(
-        f'<tr class="{kind}">{"".join(_cell("td", cell) for cell in row)}</tr>'
-        for row, kind in zip(rows[1:], classes or [""] * (len(rows) - 1), strict=True)
+    lines = []
+    for row, kind in zip(rows, ["", *(kinds or [""] * (len(rows) - 1))], strict=True):
+        tag = "td" if lines else "th"
+        cells = (f'<{tag} class="{"short" if len(c) <= SHORT_CELL else ""}">{text(c)}</{tag}>' for c in row)
+        lines.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def legend(items: Sequence[str]) -> str:
+    """Names (HTML) with the colours of their curves or parts."""
+    lines = (f'<li class="c{i % COLOURS}"><i></i>{item}</li>' for i, item in enumerate(items))
+    return f'<ul class="legend">{"".join(lines)}</ul>'
+
+
+def plots(drawn: Sequence[Plot]) -> str:
+    """Plots side by side, as many as fit; the script draws them from their data."""
+    empty = '<ul class="legend"></ul><svg class="plot" viewBox="0 0 440 250" role="img"></svg><p class="reading"></p>'
+    figures = (
+        f'<figure class="panel" data-plot="{text(json.dumps(plot))}"><h3>{text(plot.title)}</h3>{empty}</figure>'
+        for plot in drawn
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="plots">{"".join(figures)}</div>' if drawn else "<p>Nothing recorded.</p>"
 
 
-def _cell(tag: str, value: str) -> str:
-    kind = ' class="short"' if len(value) <= SHORT_CELL else ""
-    return f"<{tag}{kind}>{text(value)}</{tag}>"
-
-
-def plots(panels: Sequence[Panel]) -> str:
-    """Panels side by side, as many as fit."""
-    return f'<div class="plots">{"".join(map(figure_of, panels))}</div>' if panels else "<p>Nothing recorded.</p>"
-
-
-def figure_of(panel: Panel) -> str:
-    """One plot with title and legend."""
-    legend = f"<li>{text(panel.note)}</li>" if panel.note else ""
-    if len(panel.lines) > 1:
-        for line in panel.lines:
-            dash = ' class="dash"' if line.colour >= SOLID else ""
-            legend += f'<li class="c{line.colour % COLOURS}"><i{dash}></i>{text(line.label)}</li>'
-    bases = [line for line in panel.lines if line.baseline is not None]
-    if bases:
-        shown = f" {facts.figure(bases[0].baseline)}" if len(panel.lines) == 1 else ""
-        legend += f'<li class="c{bases[0].colour % COLOURS}"><i class="dot"></i>zero-shot base{shown}</li>'
-    items = f'<ul class="legend">{legend}</ul>' if legend else ""
-    return f'<figure class="panel"><h3>{text(panel.title)}</h3>{items}{svg(panel)}<p class="reading"></p></figure>'
-
-
-def evaluation(reports: Sequence[RunReport]) -> str:
-    """Evaluation curves, and for a single run the table of all evaluations."""
-    panels = evaluation_panels(reports)
-    if not panels:
-        return "<p>No evaluation was recorded.</p>"
-    rows = facts.evaluation_table(reports[0]) if len(reports) == 1 else []
-    every = f"<details><summary>All evaluations as a table</summary>{table(rows)}</details>" if rows else ""
-    return plots(panels) + every
-
-
-def identity(report: RunReport) -> str:
-    """Base, adapter, hashes, versions, hardware, precision; data; parameters."""
-    rows = facts.parameter_rows(report)
-    parameters = f"<h3>Parameters</h3>{table(rows)}" if rows else ""
-    data = f"<h3>Data</h3>{block(Definitions(facts.data_rows(report)))}"
-    what = block(Definitions(facts.identity_rows(report)))
-    return f'<div class="columns">{what}<div>{data}<br>{parameters}</div></div>'
+def badge(report: RunReport) -> str:
+    """The state of a run, coloured."""
+    return f'<span class="badge {BADGES.get(report.state, "stopped")}">{text(report.state)}</span>'
 
 
 def stop_notice(report: RunReport) -> str:
@@ -204,17 +177,9 @@ def time_bar(report: RunReport) -> str:
     total = sum(seconds for _, seconds in parts)
     if not total:
         return ""
-    spans = names = ""
-    for i, (label, seconds) in enumerate(parts):
-        share, colour = seconds / total, f'class="c{i % COLOURS}"'
-        spans += f'<span {colour} style="flex:{max(share, 0.0):.5f} 0 0" title="{text(label)}: {share:.0%}"></span>'
-        names += f"<li {colour}><i></i>{text(label)} {share:.0%}</li>"
-    return f'<div class="bar">{spans}</div><ul class="legend">{names}</ul><br>'
-
-
-def configuration(report: RunReport) -> str:
-    """The resolved configuration, folded."""
-    if not report.config:
-        return ""
-    config = yaml.safe_dump(dict(report.config), sort_keys=False, allow_unicode=True)
-    return f"<details><summary>Resolved configuration</summary><pre>{text(config)}</pre></details>"
+    names = [f"{text(label)} {seconds / total:.0%}" for label, seconds in parts]
+    spans = "".join(
+        f'<span class="c{i % COLOURS}" style="flex:{max(seconds / total, 0.0):.5f} 0 0" title="{names[i]}"></span>'
+        for i, (_, seconds) in enumerate(parts)
+    )
+    return f'<div class="bar">{spans}</div>{legend(names)}<br>'

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
-from speechtune.report import facts
+from speechtune.report.facts import state_line
 from speechtune.report.read_run import RunReport
 from speechtune.report.sections import (
     Block,
@@ -25,13 +25,10 @@ def markdown(reports: Sequence[RunReport]) -> str:
     """The text for one run or several."""
     if len(reports) == 1:
         return "\n".join(_one_run(reports[0], "#"))
-    lines = [f"# {len(reports)} runs compared", ""]
     warning = not_comparable(reports)
-    lines += [plain(warning), ""] if warning else []
-    for section in comparison(reports):
-        lines += _section(section, "##")
-    for report in reports:
-        lines += _one_run(report, "##")
+    lines = [f"# {len(reports)} runs compared", "", *([plain(warning), ""] if warning else [])]
+    lines += [line for part in comparison(reports) for line in _section(part, "##")]
+    lines += [line for report in reports for line in _one_run(report, "##")]
     return "\n".join(lines)
 
 
@@ -40,21 +37,15 @@ def plain(value: object) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(" ".join(str(value).split()), quote=False))
 
 
-def _one_run(report: RunReport, level: str) -> list[str]:
-    parts = [
-        Section("what", "What was trained on what", [Definitions(facts.identity_rows(report))]),
-        Section("data", "Data", [Definitions(facts.data_rows(report)), Table(facts.parameter_rows(report))]),
-        Section("curves", "Training", [Table(facts.training_table(report))]),
-        Section("evaluation", "Evaluation", [Table(facts.evaluation_table(report))]),
-        *sections(report),
-    ]
-    lines = [f"{level} {plain(report.name)}", "", plain(facts.state_line(report)) + ".", ""]
-    return [*lines, *(line for part in parts for line in _section(part, level + "#"))]
+def _one_run(report: RunReport, level: str) -> Iterator[str]:
+    yield from (f"{level} {plain(report.name)}", "", plain(state_line(report)) + ".", "")
+    for part in sections(report):
+        yield from _section(part, level + "#")
 
 
 def _section(section: Section, level: str) -> list[str]:
-    blocks = [line for block in section.blocks for line in _block(block)]
-    return [f"{level} {section.title}", "", *(blocks or ["Nothing recorded.", ""])]
+    lines = [line for block in section.blocks for line in _block(block)]
+    return [f"{level} {section.title}", "", *(lines or ["Nothing recorded.", ""])]
 
 
 def _block(block: Block) -> list[str]:

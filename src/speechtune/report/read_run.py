@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,36 +22,34 @@ MAX_HASHED_BYTES = 4 * 2**30
 """Largest checkpoint that is hashed for a report, 4 GiB; of a larger one only the files' sizes are compared."""
 
 MAX_STEP = 2**53  # beyond it a float, which a plot needs, cannot tell steps apart
-
 GUARD = "guard"  # `kind` in warnings.jsonl of what stopped the run
-
 FINISHED, UNFINISHED, STOPPED = "finished", "unfinished", "stopped by a guard"
 
 # file, what is not known without it
-EXPECTED = (
-    ("config.yaml", "the configuration"),
-    ("metrics.jsonl", "curves"),
-    ("run_info.json", "versions, hardware, data statistics, parameters, command"),
-    ("warnings.jsonl", "guards that fired and warnings of evaluations"),
-    ("samples/prompts.jsonl", "generated samples"),
-)
+EXPECTED = {
+    "config.yaml": "the configuration",
+    "metrics.jsonl": "curves",
+    "run_info.json": "versions, hardware, data statistics, parameters, command",
+    "warnings.jsonl": "guards that fired and warnings of evaluations",
+    "samples/prompts.jsonl": "generated samples",
+}
+
+Curve = list[tuple[int, float | None]]
+"""(step, value); None stands for NaN and infinity."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointFacts:
-    """One checkpoint folder; `damage` is None where its files are as they were written, as far as `checked` says."""
+class CheckpointFacts(NamedTuple):
+    """One checkpoint folder; `damage` is empty where its files are as they were written, as far as `checked` says."""
 
     name: str
-    step: int
     num_bytes: int
     checked: str
-    damage: str | None
+    damage: str
     eval_loss: float | None
     best: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(NamedTuple):
     """A recording (`step` None) or an answer to a prompt (`step` 0: the base's); `path` is None without audio."""
 
     step: int | None
@@ -58,8 +57,7 @@ class Clip:
     scores: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One prompt with all that was recorded or generated for it: the reference first, then by step."""
 
     id: str
@@ -117,11 +115,7 @@ class RunReport:
         best = self.trainer_state.get("best_step")
         if isinstance(best, int):
             return best
-        losses = [
-            (loss, record["step"])
-            for record in self.evaluations
-            if record["step"] > 0 and (loss := number(record.get("eval_loss"))) is not None
-        ]
+        losses = [(loss, step) for step, loss in curve(self.evaluations, "eval_loss") if step > 0 and loss is not None]
         return min(losses)[1] if losses else None
 
     @property
@@ -143,19 +137,11 @@ class RunReport:
             return str(recorded), True
         return f"speechtune train {shlex.quote(str(self.directory / 'config.yaml'))} output_dir=NEW_FOLDER", False
 
-    def training_curve(self, name: str) -> list[tuple[int, float | None]]:
-        """(step, value) of one measurement, `losses/audio` for a nested one; None stands for NaN and infinity."""
-        return _curve(self.steps, name)
-
-    def evaluation_curve(self, name: str) -> list[tuple[int, float | None]]:
-        """The same over the evaluations, the base's at step 0 among them."""
-        return _curve(self.evaluations, name)
-
     def throughput(self) -> dict[str, float]:
         """Medians over the steps (the first is left out: it warms up), and the mean share of waiting for data."""
         rates: dict[str, float] = {}
         for name in ("audio_seconds_per_second", "tokens_per_second", "data_wait_share"):
-            values = [value for _, value in self.training_curve(name)[1:] if value is not None]
+            values = [value for _, value in curve(self.steps, name)[1:] if value is not None]
             if values:
                 rates[name] = fmean(values) if name == "data_wait_share" else median(values)
         return rates
@@ -178,45 +164,48 @@ def read_run(directory: Path, name: str | None = None) -> RunReport:
         raise ConfigError(f"{directory}: no such folder; name a run's output_dir")
     if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(f"{directory}: holds neither config.yaml nor metrics.jsonl; name a run's output_dir")
-    missing = [f"{name}: not there, so nothing on {cost}" for name, cost in EXPECTED if not (directory / name).exists()]
-    records = [
-        record
-        for record in read_lines(directory / "metrics.jsonl", directory, missing)
-        if isinstance(record.get("step"), int) and 0 <= record["step"] <= MAX_STEP
+    missing = [
+        f"{file}: not there, so nothing on {what}" for file, what in EXPECTED.items() if not (directory / file).exists()
     ]
-    state = _read_mapping(directory / STATE_NAME, directory, missing)
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        return _read_objects(path, directory, missing)
+
+    def read_one(file: str) -> dict[str, Any]:
+        return next(iter(read(directory / file)), {})
+
+    records = read(directory / "metrics.jsonl")
+    records = [r for r in records if isinstance(r.get("step"), int) and 0 <= r["step"] <= MAX_STEP]
+    evaluations = [record for record in records if "eval_loss" in record or "scores" in record]
     checkpoints = find_checkpoints(directory)
+    state = read_one(STATE_NAME)
     if not state and checkpoints:
-        state = _read_mapping(checkpoints[-1][1] / STATE_NAME, directory, missing)
+        state = read_one(f"{checkpoints[-1][1].name}/{STATE_NAME}")
     report = RunReport(
         name=name or short_names([directory])[0],
         directory=directory,
-        config=_read_mapping(directory / "config.yaml", directory, missing),
-        info=_read_mapping(directory / "run_info.json", directory, missing),
-        summary=_read_mapping(directory / "summary.json", directory, missing),
+        config=read_one("config.yaml"),
+        info=read_one("run_info.json"),
+        summary=read_one("summary.json"),
         trainer_state=state,
         steps=[record for record in records if "eval_loss" not in record and "scores" not in record],
-        evaluations=[record for record in records if "eval_loss" in record or "scores" in record],
-        warnings=read_lines(directory / "warnings.jsonl", directory, missing),
+        evaluations=evaluations,
+        warnings=read(directory / "warnings.jsonl"),
         checkpoints=[],
-        prompts=_read_prompts(directory, missing),
+        prompts=_read_prompts(directory / "samples", read),
         missing=missing,
     )
-    _note_gaps(report)
-    report.checkpoints.extend(_checkpoint_facts(report, step, path) for step, path in checkpoints)
-    return report
-
-
-def _note_gaps(report: RunReport) -> None:
     if not report.summary:
         reason = "the run has not come to its end" if report.state == UNFINISHED else "the run was stopped"
-        report.missing.append(f"summary.json: not there ({reason}), so nothing on the proof that the adapter moved")
+        missing.append(f"summary.json: not there ({reason}), so nothing on the proof that the adapter moved")
     elif not isinstance(report.summary.get("time"), Mapping):
-        report.missing.append("summary.json has no `time`: nothing on where the time went beyond waiting for data")
-    if not report.evaluations:
-        report.missing.append("no evaluation recorded: nothing on unseen data, and no line of the zero-shot base")
-    elif report.evaluations[0]["step"] != 0:
-        report.missing.append("no evaluation of the zero-shot base (step 0) to compare with")
+        missing.append("summary.json has no `time`: nothing on where the time went beyond waiting for data")
+    if not evaluations:
+        missing.append("no evaluation recorded: nothing on unseen data, and no line of the zero-shot base")
+    elif evaluations[0]["step"] != 0:
+        missing.append("no evaluation of the zero-shot base (step 0) to compare with")
+    report.checkpoints.extend(_checkpoint_facts(report, step, path) for step, path in checkpoints)
+    return report
 
 
 def number(value: object) -> float | None:
@@ -229,37 +218,26 @@ def number(value: object) -> float | None:
         return None
 
 
-def read_lines(path: Path, root: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; `missing` gets the number of other lines; a file that is not there is empty."""
+def _read_objects(path: Path, root: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Objects of a JSONL file, or the one of a JSON or YAML file; `missing` gets what cannot be read."""
+    name, in_lines = path.relative_to(root), path.suffix == ".jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return []
-    values = [_parse(line) for line in lines if line.strip()]
-    objects = [value for value in values if isinstance(value, dict)]
-    if len(objects) < len(values):
-        num_left_out = len(values) - len(objects)
-        missing.append(f"{path.relative_to(root)}: {num_left_out} line(s) left out that are no JSON object")
+    except OSError as error:
+        missing.append(f"{name}: cannot be read: {error.strerror}")
+        return []
+    parts = [line for line in text.split("\n") if line.strip()] if in_lines else [text]
+    objects = []
+    for part in parts:
+        with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
+            value = yaml.safe_load(part) if path.suffix == ".yaml" else json.loads(part)
+            objects += [value] if isinstance(value, dict) else []
+    if num_left_out := len(parts) - len(objects):
+        what = f"{num_left_out} line(s) left out that are no JSON object" if in_lines else "holds no mapping"
+        missing.append(f"{name}: {what}")
     return objects
-
-
-def _parse(text: str, load: Callable[[str], Any] = json.loads) -> Any:
-    """What a text holds, or None where it cannot be parsed."""
-    try:
-        return load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        return None
-
-
-def _read_mapping(path: Path, root: Path, missing: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    is_yaml = path.suffix == ".yaml"
-    value = _parse(path.read_text(encoding="utf-8", errors="replace"), yaml.safe_load if is_yaml else json.loads)
-    if isinstance(value, dict):
-        return value
-    missing.append(f"{path.relative_to(root)}: not readable as {'YAML' if is_yaml else 'a JSON object'}")
-    return {}
 
 
 def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -268,26 +246,24 @@ def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else {}
 
 
-def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
+def curve(records: Iterable[dict[str, Any]], name: str) -> Curve:
+    """One measurement by step, `losses/audio` for a nested one; what was not measured (null) is left out."""
     group, _, key = name.rpartition("/")
     holders = ((record["step"], section(record, group) if group else record) for record in records)
-    return [(step, number(values[key])) for step, values in holders if key in values]
+    return [(step, number(values[key])) for step, values in holders if values.get(key) is not None]
 
 
-def names_in(records: list[dict[str, Any]], group: str) -> list[str]:
+def names_in(records: Iterable[dict[str, Any]], group: str) -> list[str]:
     """Keys of a nested mapping over all records, in order of appearance."""
     return list(dict.fromkeys(str(key) for record in records for key in section(record, group)))
 
 
-def _read_prompts(directory: Path, missing: list[str]) -> list[Prompt]:
-    samples = directory / "samples"
-    steps = sorted(_step_folders(samples))
-    scores = {
-        step: {str(row.get("id")): row for row in read_lines(folder / "scores.jsonl", directory, missing)}
-        for step, folder in steps
-    }
+def _read_prompts(samples: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[Prompt]:
+    folders = {path.name.removeprefix("step-"): path for path in samples.glob("step-*") if path.is_dir()}
+    steps = sorted((int(step), path) for step, path in folders.items() if step.isdecimal())
+    scores = {step: {str(row.get("id")): row for row in read(path / "scores.jsonl")} for step, path in steps}
     prompts = []
-    for row in read_lines(samples / "prompts.jsonl", directory, missing):
+    for row in read(samples / "prompts.jsonl"):
         prompt_id = str(row.get("id"))
         sound = f"{file_name(prompt_id)}.wav"
         reference = _inside(samples, samples / "reference" / sound)
@@ -299,13 +275,6 @@ def _read_prompts(directory: Path, missing: list[str]) -> list[Prompt]:
         texts = (str(row.get(key) or "") for key in ("text", "speaker", "language"))
         prompts.append(Prompt(prompt_id, *texts, clips=tuple(clips)))
     return prompts
-
-
-def _step_folders(samples: Path) -> Iterator[tuple[int, Path]]:
-    for path in samples.glob("step-*"):
-        number_text = path.name.removeprefix("step-")
-        if path.is_dir() and number_text.isdecimal():
-            yield int(number_text), path
 
 
 def _inside(root: Path, path: Path) -> Path | None:
@@ -324,12 +293,6 @@ def _checkpoint_facts(report: RunReport, step: int, path: Path) -> CheckpointFac
         damage = [f"{issue.source}: {issue.message}" for issue in verify_folder(path, sizes_only=sizes_only)]
     except OSError as error:  # a folder without permission must not cost the rest of the report
         damage = [str(error)]
-    return CheckpointFacts(
-        name=path.name,
-        step=step,
-        num_bytes=num_bytes,
-        checked=limit if sizes_only else "all bytes compared with their hashes",
-        damage="; ".join(damage) or None,
-        eval_loss=dict(report.evaluation_curve("eval_loss")).get(step),
-        best=step == report.best_step,
-    )
+    checked = f"intact: {limit if sizes_only else 'all bytes compared with their hashes'}"
+    eval_loss = dict(curve(report.evaluations, "eval_loss")).get(step)
+    return CheckpointFacts(path.name, num_bytes, checked, "; ".join(damage), eval_loss, step == report.best_step)

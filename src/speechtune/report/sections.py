@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from speechtune.report.facts import (
-    Rows,
-    change,
-    figure,
-    identity_rows,
-    measure_label,
-    megabytes,
-    progress,
-    time_rows,
-)
+from speechtune.report import facts
+from speechtune.report.facts import Rows, change, figure, identity_rows, measure_label, megabytes, progress, time_rows
 from speechtune.report.read_run import GUARD, RunReport, section
 from speechtune.training.tracking import flatten
 
@@ -62,11 +54,16 @@ class Section(NamedTuple):
 
 
 def sections(report: RunReport) -> list[Section]:
-    """The sections that are text alone."""
+    """The text on one run."""
     command, recorded = report.command
     note = [] if recorded else [Note("The run recorded no command; this one trains by its resolved configuration:")]
     nothing = Note("Nothing: every file of a run was there and readable.")
+    data = [Definitions(facts.data_rows(report)), Table(facts.parameter_rows(report))]
     return [
+        Section("curves", "Training", [Table(facts.training_table(report))]),
+        Section("evaluation", "Evaluation", [Table(facts.evaluation_table(report))]),
+        Section("what", "What was trained on what", [Definitions(identity_rows(report))]),
+        Section("data", "Data and parameters", data),
         Section("guards", "Guards and warnings", _guards(report)),
         Section("checkpoints", "Checkpoints", _checkpoints(report)),
         Section("time", "Throughput and time", [Definitions(time_rows(report))]),
@@ -100,7 +97,7 @@ def _checkpoints(report: RunReport) -> list[Block]:
         return [Note("No checkpoint in this folder.")]
     rows = [["checkpoint", "size", "evaluation loss", "checked", ""]]
     for c in report.checkpoints:
-        checked = f"DAMAGED: {c.damage}" if c.damage else f"intact: {c.checked}"
+        checked = f"DAMAGED: {c.damage}" if c.damage else c.checked
         rows.append([c.name, megabytes(c.num_bytes), figure(c.eval_loss), checked, "best" if c.best else ""])
     kinds = ["damaged" if c.damage else "best" if c.best else "" for c in report.checkpoints]
     return [Note(_best_line(report)), Table(rows, kinds)]
@@ -114,7 +111,7 @@ def _best_line(report: RunReport) -> str:
     metric = str(section(report.config, "evaluate").get("best_metric", "loss"))
     name = measure_label("eval_loss" if metric == "loss" else metric)
     by = "the lowest evaluation loss recorded" if value is None else f"{name} {figure(value)}"
-    there = any(c.step == best for c in report.checkpoints)
+    there = any(c.name == f"checkpoint-{best}" for c in report.checkpoints)
     return f"Best: checkpoint-{best}, {by}" + ("." if there else "; it is not in the folder.")
 
 
@@ -139,7 +136,7 @@ def not_comparable(reports: Sequence[RunReport]) -> str | None:
 
 def _differences(reports: Sequence[RunReport]) -> list[list[str]]:
     """Options and facts in which runs differ, one row each: name, then a value per run."""
-    columns = [{**_flat_config(r), **{f"({name})": value for name, value in _compared(r)}} for r in reports]
+    columns = [{**_flat_config(r.config), **{f"({name})": value for name, value in _compared(r)}} for r in reports]
     return [row for row in _side_by_side(columns) if len(set(row[1:])) > 1]
 
 
@@ -149,17 +146,15 @@ def _compared(report: RunReport) -> Rows:
     return [(name, value[:SHORT_HASH] if name.startswith("hash") else value) for name, value in rows]
 
 
-def _flat_config(report: RunReport) -> dict[str, str]:
+def _flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """The resolved configuration as dotted names and text."""
-
-    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", "-" if value is None else str(value)
-
-    return dict(walk(report.config, ""))
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "-" if value is None else str(value)
+    return flat
 
 
 def _final_figures(reports: Sequence[RunReport]) -> list[list[str]]:
@@ -170,7 +165,7 @@ def _final_figures(reports: Sequence[RunReport]) -> list[list[str]]:
         if report.steps:
             last = flatten(report.steps[-1])
             wanted = [name for name in last if name == "loss" or name.startswith("losses/")]
-            column |= {f"last training {name.replace('losses/', 'loss, ')}": figure(last[name]) for name in wanted}
+            column |= {f"{measure_label(name)}, last step": figure(last[name]) for name in wanted}
         results.append({**column, **_evaluated(report), "best step": figure(report.best_step)})
     return _side_by_side(results) + _side_by_side([dict(time_rows(report)) for report in reports])
 
