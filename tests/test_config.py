@@ -278,7 +278,7 @@ def test_names_from_other_trainers_lead_to_the_option(recipe: Path, name: str, o
     assert f"{name}: no such option; did you mean {option!r}?" in str(caught.value)
 
 
-def test_the_table_of_other_names_is_sound() -> None:
+def test_the_table_of_other_names_is_right() -> None:
     """Every option in it exists, no name stands in it twice, and none is an option's own."""
     options = OTHER_NAMES["options"]
     assert set(options) <= set(option_names(RunConfig))
@@ -355,7 +355,7 @@ def test_a_broken_recipe_is_refused_by_name(tmp_path: Path, content: bytes | Non
     assert str(caught.value).startswith(str(path)) and part in str(caught.value)
 
 
-def test_the_cache_lies_beside_the_run_unless_told(recipe: Path) -> None:
+def test_the_cache_lies_beside_the_run_unless_named(recipe: Path) -> None:
     config = load_config(recipe, ["output_dir=/runs/one"])
     assert config.cache_dir == Path("/runs/speechtune-cache")
     assert load_config(recipe, ["output_dir=/runs/one", "data.cache_dir=/fast"]).cache_dir == Path("/fast")

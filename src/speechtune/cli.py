@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -172,7 +171,3 @@ def _adapter_verbs(verbs: Verbs) -> None:
     convert("output", type=Path, help="new adapter folder")
     convert("--to", required=True, metavar="LAYOUT", help="native, or one its family knows, such as boson")
     convert("--base", help="hub id or folder of the base (default: the one the adapter names)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

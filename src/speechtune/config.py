@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from speechtune.errors import ConfigError
 
@@ -330,11 +331,11 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
+def _one_an_option(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """One issue where pydantic lists one for every type that an option may have."""
-    issues: dict[tuple[Any, ...], dict[str, Any]] = {}
+    issues: dict[tuple[int | str, ...], ErrorDetails] = {}
     for item in items:
-        place = tuple(item["loc"])
+        place = item["loc"]
         place = place[:-1] if place[:-1] in OPTIONS_OF_TWO_TYPES else place
         if place in issues:
             issues[place]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
@@ -343,7 +344,7 @@ def _one_an_option(items: Sequence[Any]) -> list[dict[str, Any]]:
     return list(issues.values())
 
 
-def _describe(item: Any, known: Sequence[str]) -> str:
+def _describe(item: ErrorDetails, known: Sequence[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{name}: no such option{_advice(name, known)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
 
 from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
 
@@ -19,13 +19,13 @@ EXTRAS = {
 """Module -> the extra that installs it."""
 
 
-def guarded(run: Any) -> int:
+def guarded(run: Callable[[], int]) -> int:
     """Call `run`, print our own errors as one message, and return the exit code."""
     from speechtune.training.tracking import configure_logging
 
     configure_logging()
     try:
-        return int(run() or 0)
+        return run()
     except SpeechtuneError as error:
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -75,13 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from the newest checkpoint, or this one"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="any other option of a recipe; repeatable",
-    )
+    more = "any other option of a recipe; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help=more)
     return parser
 
 
@@ -91,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(given)
     if options.gpus is not None:
         os.environ[VISIBLE] = options.gpus
-    elif not in_torchrun():
+    elif "RANK" not in os.environ:  # under torchrun the ranks share the GPUs that it was given
         os.environ.setdefault(VISIBLE, GPUS)
     from speechtune.commands.guarded import guarded
 
@@ -99,11 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Train as parsed `options` say; `given` are the same as text, for torchrun.
-
-    Raises:
-        SpeechtuneError: flags, recipe or data that cannot be used.
-    """
+    """Train as parsed `options` say; `given` are the same as text, for torchrun."""
     for name, reason in UNSUPPORTED.items():
         if getattr(options, name.removeprefix("--")) is not None:
             raise ConfigError(f"{name}: {reason}. Instead: {INSTEAD}")
@@ -116,19 +107,17 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     require_data(config)
     processes = processes_to_start(options.gpus)
     if processes > 1:
-        sys.stdout.flush()
-        os.execv(sys.executable, torchrun(processes, given))  # torchrun itself then gets a scheduler's signals
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        sys.stdout.flush()  # execv drops what is buffered
+        # In place of this process, not below it: torchrun itself then gets a scheduler's signals.
+        os.execv(sys.executable, [sys.executable, *launch, sys.argv[0], *given])
     from speechtune.commands.train import train
 
     return train(config, resume="--resume")
 
 
 def configure(options: argparse.Namespace) -> RunConfig:
-    """The recipe, with what was given on the command line in place of its values.
-
-    Raises:
-        ConfigError: a value that cannot be used.
-    """
+    """The recipe, with what was given on the command line in place of its values."""
     recipe = shipped_recipes()[options.config]
     given = {flag.option: getattr(options, flag.key) for flag in FLAGS}
     given["checkpoint.resume"] = options.resume
@@ -176,24 +165,13 @@ def processes_to_start(gpus: str | None) -> int:
             f"--gpus {gpus}: {usable} of {wanted} can be used; is each number one that nvidia-smi lists, and torch a "
             "build with CUDA? --gpus '' trains on the CPU"
         )
-    if not in_torchrun():
+    if "RANK" not in os.environ:
         return wanted
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > wanted:
         raise ConfigError(
             f"--gpus {gpus}: torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for {wanted} GPU(s)"
         )
     return 1
-
-
-def torchrun(processes: int, given: Sequence[str]) -> list[str]:
-    """Command line that runs this script with the same flags in several processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launch, sys.argv[0], *given]
-
-
-def in_torchrun() -> bool:
-    """Whether torchrun has started this process."""
-    return "RANK" in os.environ
 
 
 def usable_gpus() -> int:

@@ -94,7 +94,7 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     values["tracking.detail_every_steps"] = every
     values["train.freeze"] = LLM_PARAMETERS if given["freeze_llm"] and not given["use_lora"] else None
     if given["freeze_llm"] and given["use_lora"]:
-        log.warning("--freeze_llm: LoRA freezes the whole base anyway; the flag changes nothing beside --use_lora")
+        log.warning("--freeze_llm: LoRA freezes all of the base anyway; the flag changes nothing beside --use_lora")
     for option in ("data.eval", "checkpoint.resume"):
         values[option] = values[option] or None
     return values | FIXED

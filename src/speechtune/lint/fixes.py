@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -245,15 +246,10 @@ def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
 
 
 def _backup(path: Path, original: bytes) -> Path:
-    number = 0
-    while True:
-        backup = path.with_name(f"{path.name}.bak{number or ''}")
-        try:
-            with backup.open("xb") as file:
-                file.write(original)
-                os.fsync(file.fileno())
-        except FileExistsError:
-            number += 1
-            continue
-        shutil.copymode(path, backup)
-        return backup
+    names = (path.with_name(f"{path.name}.bak{number or ''}") for number in itertools.count())
+    backup = next(name for name in names if not name.exists())
+    with backup.open("xb") as file:  # not over one that another process made meanwhile
+        file.write(original)
+        os.fsync(file.fileno())
+    shutil.copymode(path, backup)
+    return backup
