@@ -1,4 +1,4 @@
-"""One precision plan, decided once before anything is loaded, with its reason."""
+"""The precision of a run: dtypes of base, adapter and computation, chosen once for the device, with the reason."""
 
 from __future__ import annotations
 
@@ -49,26 +49,23 @@ def plan_precision(
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(device)
-    reason = f"asked for by train.precision={requested}"
-    name = requested
+    gpu = None if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    name, reason = requested, f"asked for by train.precision={requested}"
     if name == "auto":
         if capability is None:
             name, reason = "fp32", "a CPU computes fastest and safest in float32"
         elif capability >= (8, 0):
-            name, reason = "bf16", f"compute capability {capability[0]}.{capability[1]} has bfloat16 units"
+            name, reason = "bf16", f"{gpu} has bfloat16 units"
         elif capability >= (7, 0):
-            name, reason = "fp16", f"compute capability {capability[0]}.{capability[1]} has float16 units, no bfloat16"
+            name, reason = "fp16", f"{gpu} has float16 units, no bfloat16"
         else:
-            name, reason = "fp32", f"compute capability {capability[0]}.{capability[1]} has no half-precision units"
+            name, reason = "fp32", f"{gpu} has no half-precision units"
     if name == "fp16" and capability is None:
         raise ConfigError(
             "train.precision=fp16 is for GPUs of compute capability 7.x; a CPU only emulates float16: use fp32 or bf16"
         )
     if name == "bf16" and capability is not None and capability < (8, 0):
-        raise ConfigError(
-            f"train.precision=bf16: compute capability {capability[0]}.{capability[1]} only emulates bfloat16; "
-            "use train.precision=fp16 or auto"
-        )
+        raise ConfigError(f"train.precision=bf16: {gpu} only emulates bfloat16; use train.precision=fp16 or auto")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
     base = torch.float32 if half is None or full_finetune else half
     return PrecisionPlan(name, device, base, half, name == "fp16", reason)

@@ -14,9 +14,9 @@ CHUNK_ELEMENTS = 1 << 24  # 128 MiB once widened to 64 bits
 
 @torch.no_grad()
 def tensor_checksum(tensor: torch.Tensor) -> str:
-    """Two checksums of a tensor's bits, computed where it lies: any flipped bit or swapped element changes them.
+    """Checksum of a tensor's bits, computed on its device: any flipped bit or swapped element changes it.
 
-    Not cryptographic: it shows accidents, not forgeries. A sharded tensor is gathered, so every rank must ask.
+    Not cryptographic: it shows accidents, not forgeries. A sharded tensor is gathered, so every rank must call this.
     """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = gather(tensor.detach()).contiguous().view(-1).view(kinds[tensor.element_size()])
@@ -43,9 +43,9 @@ def tensors_fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     """Names of the tensors that hold NaN or infinity, with what they hold."""
-    all_of_them = ((name, gather(tensor.detach())) for name, tensor in tensors)
-    found = {name: tensor for name, tensor in all_of_them if not bool(torch.isfinite(tensor).all())}
-    return [f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}" for name, tensor in found.items()]
+    gathered = ((name, gather(tensor.detach())) for name, tensor in tensors)
+    broken = [(name, tensor) for name, tensor in gathered if not bool(torch.isfinite(tensor).all())]
+    return [f"{name} holds {'NaN' if bool(tensor.isnan().any()) else 'infinity'}" for name, tensor in broken]
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -69,12 +69,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor, gathered from all ranks, which must all ask; another tensor as it is."""
+    """A sharded tensor in full, gathered from all ranks, which must all call this; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on every rank, cut as `reference` is."""
+    """Shard a full tensor, the same on every rank, as `reference` is sharded."""
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
         return tensor
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +150,25 @@ def test_a_step_that_leaves_nan_stops(value: float, name: str) -> None:
         f"step 3: the optimizer step left 1 parameters that are not finite ({LORA_B} holds {name})"
     )
     assert "sample-7, sample-9" in message
+
+
+def raised_messages() -> list[re.Pattern[str]]:
+    """Every message that `training/` can raise, as a regex that takes anything where a value is filled in."""
+    patterns = []
+    for path in Path(guards.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "TrainingError" and node.args:
+                message = node.args[0]
+                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+                texts = [re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in parts]  # type: ignore[type-var]
+                patterns.append(re.compile("".join(texts)))
+    return patterns
+
+
+def test_every_message_quoted_in_the_docs_exists() -> None:
+    """Guards against a page that quotes a message which was reworded: nobody would find it by searching."""
+    page = (Path(__file__).parents[2] / "docs/guards.md").read_text(encoding="utf-8")
+    quotes = [" ".join(quote.split()) for quote in re.findall(r"```\n(.*?)```", page, re.DOTALL)]
+    patterns = raised_messages()
+    unknown = [quote for quote in quotes if not any(pattern.fullmatch(quote) for pattern in patterns)]
+    assert len(quotes) > 10 and not unknown, unknown

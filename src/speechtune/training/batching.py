@@ -1,21 +1,16 @@
-"""Which samples make up which batch: global batches from (seed, epoch), then cut by micro-step and rank."""
+"""Batches: which samples make up each step's global batch, and how that is cut into micro-batches and ranks."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from speechtune.config import RunConfig
-from speechtune.family import Family
-from speechtune.training.signals import ignore_signals
-from speechtune.types import Batch, Encoded
 
 
 @dataclass(frozen=True)
@@ -137,32 +132,6 @@ def _padded(sizes: Sequence[int], tokens: int, ranks: int) -> list[list[int]]:
         part = parts[fullest]
         parts[fullest : fullest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
     return parts
-
-
-class StepBatches(Dataset[list[Batch]]):
-    """The run's micro-batches of one rank, collated on demand; item s holds those of step s."""
-
-    def __init__(self, plan: BatchPlan, encoded: Sequence[Encoded], family: Family, rank: int) -> None:
-        self.plan, self.encoded, self.family, self.rank = plan, encoded, family, rank
-
-    def __getitem__(self, step: int) -> list[Batch]:
-        parts = self.plan.micro_batches(step, self.rank)
-        return [self.family.collate([self.encoded[i] for i in part]) for part in parts]
-
-
-def make_loader(batches: StepBatches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
-    """The micro-batches of each of `steps`, collated ahead in `workers` processes."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        # A generator of its own: the loader would draw from the global one and change dropout on resume.
-        generator=torch.Generator(),
-        pin_memory=pin_memory,
-    )
-    return iter(loader)
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[list[int]]:

@@ -100,7 +100,8 @@ def checkpoint_writer(
     optimizer_state = cpu_copy(optimizer.state_dict(), keep=keep) if copy else optimizer.state_dict()
     scaler_state = parts.scaler.state_dict()
     tensors = model_tensors(model, weights)
-    bytes_needed = bytes_of_save(tensors.values(), optimizer)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    bytes_needed = bytes_of(tensors.values()) + ADAM_MOMENTS * bytes_of(trained)
 
     def write(aside: Path) -> None:
         save_weights(model, aside, parts.notes, weights)
@@ -158,34 +159,30 @@ def cpu_copy(value: Any, *, keep: bool = True) -> Any:
     return [cpu_copy(item, keep=keep) for item in value] if isinstance(value, list) else value
 
 
-def bytes_of_save(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that weights and optimizer states take on disk, once the optimizer has both moments."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    return weights + ADAM_MOMENTS * trained
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Saver:
-    """Runs saves one after another, in a thread of its own if `background`; an error ends the run."""
+    """Runs saves one after another in a thread; with `background` training goes on meanwhile. An error ends the run."""
 
     def __init__(self, background: bool) -> None:
-        self._pool = ThreadPoolExecutor(1) if background else None
+        self._background, self._pool = background, ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     def submit(self, save: Callable[[], None]) -> None:
         """Start a save after the one before it; raises that one's error."""
         self.wait()
-        if self._pool is None:
-            save()
-        else:
-            self._pending = self._pool.submit(save)
+        self._pending = self._pool.submit(save)
+        if not self._background:
+            self.wait()
 
     def poll(self) -> None:
         """Raise the error of a save that has ended."""
@@ -259,13 +256,11 @@ def restore(
         for name, value in identity.items()
         if state.identity.get(name) != value
     ]
-    if differences and not force:
-        raise CheckpointError(
-            f"{directory}: it is not a checkpoint of this run: {'; '.join(differences)}; checkpoint.force=true resumes "
-            "all the same"
-        )
-    for difference in differences:
-        log.warning("%s: resumed by force in spite of a difference: %s", directory, difference)
+    if differences:
+        message = f"{directory}: it is not a checkpoint of this run: {'; '.join(differences)}"
+        if not force:
+            raise CheckpointError(f"{message}; checkpoint.force=true resumes all the same")
+        log.warning("%s; resumed by force", message)
     restore_weights(parts.model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     parts.optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], parts.optimizer))

@@ -1,6 +1,6 @@
-"""Several ranks behind one interface: a whole model on each (DDP), or its weights sharded over them (FSDP2).
+"""Training on several ranks: joining them, DDP (the model on each) or FSDP2 (its weights sharded), and sums over ranks.
 
-Sharding is torch's own `fully_shard`: accelerate, given an FSDP plugin on a CPU, ran DDP without a word.
+Sharding is torch's own `fully_shard`: accelerate, given an FSDP plugin on a CPU, ran DDP without saying so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,87 @@ from speechtune.training.tracking import configure_logging
 
 log = logging.getLogger("speechtune")
 
+SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait while one encodes clips, generates samples or saves a model
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Join the other ranks, if any, and check that accelerate did.
+
+    Raises:
+        ConfigError: an option, or the launch, cannot work on these ranks.
+        TrainingError: accelerate runs another kind of job than was launched.
+    """
+    tracking, ranks = config.tracking, world_size()
+    for name in tracking.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name} is not installed: pip install {name}, or name another tracker"
+            )
+    if config.speed.parallel == "fsdp":
+        _check_sharding(config)
+    if ranks > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError(f"WORLD_SIZE={ranks} without MASTER_ADDR: start several processes with torchrun")
+        _check_restarts()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
+        log_with=list(tracking.trackers) or None,
+        project_dir=tracking.logging_dir or config.output_dir / "logs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SETUP_TIMEOUT)],
+    )
+    expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in expected or accelerator.num_processes != ranks:
+        raise TrainingError(
+            f"{ranks} processes were launched, accelerate runs {accelerator.distributed_type.value} with "
+            f"{accelerator.num_processes}; check ACCELERATE_* in the environment"
+        )
+    configure_logging(accelerator.is_main_process)
+    return accelerator
+
+
+def _check_sharding(config: RunConfig) -> None:
+    if world_size() == 1:
+        raise ConfigError(
+            "speed.parallel=fsdp: there is one process, so nothing can be sharded: start several with torchrun, or set "
+            "speed.parallel=ddp"
+        )
+    if num_prompts(config):
+        raise ConfigError(
+            "speed.parallel=fsdp: samples are generated on one rank, which has only its share of the weights: set "
+            "evaluate.prompts=0 and run speechtune evaluate afterwards, or set speed.parallel=ddp"
+        )
+    for option, value in (
+        ("batch.tokens", config.batch.tokens),
+        ("train.gradient_checkpointing", config.train.gradient_checkpointing),
+    ):
+        if value == "auto":
+            raise ConfigError(f"speed.parallel=fsdp: {option}=auto measures a model that is not sharded: name a value")
+
+
+def _check_restarts() -> None:
+    """Refuse restarts that would connect new processes to the addresses of the old ones (pytorch issue 135712)."""
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "torchrun --max-restarts: a restart would connect to the processes of the attempt before it; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
+            "--rdzv-backend=c10d"
+        )
+
+
+def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:
+    """All ranks resume from the same checkpoint; a node that sees another disk would start from the beginning.
+
+    Raises:
+        CheckpointError: they differ; names each rank's.
+    """
+    names = cast(list[str], gather_object([chosen.name if chosen else "none"]))
+    if len(set(names)) > 1:
+        raise CheckpointError(
+            f"the ranks found different checkpoints to resume from ({', '.join(names)}, in order of rank): output_dir "
+            "must lie on a disk that all nodes share"
+        )
+
 
 class Engine:
     """Model and loss as the loop calls them on this rank.
@@ -37,8 +118,8 @@ class Engine:
         objective: model and loss as one module, on this rank's device.
         accelerator: knows the ranks.
         parallel: what several ranks do; `fsdp` shards `objective` in place.
-        defer: with `fsdp`, keep whole gradients until a step's last micro-batch: right for an adapter, whose gradients
-            are small; those of a full model would fill the memory that sharding frees.
+        defer: with `fsdp`, add up unsharded gradients until a step's last micro-batch: right for an adapter, whose
+            gradients are small; those of a full model would fill the memory that sharding frees.
 
     Raises:
         TrainingError: the model has no blocks to shard, or is not sharded afterwards.
@@ -72,34 +153,29 @@ class Engine:
 
 
 def shard(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard every repeated block of a model, then what is left, over all ranks; proves that it happened.
+    """Shard every repeated block of a model, then what is left, over all ranks, and check that it happened.
 
     Raises:
-        TrainingError: no blocks, or tensors that stayed whole.
+        TrainingError: no blocks, or tensors that are not sharded.
     """
     ranks = accelerator.num_processes
     mesh = init_device_mesh(accelerator.device.type, (ranks,), mesh_dim_names=("shard",))
-    found = blocks(objective)
-    if not found:
+    layers = blocks(objective)
+    if not layers:
         raise TrainingError(
             "speed.parallel=fsdp: the model names no repeated blocks (_no_split_modules), so every pass would gather "
             "all of it on each rank: use speed.parallel=ddp"
         )
-    # Also the root gives its whole weights back: outside a pass every parameter is a shard, whoever looks.
-    for module in (*found.values(), objective):
+    # The root reshards after its forward pass too, so that outside a pass every parameter is a shard.
+    for module in (*layers.values(), objective):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     held, total = check_sharded(dict(objective.named_parameters()), ranks)
     shares = cast(list[int], gather_object([held]))
     if sum(shares) != total:
         raise TrainingError(f"speed.parallel=fsdp: ranks hold {shares} bytes, together not the model's {total}")
     per_rank = ", ".join(f"{share / 1e6:,.3f}" for share in shares)
-    log.info(
-        "FSDP2: %d blocks and the rest sharded over %d ranks; MB per rank: %s of %.3f",
-        len(found),
-        ranks,
-        per_rank,
-        total / 1e6,
-    )
+    message = "FSDP2: %d blocks and the rest sharded over %d ranks; MB per rank: %s of %.3f"
+    log.info(message, len(layers), ranks, per_rank, total / 1e6)
     return objective
 
 
@@ -114,10 +190,10 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_sharded(parameters: Mapping[str, nn.Parameter], ranks: int) -> tuple[int, int]:
-    """Every parameter is a shard over `ranks` ranks; the bytes held here, and those of the whole model.
+    """Check that every parameter is a shard over `ranks` ranks; returns the bytes held here, and those of the model.
 
     Raises:
-        TrainingError: names parameters that are whole, or sharded over other ranks.
+        TrainingError: names parameters that are not sharded, or over other ranks.
     """
     unsharded = [name for name, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != ranks]
     if unsharded:
@@ -142,12 +218,9 @@ def sum_heads(
 def sum_over_ranks(
     accelerator: Accelerator, values: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Add up named numbers over a list and over all ranks, in float64.
+    """Add up named numbers over a list and over all ranks, in float64; a missing name counts as zero.
 
-    Args:
-        accelerator: knows the ranks.
-        values: this rank's numbers; a missing name counts as zero.
-        names: the same on every rank; None takes those of the first entry.
+    `names` must be the same on every rank; None takes those of the first entry.
     """
     names = list(values[0]) if names is None else names
     local = [math.fsum(value.get(name, 0.0) for value in values) for name in names]
@@ -157,92 +230,9 @@ def sum_over_ranks(
     return dict(zip(names, local, strict=True))
 
 
-def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:
-    """All ranks go on from the same checkpoint; a node that sees another disk would start from the beginning.
-
-    Raises:
-        CheckpointError: they differ; says what each found.
-    """
-    found = cast(list[str], gather_object([chosen.name if chosen else "none"]))
-    if len(set(found)) > 1:
-        raise CheckpointError(
-            f"the ranks found different checkpoints to resume from ({', '.join(found)}, in order of rank): output_dir "
-            "must lie on a disk that all nodes share"
-        )
-
-
 def least_over_ranks(accelerator: Accelerator, value: float) -> float:
     """The least of a number over all ranks."""
     if accelerator.num_processes == 1:
         return value
     every = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device))
     return float(cast(torch.Tensor, every).min())
-
-
-SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait for one another while clips are encoded
-
-
-def start_accelerator(config: RunConfig) -> Accelerator:
-    """Join the other ranks, if any, and make sure that it really happened.
-
-    Raises:
-        TrainingError: accelerate runs another kind of job than was launched.
-    """
-    tracking = config.tracking
-    for name in tracking.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"tracking.trackers: {name} is not installed: pip install {name}, or name another tracker"
-            )
-    if config.speed.parallel == "fsdp":
-        _check_sharding(config)
-    if world_size() > 1 and "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"WORLD_SIZE={world_size()} without MASTER_ADDR: start several processes with torchrun")
-    if world_size() > 1:
-        _check_restarts()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
-        log_with=list(tracking.trackers) or None,
-        project_dir=tracking.logging_dir or config.output_dir / "logs",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=SETUP_TIMEOUT)],
-    )
-    expected = {DistributedType.NO} if world_size() == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if accelerator.distributed_type not in expected or accelerator.num_processes != world_size():
-        raise TrainingError(
-            f"{world_size()} processes were launched, accelerate runs {accelerator.distributed_type.value} with "
-            f"{accelerator.num_processes}; check ACCELERATE_* in the environment"
-        )
-    configure_logging(accelerator.is_main_process)
-    return accelerator
-
-
-def _check_sharding(config: RunConfig) -> None:
-    if world_size() == 1:
-        raise ConfigError(
-            "speed.parallel=fsdp: there is one process, so nothing can be sharded: start several with torchrun, or set "
-            "speed.parallel=ddp"
-        )
-    if num_prompts(config):
-        raise ConfigError(
-            "speed.parallel=fsdp: answers are generated on one rank, which has only its share of the weights: set "
-            "evaluate.prompts=0 and listen to the adapter afterwards (speechtune evaluate), or set speed.parallel=ddp"
-        )
-    for option, value in (
-        ("batch.tokens", config.batch.tokens),
-        ("train.gradient_checkpointing", config.train.gradient_checkpointing),
-    ):
-        if value == "auto":
-            raise ConfigError(
-                f"speed.parallel=fsdp: {option}=auto measures a model that is whole on its device: name a value"
-            )
-
-
-def _check_restarts() -> None:
-    """Refuse restarts in which a new process would be told the addresses of the old ones (pytorch issue 135712)."""
-    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise ConfigError(
-            "torchrun --max-restarts: a restart would connect to the processes of the attempt before it; set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
-            "--rdzv-backend=c10d"
-        )

@@ -1,4 +1,7 @@
-"""Guards: pure checks that stop a run whose training would not be real. Each names what it saw and what to do."""
+"""Guards: checks that stop a run whose training would not be real.
+
+Each raises `TrainingError`, which names what was seen, where, and what to do; see docs/guards.md.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,7 @@ ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
 
 
 def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> None:
-    """Before training: something is trainable, with LoRA only the adapter is, and all of it in float32.
-
-    Raises:
-        TrainingError: one of the three does not hold.
-    """
+    """Before training: something is trainable, with LoRA only the adapter is, and all of it in float32."""
     if not parameters:
         raise TrainingError("nothing is trainable: every parameter is frozen, so the run would change nothing")
     if lora:
@@ -39,11 +38,7 @@ def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> No
 
 
 def check_targets(batch: Batch, where: str) -> None:
-    """A batch must have targets, and for every head it names, or a loss is a constant.
-
-    Raises:
-        TrainingError: no target in the batch.
-    """
+    """A batch must have targets, and for every head it names, or a loss is a constant."""
     if not batch.target_counts:
         raise TrainingError(f"{where}: no target at all in the batch of samples {some(batch.sample_ids)}")
     empty = [head for head, count in batch.target_counts.items() if count == 0]
@@ -55,9 +50,6 @@ def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[s
     """Every head's mean loss is finite, and not all of them are exactly zero.
 
     One head may reach 0.0 in float32 once it is sure of a few easy targets; all of them never do on real data.
-
-    Raises:
-        TrainingError: NaN or infinity in a head, or zero in all of them.
     """
     for head, value in losses.items():
         if not math.isfinite(value):
@@ -70,11 +62,7 @@ def check_losses(losses: Mapping[str, float], where: str, sample_ids: Sequence[s
 
 
 def check_attached(loss: torch.Tensor, where: str, sample_ids: Sequence[str]) -> None:
-    """The loss carries a gradient at all; without one `backward` would fail with a message that names nothing.
-
-    Raises:
-        TrainingError: it was detached, or computed from frozen parameters alone.
-    """
+    """The loss carries a gradient at all; without one `backward` would fail with a message that names nothing."""
     if not loss.requires_grad:
         raise TrainingError(
             f"{where}: the loss carries no gradient: it does not reach any trainable parameter; samples: "
@@ -83,11 +71,7 @@ def check_attached(loss: torch.Tensor, where: str, sample_ids: Sequence[str]) ->
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: str, sample_ids: Sequence[str]) -> None:
-    """The gradient norm is finite and above zero.
-
-    Raises:
-        TrainingError: names the parameters with non-finite gradients, or says that none arrived.
-    """
+    """The gradient norm is finite and above zero."""
     if not math.isfinite(norm):
         broken = [name for name, p in parameters.items() if p.grad is not None and not gather(p.grad).isfinite().all()]
         raise TrainingError(
@@ -102,11 +86,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, where: 
 
 
 def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
-    """At the first step every lora_B gets a gradient; lora_A cannot yet, for lora_B starts at zero.
-
-    Raises:
-        TrainingError: names each lora_B that none reached.
-    """
+    """At the first step every lora_B gets a gradient; lora_A cannot yet, for lora_B starts at zero."""
     unreached = [
         name
         for name, p in parameters.items()
@@ -120,16 +100,7 @@ def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
 
 
 def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str) -> None:
-    """The optimizer step changed something.
-
-    Args:
-        before: checksum per trainable parameter before the step.
-        after: the same after it.
-        where: step, for the message.
-
-    Raises:
-        TrainingError: not one parameter changed.
-    """
+    """The optimizer step changed something; `before` and `after` are checksums of the trainable parameters."""
     if before == after:
         raise TrainingError(
             f"{where}: the optimizer step changed none of the {len(after)} trainable parameters; is the learning rate "
@@ -138,13 +109,9 @@ def check_moved(before: Mapping[str, str], after: Mapping[str, str], where: str)
 
 
 def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids: Sequence[str]) -> None:
-    """The optimizer step left numbers behind; else a checkpoint saved now would hold NaN, and a resume go on from it.
-
-    Raises:
-        TrainingError: names the parameters that are not finite.
-    """
+    """The optimizer step left finite parameters: a checkpoint with NaN would carry it into every resume."""
     norm = nn.utils.get_total_norm([parameter.detach().float() for parameter in parameters.values()])
-    # One number first: a look at each parameter would wait for the device as often.
+    # One number for all first: asking each parameter would wait for the device that many times.
     if not bool(gather(norm).isfinite()) and (broken := non_finite(parameters.items())):
         raise TrainingError(
             f"{where}: the optimizer step left {len(broken)} parameters that are not finite ({some(broken)}); samples "
@@ -153,11 +120,7 @@ def check_finite(parameters: Mapping[str, nn.Parameter], where: str, sample_ids:
 
 
 def check_equal(difference: float, tolerance: float, what: str) -> None:
-    """Two answers to the same input agree.
-
-    Raises:
-        TrainingError: they differ by more than the tolerance, or the difference is NaN.
-    """
+    """Two models' logits for the same input differ by at most `tolerance`, and not by NaN."""
     if not difference <= tolerance:
         raise TrainingError(
             f"{what} answers differently: logits differ by {difference:.2e}, allowed is {tolerance:.0e}"

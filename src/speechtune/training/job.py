@@ -1,4 +1,4 @@
-"""What a run of the loop needs, and what it yields."""
+"""What the training loop is given (`Job`), what it returns (`TrainResult`), and the loss it minimises (`Objective`)."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ class Objective(nn.Module):
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let the layers of a transformers model compute their activations anew in the backward pass."""
+    """Switch on gradient checkpointing: layers compute their activations again in the backward pass."""
     cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The loop's supply of micro-batches, and what becomes of a step that does not fit the memory."""
+"""Loading of micro-batches, collated ahead in worker processes, and the smaller ones after a step ran out of memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError, TrainingError, some
-from speechtune.training.batching import BatchPlan, StepBatches, make_loader
-from speechtune.types import Batch
+from speechtune.family import Family
+from speechtune.training.batching import BatchPlan
+from speechtune.training.signals import ignore_signals
+from speechtune.types import Batch, Encoded
 
 log = logging.getLogger("speechtune")
 
@@ -48,16 +51,15 @@ class BatchLoader:
             workers, on_gpu = self.config.train.workers, self.device.type == "cuda"
             workers = (2 if on_gpu else 0) if workers is None else workers
             batches = StepBatches(self.plan, self.encoded, self.encoded.family, self.rank)
-            # Without an end: the run stops asking.
             self._loader = make_loader(batches, range(step, 2**62), workers=workers, pin_memory=on_gpu)
         self._next = step + 1
         return next(self._loader)
 
     def cut_finer(self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError) -> list[Batch]:
-        """The same step in micro-batches of half the size, which all steps after it have too.
+        """The step's samples in micro-batches of half the size; all later steps are cut as finely.
 
         Raises:
-            TrainingError: not to be done, or not possible; names the samples and says what to set.
+            TrainingError: `batch.on_oom` is "fail", or nothing is left to halve; names the samples and what to set.
         """
         largest = max(sum(batch.lengths) for batch in batches)
         ids = [sample_id for batch in batches if sum(batch.lengths) == largest for sample_id in batch.sample_ids]
@@ -82,3 +84,29 @@ class BatchLoader:
         self._loader = None
         log.warning("%s\nbatch.tokens is %d from here on; the step is taken again", issue, largest // 2)
         return self.take(step)
+
+
+class StepBatches(Dataset[list[Batch]]):
+    """The run's micro-batches of one rank, collated on demand; item s holds those of step s."""
+
+    def __init__(self, plan: BatchPlan, encoded: Sequence[Encoded], family: Family, rank: int) -> None:
+        self.plan, self.encoded, self.family, self.rank = plan, encoded, family, rank
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        parts = self.plan.micro_batches(step, self.rank)
+        return [self.family.collate([self.encoded[i] for i in part]) for part in parts]
+
+
+def make_loader(batches: StepBatches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """The micro-batches of each of `steps`, collated ahead in `workers` processes."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        # A generator of its own: the loader would draw from the global one and change dropout on resume.
+        generator=torch.Generator(),
+        pin_memory=pin_memory,
+    )
+    return iter(loader)

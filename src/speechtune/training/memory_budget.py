@@ -19,19 +19,16 @@ from speechtune.errors import TrainingError
 from speechtune.lora.apply import trainable
 from speechtune.tensors import rng_state, set_rng_state
 from speechtune.training.batching import BatchPlan
-from speechtune.training.checkpoint import ADAM_MOMENTS
+from speechtune.training.checkpoint import ADAM_MOMENTS, bytes_of
 from speechtune.training.job import Job, Objective, checkpoint_activations
 from speechtune.types import Batch
 
 log = logging.getLogger("speechtune")
 
-USABLE = 0.92
-"""Share of the memory that a budget may fill: allocators leave gaps, and batches differ."""
-STEP = 64
-"""Budgets are multiples of it."""
+USABLE = 0.92  # share of the memory that a budget may fill: allocators leave gaps, and batches differ
+STEP = 64  # budgets are multiples of it
 TIMED_PASSES = 2
-AS_FAST = 0.98
-"""A smaller budget is taken if it is nearly as fast as the fastest."""
+AS_FAST = 0.98  # a smaller budget is taken if it is nearly as fast as the fastest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The memory of a device, and the greatest use of it since `start`."""
+    """Memory of a device: its limit, and the peak use since `start`."""
 
     device: torch.device
 
@@ -135,7 +132,7 @@ def choose_budget(results: list[Fit]) -> Fit:
 
 
 def settle_checkpointing(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
-    """The job with an answer for `train.gradient_checkpointing: auto`; arguments as of `settle_budget`."""
+    """Decide `train.gradient_checkpointing: auto`; arguments as of `settle_budget`."""
     train = job.config.train
     if train.gradient_checkpointing != "auto":
         return job
@@ -148,13 +145,7 @@ def settle_checkpointing(job: Job, ranks: int, agree: Callable[[float], float]) 
 
 
 def settle_budget(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
-    """The job with a number for `batch.tokens: auto`.
-
-    Args:
-        job: a prepared run.
-        ranks: processes of the run.
-        agree: the least of a number over all ranks.
-    """
+    """Decide `batch.tokens: auto` for a run on `ranks` processes; `agree` gives a number's least over all ranks."""
     if job.config.batch.tokens != "auto":
         return job
     tokens = int(agree(choose_budget(measure_budgets(job, ranks)).tokens))
@@ -164,7 +155,7 @@ def settle_budget(job: Job, ranks: int, agree: Callable[[float], float]) -> Job:
 
 
 def _fits(job: Job, ranks: int) -> bool:
-    """Whether the fullest micro-batch of the run fits, or the longest sample where the budget is still to be found."""
+    """Whether the fullest micro-batch of the run fits, or the longest sample where the budget is not decided yet."""
     plan, batch = BatchPlan.of(job.config, job.train_set.lengths, ranks), job.config.batch
     longest = int(plan.lengths.max())
     needed = plan.tokens or (longest if batch.tokens == "auto" else longest * plan.batch_size)
@@ -176,7 +167,7 @@ def _fits(job: Job, ranks: int) -> bool:
 
 def _moments(job: Job) -> int:
     """Bytes that Adam will take."""
-    return ADAM_MOMENTS * sum(p.numel() * p.element_size() for p in trainable(job.model).values())
+    return ADAM_MOMENTS * bytes_of(trainable(job.model).values())
 
 
 def _rounded(tokens: int) -> int:
@@ -205,7 +196,7 @@ def _between(fitting: list[Fit], limit: int, too_large: int) -> int | None:
 
 
 def _measure(job: Job, plan: BatchPlan, memory: Memory, moments: int) -> Fit:
-    """Forward and backward of a micro-batch that fills the budget; what it filled is the budget that was measured."""
+    """Time and memory of forward and backward passes of a micro-batch that fills the budget."""
     batch = job.family.collate([job.train_set[i] for i in _fullest(plan)])
     objective = Objective(job.model, job.family, job.precision, job.config.train.head_weights).train()
     before, seconds = rng_state(), []

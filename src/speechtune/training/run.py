@@ -1,4 +1,4 @@
-"""A training run from its configuration: data, base, adapter, loop, and the proof of what was trained."""
+"""A training run from its recipe to the saved adapter, with the proof of what was trained."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
@@ -36,7 +36,7 @@ log = logging.getLogger("speechtune")
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What shows that a run trained what it was to train, measured on the model in memory."""
+    """Evidence, measured on the model in memory, that a run trained the adapter and nothing else."""
 
     lora_b_total: int
     lora_b_moved: int
@@ -46,7 +46,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: what the loop says, what was proven, and the trained model with all that belongs to it."""
+    """A finished run: the loop's result, the proof, and the job with the trained model."""
 
     result: TrainResult
     proof: Proof
@@ -73,6 +73,7 @@ def run_training(config: RunConfig, family: Family | None = None, *, lost_second
 
 
 def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, watchdog: Watchdog) -> Outcome:
+    main = accelerator.is_main_process
     job = prepare(config, accelerator, family)
     for settle in (settle_checkpointing, settle_budget):
         job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
@@ -82,14 +83,14 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
     try:
         result = run.train()
     except TrainingError as error:
-        if accelerator.is_main_process:
+        if main:
             add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
         raise
     proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
     if result.signal is None:
-        weights = _final_weights(job, result, keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            finish(job, result, proof, weights)
+        _save_adapter(job, result, main=main)
+        if main:
+            _write_summary(config.output_dir, result, proof)
     return Outcome(result, proof, job)
 
 
@@ -108,30 +109,30 @@ def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: b
     after = lora_b_checksums(model)
     moved = sum(adapter_before[name] != now for name, now in after.items())
     if after and not moved:
-        raise TrainingError(f"all {len(after)} lora_B are after training what they were before: nothing was learnt")
+        raise TrainingError(f"training changed none of the {len(after)} lora_B: nothing was learnt")
     if not base_unchanged:
         raise TrainingError("the frozen base changed during training: the adapter would not fit the original base")
     return Proof(len(after), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
 
 
-def _final_weights(job: Job, result: TrainResult, *, keep: bool) -> dict[str, torch.Tensor] | None:
-    """Put the adapter that the run ends with into the model; of a sharded model also return it whole."""
-    if not isinstance(job.model, PeftModel):
-        return None
-    if job.config.checkpoint.final == "best" and result.best_checkpoint is not None:
-        restore_weights(job.model, result.best_checkpoint)
+def _save_adapter(job: Job, result: TrainResult, *, main: bool) -> None:
+    """Write `lora_adapters/`; a full model lies in its last checkpoint. Shards are gathered, so all ranks call this."""
+    model, config = job.model, job.config
+    if not isinstance(model, PeftModel):
+        return
+    if config.checkpoint.final == "best" and result.best_checkpoint is not None:
+        restore_weights(model, result.best_checkpoint)
         best = result.best_checkpoint.name
-        log.info("lora_adapters holds the weights of %s, the best by %s", best, job.config.evaluate.best_metric)
-    return cpu_copy(weights_of(job.model), keep=keep) if is_sharded(job.model) else None
+        log.info("lora_adapters holds the weights of %s, the best by %s", best, config.evaluate.best_metric)
+    weights = cpu_copy(weights_of(model), keep=main) if is_sharded(model) else None
+    if main:
+        notes = {**job.notes, CARD_NAME: model_card(config, job.family, job.train_set, result.scores)}
+        directory = config.output_dir / FOLDER_NAME
+        save_lora_adapters(model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
 
 
-def finish(job: Job, result: TrainResult, proof: Proof, weights: Mapping[str, torch.Tensor] | None) -> None:
-    """Write `lora_adapters/` (with LoRA; `weights` as `save_lora_adapters` takes them) and the run's trainer state."""
-    output_dir = job.config.output_dir
-    if isinstance(job.model, PeftModel):
-        notes = {**job.notes, CARD_NAME: model_card(job.config, job.family, job.train_set, result.scores)}
-        directory = output_dir / FOLDER_NAME
-        save_lora_adapters(job.model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
+def _write_summary(output_dir: Path, result: TrainResult, proof: Proof) -> None:
+    """Write the files that a report reads, and that say that the run came to its end."""
     write_state(output_dir / STATE_NAME, result.state)
     summary = {
         "speechtune": __version__,

@@ -1,4 +1,4 @@
-"""What a run was made of, written down at its start: versions, hardware, base, data, parameters, command line."""
+"""Provenance of a run (versions, hardware, base, data, parameters, command line), and the adapter's model card."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -30,14 +31,14 @@ INFO_NAME = "run_info.json"
 def run_info(
     config: RunConfig,
     plan: PrecisionPlan,
-    identity: Mapping[str, Any],
+    base_fingerprint: str,
     components: Sequence[ComponentCount],
     train_set: EncodedSet,
     eval_set: EncodedSet | None,
 ) -> dict[str, Any]:
-    """All of it as one plain dict."""
+    """The content of run_info.json."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    base = {"path": config.model.path, "revision": config.model.revision, "fingerprint": identity["base"]}
+    base = {"path": config.model.path, "revision": config.model.revision, "fingerprint": base_fingerprint}
     return {
         "speechtune": __version__,
         "versions": {"python": platform.python_version(), **versions},
@@ -55,13 +56,13 @@ def run_info(
 def hardware(device: torch.device) -> dict[str, Any]:
     """The device a run takes place on, and the machine around it; memory in bytes."""
     on_gpu = device.type == "cuda"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, cpu = psutil.virtual_memory().total, platform.processor() or platform.machine()
     return {
         "device": device.type,
-        "name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "name": torch.cuda.get_device_name(device) if on_gpu else cpu,
         "count": torch.cuda.device_count() if on_gpu else 1,
         "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else memory,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_bytes": memory,
     }
@@ -84,31 +85,32 @@ def describe_data(train_set: EncodedSet, eval_set: EncodedSet | None) -> dict[st
 def model_card(
     config: RunConfig, family: Family, train_set: EncodedSet, scores: Mapping[str, float] | None = None
 ) -> str:
-    """The card; `scores` are those of the run's last (or best) evaluation by name."""
-    base = config.model.path
-    title = Path(base).name if Path(base).exists() else base
-    parts = [
-        "---",
-        card_data(config, family, scores or {}).to_yaml(),
-        "---",
-        f"# LoRA adapter for {title}",
-        "",
-        _training(config, train_set),
-        "",
-        f"Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}",
-        "",
-        "## Evaluation",
-        "",
-        *(_table(scores) if scores else ["No evaluation was made in this run."]),
-        "",
-        "## Use",
-        "",
-        f"{family.card_use} The licence of the base model holds for this adapter too.",
-    ]
-    return "\n".join(parts) + "\n"
+    """The text of README.md; `scores` are those of the run's last (or best) evaluation by name."""
+    base, lora, data = config.model.path, config.lora, describe_data(train_set, None)
+    rows = [f"| {name} | {value:.4g} |" for name, value in (scores or {}).items()]
+    table = "\n".join(["| figure | value |", "|---|---|", *rows])
+    return f"""---
+{_metadata(config, family, scores or {}).to_yaml()}
+---
+# LoRA adapter for {Path(base).name if Path(base).exists() else base}
+
+Trained with speechtune {__version__} on {data["samples"]} samples ({data["hours"]:.2f} h, \
+{data["speakers"]} speakers): rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, \
+targets `{lora.targets}`, learning rate {config.train.learning_rate:g}, seed {config.train.seed}.
+
+Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}
+
+## Evaluation
+
+{table if rows else "No evaluation was made in this run."}
+
+## Use
+
+{family.card_use} The licence of the base model holds for this adapter too.
+"""
 
 
-def card_data(config: RunConfig, family: Family, scores: Mapping[str, float]) -> ModelCardData:
+def _metadata(config: RunConfig, family: Family, scores: Mapping[str, float]) -> ModelCardData:
     """The metadata block; a base in a local folder is not named, for nobody else could find it."""
     base, data = config.model.path, config.data
     name = data.eval.name if data.eval else "held out from the training data"
@@ -132,16 +134,3 @@ def card_data(config: RunConfig, family: Family, scores: Mapping[str, float]) ->
         eval_results=results or None,
         ignore_metadata_errors=False,
     )
-
-
-def _training(config: RunConfig, train_set: EncodedSet) -> str:
-    lora, facts = config.lora, describe_data(train_set, None)
-    return (
-        f"Trained with speechtune {__version__} on {facts['samples']} samples ({facts['hours']:.2f} h, "
-        f"{facts['speakers']} speakers): rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets "
-        f"`{lora.targets}`, learning rate {config.train.learning_rate:g}, seed {config.train.seed}."
-    )
-
-
-def _table(scores: Mapping[str, Any]) -> list[str]:
-    return ["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in scores.items())]

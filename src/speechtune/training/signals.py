@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the step they fall into, with a checkpoint."""
+"""Signals: SIGTERM and SIGINT end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ log = logging.getLogger("speechtune")
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """For collating processes: a signal to the whole process group is the main process's to answer."""
+    """Leave a signal to the process group to the main process; called in worker processes."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -30,7 +30,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal:  # asked twice: leave at once
+        if self.signal:  # the second signal: stop at once
             raise KeyboardInterrupt
         self.signal = number
         log.warning("%s: finishing this step, then saving and stopping", signal.Signals(number).name)

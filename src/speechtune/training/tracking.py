@@ -171,13 +171,10 @@ def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) ->
 
 
 def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
-    """Every so many steps, name what a step is made of: positions, targets and samples of each micro-batch."""
-    if every is not None and step % every == 0:
-        for batch in batches:
-            counts = heads({head: float(count) for head, count in batch.target_counts.items()}, "%s %.0f")
-            log.info(
-                "step %d: %d positions, targets %s, %s", step, batch.num_tokens, counts, ", ".join(batch.sample_ids)
-            )
+    """Every so many steps, log positions, targets and samples of each micro-batch."""
+    for batch in batches if every is not None and step % every == 0 else ():
+        counts = " ".join(f"{head} {count:.0f}" for head, count in batch.target_counts.items())
+        log.info("step %d: %d positions, targets %s, %s", step, batch.num_tokens, counts, ", ".join(batch.sample_ids))
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -205,9 +202,9 @@ def flatten(values: Mapping[str, object]) -> dict[str, object]:
     return flat
 
 
-def heads(values: Mapping[str, float], form: str = "%s %.4f") -> str:
+def heads(values: Mapping[str, float]) -> str:
     """Values per head for a console line."""
-    return " ".join(form % (head, value) for head, value in values.items())
+    return " ".join(f"{head} {value:.4f}" for head, value in values.items())
 
 
 def _shortened(scores: Mapping[str, float]) -> dict[str, float]:
@@ -221,8 +218,7 @@ def _shortened(scores: Mapping[str, float]) -> dict[str, float]:
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def configure_logging(main_process: bool = True) -> None:
