@@ -69,7 +69,12 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that would have been trained."""
     configs: list[RunConfig] = []
-    monkeypatch.setattr("speechtune.commands.train.train", lambda config, **_: configs.append(config))
+
+    def train(config: RunConfig, *, resume: str) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr("speechtune.commands.train.train", train)
     return configs
 
 
