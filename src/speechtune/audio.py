@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
@@ -62,11 +61,7 @@ class AudioInfo:
 
 
 def audio_info(ref: AudioRef, *, allow_urls: bool = False) -> AudioInfo:
-    """Read the header of the file behind `ref`, whatever segment `ref` means.
-
-    Raises:
-        AudioError: the file is missing, empty, too large or not audio.
-    """
+    """Read the header of the file behind `ref`, whatever segment `ref` means; `AudioError` if it is not audio."""
     with _open(ref, allow_urls) as file:
         return _info(ref, file)
 
@@ -74,10 +69,7 @@ def audio_info(ref: AudioRef, *, allow_urls: bool = False) -> AudioInfo:
 def segment_frames(ref: AudioRef, info: AudioInfo) -> tuple[int, int]:
     """First frame and number of frames of the segment `ref` means in a file with this header.
 
-    A segment that ends up to `DURATION_TOLERANCE_SECONDS` past the file's end is cut there.
-
-    Raises:
-        AudioError: the segment is empty or lies outside the file.
+    A segment that ends up to `DURATION_TOLERANCE_SECONDS` past the file's end is cut there, any other is an error.
     """
     start = round(ref.offset_seconds * info.sampling_rate)
     if ref.offset_seconds < 0:
@@ -101,10 +93,8 @@ def segment_frames(ref: AudioRef, info: AudioInfo) -> tuple[int, int]:
 def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: bool = False) -> Audio:
     """Decode the segment `ref` means, mixed down to mono float32 and resampled to `sampling_rate`.
 
-    Only the segment is read. `sampling_rate` in Hz; None keeps the file's. URLs are refused unless `allow_urls`.
-
-    Raises:
-        AudioError: the audio cannot be read in full, exceeds a limit, or holds NaN or infinite samples.
+    `sampling_rate` in Hz; None keeps the file's. `AudioError` if the segment cannot be read in full, exceeds a limit,
+    or holds NaN or infinite samples.
     """
     with _open(ref, allow_urls) as file:
         info = _info(ref, file)
@@ -119,7 +109,7 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
             file.seek(start)
             frames = file.read(count, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
-            raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_libsndfile_reason(error)}") from None
+            raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_reason(error)}") from None
     if len(frames) < count:
         reason = f"truncated: the header promises {count} frames from {start} on, only {len(frames)} can be decoded"
         raise InvalidAudioError("truncated", ref, reason)
@@ -143,28 +133,21 @@ def file_name(sample_id: str) -> str:
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
-    """The `provenance` that `write_wav` put into a file; None for a file without it.
-
-    Raises:
-        AudioError: no audio file.
-    """
+    """The `provenance` that `write_wav` put into a file; None for a file without it."""
     try:
         with soundfile.SoundFile(path) as file:
             comment = json.loads(file.comment or "null")
     except soundfile.SoundFileError as error:
-        raise InvalidAudioError("unreadable", path, _libsndfile_reason(error)) from None
+        raise InvalidAudioError("unreadable", path, _reason(error)) from None
     except ValueError:
         return None
     return comment if isinstance(comment, dict) and "generated" in comment else None
 
 
 def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write mono 16-bit PCM; values beyond full scale are clipped.
+    """Write mono 16-bit PCM; values beyond full scale are clipped, NaN or infinite ones are an error.
 
     `provenance` goes as JSON into the file's comment (the INFO chunk), where any audio tool shows it.
-
-    Raises:
-        AudioError: the samples are not finite, or the file cannot be written.
     """
     if not np.isfinite(audio.samples).all():
         raise InvalidAudioError("not_finite", path, "not written: the samples hold NaN or infinite values")
@@ -175,18 +158,12 @@ def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = N
                 file.comment = json.dumps(provenance)
                 file.software = f"speechtune {__version__}"
             file.write(audio.samples)
-    except OSError as error:
-        raise InvalidAudioError("unwritable", path, f"cannot be written: {error.strerror}") from None
-    except soundfile.SoundFileError as error:
-        raise InvalidAudioError("unwritable", path, f"cannot be written: {_libsndfile_reason(error)}") from None
+    except (OSError, soundfile.SoundFileError) as error:
+        raise InvalidAudioError("unwritable", path, f"cannot be written: {_reason(error)}") from None
 
 
 def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:
-    """SHA-256 in hex over the file's bytes and the segment; the path does not enter.
-
-    Raises:
-        AudioError: the file cannot be read.
-    """
+    """SHA-256 in hex over the file's bytes and the segment; the path does not enter."""
     if ref.path is None:
         digest = hashlib.sha256(_bytes(ref, allow_urls))
     else:
@@ -195,7 +172,7 @@ def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:
             with open(ref.path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
         except OSError as error:
-            raise InvalidAudioError("unreadable_file", ref, f"cannot be read: {_os_reason(error)}") from None
+            raise InvalidAudioError("unreadable_file", ref, f"cannot be read: {_reason(error)}") from None
     duration = "end" if ref.duration_seconds is None else f"{ref.duration_seconds:.6f}"
     digest.update(f"|{ref.offset_seconds:.6f}|{duration}".encode())
     return digest.hexdigest()
@@ -229,9 +206,7 @@ def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(source)
     except soundfile.SoundFileError as error:
-        raise InvalidAudioError(
-            "not_audio", ref, f"not audio libsndfile can read: {_libsndfile_reason(error)}"
-        ) from None
+        raise InvalidAudioError("not_audio", ref, f"not audio libsndfile can read: {_reason(error)}") from None
     except TypeError:  # how soundfile refuses headerless *.raw
         raise InvalidAudioError("not_audio", ref, "not audio libsndfile can read: headerless raw samples") from None
 
@@ -248,7 +223,7 @@ def _check_file(ref: AudioRef, path: str) -> None:
     except FileNotFoundError:
         raise InvalidAudioError("missing_file", ref, "no such file") from None
     except (OSError, ValueError) as error:
-        raise InvalidAudioError("unreadable_file", ref, f"cannot be opened: {_os_reason(error)}") from None
+        raise InvalidAudioError("unreadable_file", ref, f"cannot be opened: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
         raise InvalidAudioError("unreadable_file", ref, "not a regular file")
     if status.st_size == 0:
@@ -269,24 +244,20 @@ def _bytes(ref: AudioRef, allow_urls: bool) -> bytes:
     if ref.url is None:
         raise InvalidAudioError("missing_file", ref, "names neither a path nor bytes nor a URL")
     if not allow_urls:
-        raise InvalidAudioError(
-            "url_refused", ref, "audio from URLs is refused; set data.allow_urls=true, or download it"
-        )
+        reason = "audio from URLs is refused; set data.allow_urls=true, or download it"
+        raise InvalidAudioError("url_refused", ref, reason)
     return _download(ref, ref.url)
 
 
 def _download(ref: AudioRef, url: str) -> bytes:
-    try:
-        scheme = urlsplit(url).scheme
-    except ValueError:
-        scheme = ""
+    scheme = url.partition(":")[0].lower()
     if scheme not in ("http", "https"):
         raise InvalidAudioError("url_refused", ref, f"scheme {scheme!r} is refused; only http and https are fetched")
     try:
         with _opener().open(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
             data = response.read(MAX_INLINE_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise InvalidAudioError("download_failed", ref, f"download failed: {_os_reason(error)}") from None
+        raise InvalidAudioError("download_failed", ref, f"download failed: {_reason(error)}") from None
     if len(data) > MAX_INLINE_BYTES:
         raise InvalidAudioError("too_large", ref, f"the download exceeds the limit of {MAX_INLINE_BYTES} bytes")
     if not data:
@@ -310,10 +281,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _os_reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-    return str(reason or error)
-
-
-def _libsndfile_reason(error: soundfile.SoundFileError) -> str:
-    return getattr(error, "error_string", None) or str(error)
+def _reason(error: Exception) -> str:
+    """What the system, a server or libsndfile says was wrong, without the path."""
+    texts = (getattr(error, name, None) for name in ("reason", "strerror", "error_string"))
+    return str(next(filter(None, texts), error))

@@ -129,7 +129,7 @@ CURVES = {  # losses of one run by step, and the labels of its axis
     "tiny": ([0.0, 1e-9], None),
     "gap": ([None, 2.0, float("nan")], ["1.8", "1.9", "2", "2.1", "2.2"]),
     "NaN": ([float("nan")], ["0", "0.5", "1"]),
-    "close": ([1e6, 1e6 + 1], None),
+    "close": ([1e6, 1e6 + 100], None),
 }
 
 

@@ -32,11 +32,7 @@ class ClipHasher:
         self._allow_urls = allow_urls
 
     def __call__(self, ref: AudioRef) -> str:
-        """Return the content hash of `ref` (64 hex digits).
-
-        Raises:
-            AudioError: the clip cannot be read.
-        """
+        """The content hash of `ref`, 64 hex digits."""
         now = time.time()
         try:
             stat = os.stat(ref.path) if ref.path is not None else None
@@ -47,8 +43,7 @@ class ClipHasher:
         # With the change time, because rsync and cp -p give a new file the modification time of the old one.
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
         file = (os.path.abspath(ref.path or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
-        key = _short(file)
-        place = self._known.place(key)
+        place = self._known.place(key := _short(file))
         if place is not None:
             return self._known.values[place].tobytes().hex()
         digest = content_hash(ref, allow_urls=self._allow_urls)

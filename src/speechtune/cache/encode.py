@@ -12,7 +12,8 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,9 +80,6 @@ def encode_samples(
         verify: read all that is cached first, and encode anew what is damaged.
         quiet: a log line every 10 seconds instead of a progress bar.
 
-    Returns:
-        the set; complete unless other shards are missing.
-
     Raises:
         ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept.
         ConfigError: the cache cannot be written.
@@ -135,7 +133,7 @@ def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -
         try:
             digests += bytes.fromhex(hasher(ref))
         except AudioError as error:
-            reasons[_Clip("", ref)] = _reason(error, ref)
+            reasons[_Clip("", ref)] = str(error)
             digests += bytes(CLIP_KEY_BYTES)
     return _Clips(refs, ClipKeys(digests, uses, ends), reasons)
 
@@ -151,7 +149,7 @@ def _issues(
                 users[key or ref][sample.id] = f"{sample.id} ({sample.source})" if sample.source else sample.id
     issues = []
     for clip, reason in reasons.items():
-        needed_by = some(list(users[clip.key or clip.ref].values()))
+        reason, needed_by = reason.removeprefix(f"{clip.ref}: "), some(list(users[clip.key or clip.ref].values()))
         issues.append(Issue(str(clip.ref), "", "clip_not_encoded", f"{reason}; needed by {needed_by}"))
     return tuple(issues)
 
@@ -175,17 +173,15 @@ def _read_ahead(
         try:
             return read_audio(clip.ref, sampling_rate, allow_urls=allow_urls)
         except AudioError as error:
-            return _reason(error, clip.ref)
+            return str(error)
 
-    waiting: deque[tuple[list[_Clip], list[Future[Audio | str]]]] = deque()
+    waiting: deque[tuple[list[_Clip], Iterator[Audio | str]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
-        for group in groups:
-            waiting.append((group, [pool.submit(read, clip) for clip in group]))
+        for group in chain(groups, [[], []]):  # two empty ones push out the last
+            waiting.append((group, pool.map(read, group)))
             if len(waiting) > 2:
                 first, audios = waiting.popleft()
-                yield first, [audio.result() for audio in audios]
-        for first, audios in waiting:
-            yield first, [audio.result() for audio in audios]
+                yield first, list(audios)
 
 
 def _encode_group(
@@ -219,10 +215,6 @@ def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]
         return [f"cannot be encoded: {error}"]
     assert len(arrays) == len(audios), f"{family.name}: {len(arrays)} features for {len(audios)} clips"
     return [_defect(array) or array for array in arrays]
-
-
-def _reason(error: AudioError, ref: AudioRef) -> str:
-    return str(error).removeprefix(f"{ref}: ")
 
 
 def _defect(array: np.ndarray) -> str:

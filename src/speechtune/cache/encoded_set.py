@@ -32,11 +32,7 @@ class EncodeReport:
 
 
 class EncodedSet(Sequence[Encoded]):
-    """Samples with their features, in the order of the samples; assembled on access, picklable for workers.
-
-    Attributes:
-        report: what encoding them took.
-    """
+    """Samples with their features, in the order of the samples; assembled on access, picklable for workers."""
 
     def __init__(
         self,
@@ -56,17 +52,13 @@ class EncodedSet(Sequence[Encoded]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
-        """Assemble one sample.
-
-        Raises:
-            ManifestError: a clip is not encoded (yet): another rank's share, or a folder deleted since.
-            AudioError: a clip is damaged on disk.
-        """
-        sample, features = self.samples[index], self.features(index)
-        return self.family.encode(sample, features)
+        return self.family.encode(self.samples[index], self.features(index))
 
     def features(self, index: int) -> list[np.ndarray]:
-        """The features of a sample's clips, read-only, in the order of `family.clips`."""
+        """The features of a sample's clips, read-only, in the order of `family.clips`.
+
+        `ManifestError` if one is not encoded (another rank's share), `AudioError` if it is damaged.
+        """
         try:
             return [self.store.get(key) for key in self.keys[index]]
         except KeyError as error:

@@ -54,9 +54,6 @@ class FeatureStore:
     Args:
         root: cache folder; the store is a folder in it, named after `encode_key`.
         encode_key: identity of the encoding; another key is another store.
-
-    Raises:
-        ConfigError: the folder cannot be made, or belongs to another key.
     """
 
     def __init__(self, root: Path, encode_key: str) -> None:
@@ -113,16 +110,10 @@ class FeatureStore:
             self._positions[index.stem] = (stat.st_ino, position)
 
     def get(self, key: str) -> np.ndarray:
-        """Return the array of `key` as a read-only view into the memory-mapped part.
-
-        Raises:
-            KeyError: no such key.
-            AudioError: the bytes on disk are not those written (checked once per process).
-        """
-        located = self._find(key)
-        if located is None:
+        """The array of `key`, a read-only view into the memory-mapped part; its bytes are checked once per process."""
+        if key not in self:
             self.refresh()
-            located = self._find(key)
+        located = self._find(key)
         if located is None:
             raise KeyError(key)
         place, entry = located
@@ -142,9 +133,6 @@ class FeatureStore:
 
         The array survives the death of this process when put returns, and a power cut after the next sync (256 arrays,
         10 seconds, or close).
-
-        Raises:
-            ConfigError: the disk is full or not writable.
         """
         if array.size == 0 or array.dtype.kind not in "biufc":
             raise ValueError(f"{key}: cannot store an array of shape {array.shape} and dtype {array.dtype}")
@@ -174,11 +162,7 @@ class FeatureStore:
         return damaged
 
     def discard(self, keys: Collection[str]) -> None:
-        """Forget `keys`, so that they are encoded anew.
-
-        Raises:
-            ConfigError: another process is writing the part one of them lies in.
-        """
+        """Forget `keys`, so that they are encoded anew."""
         self.close()
         for part in sorted({located[1].part for located in map(self._find, keys) if located is not None}):
             try:

@@ -31,12 +31,7 @@ def run_encode(
     verify: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Encode and print what was done; see `speechtune encode --help` for the arguments.
-
-    Raises:
-        ConfigError: flags that do not go together, a shard that does not exist, or Ray is not installed.
-        ManifestError: issues of the data.
-    """
+    """Encode and print what was done; see `speechtune encode --help` for the arguments."""
     config = load_config(recipe, overrides)
     if engine == "ray":
         if shard is not None or verify:
@@ -66,7 +61,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def encode_shard(
     config: RunConfig, shard: tuple[int, int] | None = None, *, verify: bool = False, quiet: bool = True
 ) -> EncodeReport:
-    """Encode a recipe's training and evaluation data, or one shard of their clips; errors as of `encode_samples`."""
+    """Encode a recipe's training and evaluation data, or one shard of their clips."""
     family = create_family(config)
     samples = [sample for part in load_sets(config, family) for sample in part]
     settings = {"allow_urls": config.data.allow_urls, "verify": verify, "quiet": quiet}
@@ -84,15 +79,8 @@ def describe_left(report: EncodeReport, num_shards: int) -> Iterator[str]:
 def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
     """Encode by the tasks of a Ray cluster: the one that RAY_ADDRESS names, else this machine.
 
-    Every machine must see the data, the model and the cache under the same paths.
-
-    Args:
-        config: the recipe.
-        num_shards: tasks; by default one per GPU, or per machine where there is none.
-
-    Raises:
-        ConfigError: Ray is not installed, or a task died.
-        SpeechtuneError: the error of the first shard that failed.
+    Every machine must see the data, the model and the cache under the same paths. `num_shards` is by default one per
+    GPU, or per machine where there is none.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]

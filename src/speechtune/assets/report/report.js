@@ -22,8 +22,8 @@ const add = (parent, tag, attributes = {}, text = "") => {
 const short = (value, digits = 3) =>
   value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) ? value.toExponential(digits - 1).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(digits)));
 const compact = (value) =>
-  Math.abs(value) >= 1e6 && Math.abs(value) < 1e9 ? short(value / 1e6, 4) + "M"
-    : Math.abs(value) >= 1e3 && Math.abs(value) < 1e6 ? short(value / 1e3, 4) + "k"
+  Math.abs(value) >= 1e6 && Math.abs(value) < 1e9 ? short(value / 1e6, 6) + "M"
+    : Math.abs(value) >= 1e3 && Math.abs(value) < 1e6 ? short(value / 1e3, 6) + "k"
       : Math.abs(value) < 1e-12 ? short(value, 2) : short(value, 4);
 
 // About `count` round numbers between two values.
