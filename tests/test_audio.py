@@ -35,9 +35,11 @@ def ramp(tmp_path: Path) -> AudioRef:
 
 
 def test_whole_file_keeps_its_rate(ramp: AudioRef) -> None:
-    heard = read_audio(ramp)
-    assert heard.samples.dtype == np.float32 and heard.samples.shape == (2 * RATE,) and heard.sampling_rate == RATE
-    assert heard.duration_seconds == 2.0
+    decoded = read_audio(ramp)
+    assert (
+        decoded.samples.dtype == np.float32 and decoded.samples.shape == (2 * RATE,) and decoded.sampling_rate == RATE
+    )
+    assert decoded.duration_seconds == 2.0
 
 
 def test_segment_is_exactly_the_wanted_samples(ramp: AudioRef) -> None:
@@ -69,12 +71,12 @@ def test_mixes_down_by_mean(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [24000, 8000])
 def test_resampling_keeps_length_and_pitch(tmp_path: Path, target: int) -> None:
     """Guards against a clip taken at another rate in silence (2 s at 16 kHz read as 34 codec frames, not 50)."""
-    heard = read_audio(write(tmp_path / "a.wav", tone(2.0), subtype="FLOAT"), target)
-    assert heard.sampling_rate == target and len(heard.samples) == pytest.approx(2 * target, abs=3)
-    middle = heard.samples[target // 2 : target // 2 + target]
+    decoded = read_audio(write(tmp_path / "a.wav", tone(2.0), subtype="FLOAT"), target)
+    assert decoded.sampling_rate == target and len(decoded.samples) == pytest.approx(2 * target, abs=3)
+    middle = decoded.samples[target // 2 : target // 2 + target]
     spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
     assert np.argmax(spectrum) == 220  # one-second window: bins of 1 Hz
-    assert heard.samples.dtype == np.float32
+    assert decoded.samples.dtype == np.float32
 
 
 def test_reads_bytes_and_flac(tmp_path: Path) -> None:
@@ -149,8 +151,8 @@ def test_segments_outside_the_file(ramp: AudioRef, offset: float, duration: floa
 
 
 def test_segment_slightly_past_the_end_is_cut(ramp: AudioRef) -> None:
-    heard = read_audio(AudioRef(path=ramp.path, offset_seconds=1.0, duration_seconds=1.4))
-    assert heard.duration_seconds == 1.0
+    decoded = read_audio(AudioRef(path=ramp.path, offset_seconds=1.0, duration_seconds=1.4))
+    assert decoded.duration_seconds == 1.0
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3"])
@@ -237,9 +239,9 @@ def test_other_schemes_are_refused_even_when_urls_are_allowed(url: str) -> None:
 def test_write_and_read_back(tmp_path: Path) -> None:
     samples = np.concatenate([tone(0.1), np.array([1.7, -1.7], np.float32)])
     write_wav(tmp_path / "out.wav", Audio(samples, 24000))
-    heard = read_audio(AudioRef(path=str(tmp_path / "out.wav")))
-    assert heard.sampling_rate == 24000
-    np.testing.assert_allclose(heard.samples, np.clip(samples, -1, 1), atol=1 / 32768)
+    decoded = read_audio(AudioRef(path=str(tmp_path / "out.wav")))
+    assert decoded.sampling_rate == 24000
+    np.testing.assert_allclose(decoded.samples, np.clip(samples, -1, 1), atol=1 / 32768)
 
 
 def test_write_refuses(tmp_path: Path) -> None:

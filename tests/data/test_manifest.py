@@ -422,7 +422,7 @@ def test_all_issues_of_all_rows_are_collected(folder: Path) -> None:
     assert [sample.id for sample in read_samples(path, DataConfig()).samples] == ["train-1", "train-5"]
 
 
-def test_absent_is_not_a_issue(folder: Path) -> None:
+def test_absent_is_not_an_issue(folder: Path) -> None:
     """Guards against None and NaN, which Arrow and pandas write for absent fields, read as values."""
     row = cloning(
         start_index=None, misc={"score": float("nan"), "language": None}, language=float("nan"), audios=None, id=None
@@ -496,7 +496,7 @@ def test_a_broken_jsonl_line_costs_only_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["", ",", ",]", "]x", "] []", ' {"id": 1}]', ",\n{'id': 1}]", ", {]"])
 @pytest.mark.parametrize("chunk", [64, 2**20])
-def test_a_broken_list_is_a_issue_with_its_line(
+def test_a_broken_list_is_an_issue_with_its_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str, chunk: int
 ) -> None:
     monkeypatch.setattr(rows, "_CHUNK_CHARS", chunk)
@@ -650,7 +650,7 @@ def test_audio_issues(folder: Path, kind: str, deep: bool, code: str, words: str
     assert len(issues(path, deep=False, max_seconds=2.0)) == (0 if deep else 1)
 
 
-def test_each_clip_is_inspected_once_and_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_clip_is_inspected_once_and_progress_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[AudioRef] = []
     real = audio_checks.audio_info
     monkeypatch.setattr(audio_checks, "audio_info", lambda ref, **options: opened.append(ref) or real(ref, **options))
@@ -661,7 +661,7 @@ def test_each_clip_is_inspected_once_and_progress_is_told(folder: Path, monkeypa
     assert check.durations == {AudioRef(path=str(folder / n)): 0.5 for n in ("ref.wav", "target.wav")}
 
 
-def test_a_bad_lender_issues_only_its_own_row(folder: Path) -> None:
+def test_issues_of_a_borrowed_clip_are_those_of_its_own_row(folder: Path) -> None:
     rows = [entry("target"), entry("missing"), entry("other")]
     found = issues(metadata(folder, *rows), deep=False)
     assert [(issue.sample_id, issue.code) for issue in found] == [("missing", "missing_file")]

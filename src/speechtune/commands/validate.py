@@ -21,9 +21,9 @@ from speechtune.data.audio_checks import Progress, check_audio
 from speechtune.data.manifest import read_samples
 from speechtune.data.row_parser import ReadResult
 from speechtune.data.sources import find_source, read_source
-from speechtune.data.speechocean_labels import SCORE_FIELDS, Split
+from speechtune.data.speechocean_labels import Split
 from speechtune.errors import Issue, printable
-from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
+from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, SCORE_FIELDS
 from speechtune.types import AudioRef, Pronunciation, Sample
 
 DURATION_EDGES_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)

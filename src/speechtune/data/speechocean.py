@@ -24,8 +24,7 @@ from speechtune.types import AudioRef, Sample
 
 SCORES_FILE = Path("resource", "scores.json")
 RATERS_FILE = Path("resource", "scores-detail.json")
-"""Scores of the single raters, which the official release has and its copies often lack."""
-
+"""Scores of the single raters, which the official release has and most copies do not."""
 
 _TABLES = {"text": "missing_text", "wav.scp": "missing_audio", "utt2spk": "missing_speaker"}
 _KEY = re.compile(r'"([^"\\]*)"\s*:\s*\{')

@@ -15,12 +15,11 @@ from speechtune.tasks.pronunciation.phones import (
     realised_phones,
     split_phones,
 )
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
 from speechtune.types import AudioRef, Mispronunciation, Pronunciation, Sample, Word
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
-SCORE_FIELDS = ("accuracy", "fluency", "prosodic", "total")
-"""Scores every utterance has; `completeness` is kept where it is given."""
 WORD_SCORE_FIELDS = ("accuracy", "stress", "total")
 """Scores a word may have."""
 MAX_SCORE = 10.0
@@ -36,11 +35,11 @@ def check_score(context: Context, label: str, value: object, best: float = MAX_S
     """A score from 0 to `best`; None, with an issue that calls it `label`, for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         context.issue("bad_score", f"{label} is not a number but {value!r:.40}")
-    elif not 0 <= value <= best:  # NaN is not, either
+        return None
+    if not 0 <= value <= best:  # NaN is not, either
         context.issue("bad_score", f"{label} is {value!r:.40}, outside 0 to {best:g}")
-    else:
-        return value
-    return None
+        return None
+    return value
 
 
 def utterance(
