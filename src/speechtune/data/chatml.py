@@ -217,22 +217,11 @@ def _sample(
         return None
     one = context.shared
     durations = tuple(declared for _, declared, _ in clips)
-    declared_seconds = one(durations) if any(durations) else ()
+    seconds = one(durations) if any(durations) else ()
     references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
     system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
-    return Sample(
-        id=context.sample_id,
-        text=text or "",
-        audio=audio,
-        references=references,
-        system=system,
-        scene=scene,
-        speaker=speaker,
-        language=language,
-        source=context.row.source,
-        row=context.row.number,
-        declared_seconds=declared_seconds,
-    )
+    name, source, row = context.sample_id, context.row.source, context.row.number
+    return Sample(name, text or "", audio, references, system, scene, speaker, language, source, row, seconds)
 
 
 def _text(values: Mapping[str, Any], *names: str) -> str | None:
