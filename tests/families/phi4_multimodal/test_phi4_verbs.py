@@ -26,6 +26,7 @@ from speechtune.inference import evaluate_pronunciation as evaluate_module
 from speechtune.inference import score as score_module
 from speechtune.inference.answer_file import AnswerFile
 from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation, training_samples
+from speechtune.inference.load import open_adapter
 from speechtune.inference.score import assessor, score_samples
 from speechtune.tasks.pronunciation.alignment import align_words, pronunciation_dictionary
 from speechtune.tasks.pronunciation.evaluation import evaluate_answers
@@ -59,7 +60,7 @@ def run_folder(phi4_run: Outcome) -> Path:
 @pytest.fixture(scope="module")
 def scorer(run_folder: Path) -> tuple[Family, nn.Module]:
     """Family and trained model, loaded once."""
-    return assessor(None, run_folder)[1:]
+    return assessor(None, open_adapter(run_folder))[1:]
 
 
 @pytest.fixture
