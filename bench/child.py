@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from speechtune.commands.guarded import limit_kernel_caches
+
 BENCH = Path(__file__).parent
 
 
@@ -93,6 +95,7 @@ def imports() -> list[float]:
 
 def main() -> None:
     """Do one side's work and say what it took."""
+    limit_kernel_caches()
     side, *rest = sys.argv[1:]
     marks = {"ours": ours, "peer": peer, "imports": imports, "verb": verb}[side](*rest)
     print(json.dumps({"first_step_at": marks[0] if marks else 0.0, "peak_bytes": peak_bytes()}))

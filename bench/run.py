@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from table import Row, Threshold, make_rows, print_rows, write_results
 
+from speechtune.commands.guarded import limit_kernel_caches
+
 RESULTS = Path(__file__).with_name("results")
 QUICK_PAIRS = 2
 MOST_MIB = 1.5e9 / 2**20
@@ -89,6 +91,7 @@ def run(name: str, *, quick: bool) -> list[Row]:
 
 def main() -> int:
     """Run the benches asked for."""
+    limit_kernel_caches()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"comma-separated, of: {', '.join(BENCHES)}")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_PAIRS} pairs of each: to try it, not to quote it")

@@ -61,12 +61,14 @@ def test_onednn_multiplies() -> None:
 
 MEMORY = """
 import torch
+from speechtune.commands.guarded import limit_kernel_caches
 from speechtune.families.layers.cpu_matmul import product
 
 def resident() -> int:
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
+limit_kernel_caches()
 w, before = torch.randn(512, 256), resident()
 for rows in range(500, 1500, 2):
     product(product(torch.ones(rows, 256), w), w.T)

@@ -6,16 +6,11 @@ for convolutions and compiled code, takes AVX-512 wherever it is (`bench/product
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch.nn import functional
-
-KERNELS_KEPT = 96  # a batch needs about 50, and the next one others: each number of rows has its own
-for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's and oneDNN's, read when first used
-    os.environ.setdefault(name, str(KERNELS_KEPT))  # 1,024 kernels with what they need would take 1.7 GB
 
 
 @cache
