@@ -1,9 +1,11 @@
-"""Old `model_type: higgs_audio` folders: their configuration and weights in the native layout."""
+"""Models and adapters of the original package (`model_type: higgs_audio`), read in the native layout."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,46 @@ KEY_RENAMES = (
     (re.compile(r"^(embed_tokens|layers|norm)\b"), r"model.\1"),
     (re.compile(r"^audio_decoder_proj\."), ""),
 )
+BOSON_RENAMES = (
+    (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
+    (re.compile(r"^model\.(embed_tokens|layers|norm)\b"), r"\1"),
+    (re.compile(r"^(audio_lm_head|text_lm_head)\."), r"audio_decoder_proj.\1."),
+)
 DROPPED_KEYS = re.compile(r"(^audio_codebook_weights$|rotary_emb\.(original_)?inv_freq$)")
 SPLIT_PARTS = re.compile(r"\.(embedding|linear)_(frozen|trainable)\.weight$")
+REQUIRED = ("skip_audio_tower", "use_delay_pattern")
+UNSUPPORTED = (
+    "use_audio_out_embed_projector",
+    "use_audio_out_self_attention",
+    "audio_embed_avg",
+    "use_rq_transformer",
+    "audio_decoder_proj_num_layers",
+)
+SAME_NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
 STREAM_IDS = 2  # BOS and EOS follow the codes in every codebook
 
 
-def rename_key(key: str) -> str:
-    """Native name of an old parameter."""
-    for pattern, replacement in KEY_RENAMES:
-        key = pattern.sub(replacement, key)
-    return key
+def _renamed(renames: Iterable[tuple[re.Pattern[str], str]], name: str) -> str:
+    for pattern, replacement in renames:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+rename_key = partial(_renamed, KEY_RENAMES)
+"""Native name of an old parameter."""
+boson_name = partial(_renamed, BOSON_RENAMES)
+"""Old name of a native parameter."""
 
 
 def is_legacy(directory: Path) -> bool:
@@ -49,20 +81,10 @@ def legacy_config(directory: Path) -> HiggsAudioV2Config:
     """
     old = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = old.get("text_config") or {}
-    refusals = [
-        (not old.get("skip_audio_tower", False), "skip_audio_tower is false: it has an audio tower"),
-        (not old.get("use_delay_pattern", False), "use_delay_pattern is false: its codes are not delayed"),
-        (old.get("use_audio_out_embed_projector", False), "use_audio_out_embed_projector is true"),
-        (old.get("use_audio_out_self_attention", False), "use_audio_out_self_attention is true"),
-        (old.get("audio_embed_avg", False), "audio_embed_avg is true"),
-        (old.get("use_rq_transformer", False), "use_rq_transformer is true"),
-        (bool(old.get("audio_decoder_proj_num_layers", 0)), "audio_decoder_proj_num_layers is not 0"),
-        (
-            len(old.get("audio_dual_ffn_layers") or []) != text.get("num_hidden_layers"),
-            "audio_dual_ffn_layers does not name every layer",
-        ),
-    ]
-    reasons = [reason for refused, reason in refusals if refused]
+    reasons = [f"{name} is false" for name in REQUIRED if not old.get(name, False)]
+    reasons += [f"{name} is {json.dumps(old[name])}" for name in UNSUPPORTED if old.get(name)]
+    if len(old.get("audio_dual_ffn_layers") or []) != text.get("num_hidden_layers"):
+        reasons.append("audio_dual_ffn_layers does not name every layer")
     if reasons:
         raise ConfigError(
             f"{directory}/config.json: this model_type higgs_audio folder cannot be loaded natively: "
@@ -70,21 +92,12 @@ def legacy_config(directory: Path) -> HiggsAudioV2Config:
         )
     rope = dict(text.get("rope_scaling") or {"rope_type": "default"})
     rope["rope_theta"] = text.get("rope_theta", 500000.0)
-    hidden_size, heads = text["hidden_size"], text["num_attention_heads"]
+    heads = text["num_attention_heads"]
     return HiggsAudioV2Config(
+        **{name: text[name] for name in SAME_NAMES if name in text},  # the native defaults are those of the old class
         dtype=old.get("torch_dtype"),
-        vocab_size=text["vocab_size"],
-        hidden_size=hidden_size,
-        intermediate_size=text["intermediate_size"],
-        num_hidden_layers=text["num_hidden_layers"],
-        num_attention_heads=heads,
         num_key_value_heads=text.get("num_key_value_heads", heads),
-        head_dim=text.get("head_dim") or hidden_size // heads,
-        hidden_act=text.get("hidden_act", "silu"),
-        rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-        max_position_embeddings=text.get("max_position_embeddings", 2048),
-        attention_bias=text.get("attention_bias", False),
-        mlp_bias=text.get("mlp_bias", False),
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
         rope_parameters=rope,
         pad_token_id=old.get("pad_token_id", 128001),
         bos_token_id=text.get("bos_token_id", 128000),
@@ -146,20 +159,6 @@ def load_legacy(directory: Path, dtype: torch.dtype, attention: str) -> nn.Modul
     model.generation_config._from_model_config = False  # else RAS is dropped when a saved copy is loaded
     model.generation_config.update(allow_custom_entries=True, ras_win_len=7, ras_win_max_num_repeat=2)
     return model
-
-
-BOSON_RENAMES = (
-    (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
-    (re.compile(r"^model\.(embed_tokens|layers|norm)\b"), r"\1"),
-    (re.compile(r"^(audio_lm_head|text_lm_head)\."), r"audio_decoder_proj.\1."),
-)
-
-
-def boson_name(name: str) -> str:
-    """Original name of a native parameter: the way back of `rename_key`."""
-    for pattern, replacement in BOSON_RENAMES:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 BOSON = AdapterLayout(

@@ -1,4 +1,4 @@
-"""Layout of Higgs Audio v2: the prompt's text, the delay pattern of the rows, their labels, and the way back.
+"""Prompts and batches of Higgs Audio v2: text, codes in the delay pattern, labels, and codes out of generated rows.
 
 Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 """
@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from speechtune.errors import ManifestError
 from speechtune.families.layers.ops import IGNORE
+from speechtune.families.layers.placement import place_ids
 from speechtune.types import GenerationOptions, Sample
 
 DEFAULT_SYSTEM = "Generate audio following instruction."
@@ -29,8 +31,8 @@ def refuse_special_tokens(sample: Sample) -> None:
         ManifestError: names the token.
     """
     for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
-        if text and (found := SPECIAL.search(text)):
-            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {found.group()!r}")
+        if text and (token := SPECIAL.search(text)):
+            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {token.group()!r}")
 
 
 def render_prompt(sample: Sample, *, with_target: bool) -> str:
@@ -117,22 +119,15 @@ def pad_inputs(
         eos: fills up the rows, always on their right, as the native class expects.
         left: put the padding of the ids on the left, where generation must go on at the right edge.
     """
-    width = max(len(ids) for ids, _ in prompts)
-    max_rows = max(len(rows) for _, rows in prompts)
-    ids_BS = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    rows_BRK = torch.full((len(prompts), max_rows, prompts[0][1].shape[1]), eos, dtype=torch.long)
-    mask_BS, mask_BR = torch.zeros_like(ids_BS), torch.zeros(rows_BRK.shape[:2], dtype=torch.bool)
-    for b, (ids_S, rows_RK) in enumerate(prompts):
-        place = slice(width - len(ids_S), width) if left else slice(len(ids_S))
-        ids_BS[b, place] = torch.from_numpy(ids_S.astype(np.int64))
-        mask_BS[b, place] = 1
-        rows_BRK[b, : len(rows_RK)] = torch.from_numpy(rows_RK.astype(np.int64))
-        mask_BR[b, : len(rows_RK)] = True
+    placed, _, _ = place_ids([ids for ids, _ in prompts], pad_id, "left" if left else "right")
+    rows = [torch.from_numpy(rows_RK.astype(np.int64)) for _, rows_RK in prompts]
+    num_rows_B = torch.tensor([len(rows_RK) for rows_RK in rows])
+    rows_BRK = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos)
     return {
-        "input_ids": ids_BS,
-        "attention_mask": mask_BS,
+        "input_ids": torch.from_numpy(placed["input_ids"]),
+        "attention_mask": torch.from_numpy(placed["attention_mask"]),
         "audio_input_ids": rows_BRK,
-        "audio_input_ids_mask": mask_BR,
+        "audio_input_ids_mask": torch.arange(rows_BRK.shape[1]) < num_rows_B[:, None],
     }
 
 
@@ -175,21 +170,18 @@ def lay_out(
 
     Returns:
         the tensors of the batch, and the positions each sample takes. `input_ids` is (1, N) or (B, S), `audio_rows`
-        (A, K) are all rows in order; the others are described in `fast_layers.Sorting`. Positions of targets count
+        (A, K) are all rows in order; the others are described in `layers.decoder.Sorting`. Positions of targets count
         in the flattened batch; text targets are sorted so that those predicted by audio rows come first.
     """
-    sizes = [len(item["input_ids"]) for item in items]
-    lengths = sizes if packed else [max(sizes)] * len(sizes)
-    starts = np.cumsum([0, *lengths])
-    ids_N, real_N = np.full(starts[-1], pad_id, np.int64), np.zeros(starts[-1], np.int64)
-    for start, size, item in zip(starts, sizes, items, strict=False):
-        ids_N[start : start + size], real_N[start : start + size] = item["input_ids"], 1
+    layout = "packed" if packed else "right"
+    arrays, starts, lengths = place_ids([item["input_ids"] for item in items], pad_id, layout)
+    ids_N = arrays["input_ids"].ravel()
     is_audio_N = np.isin(ids_N, row_ids)
     order_N = np.concatenate([np.flatnonzero(is_audio_N), np.flatnonzero(~is_audio_N)])
     places_N = np.empty_like(order_N)
     places_N[order_N] = np.arange(len(order_N))
     positions = {
-        head: np.concatenate([start + item[f"{head}_positions"] for start, item in zip(starts, items, strict=False)])
+        head: np.concatenate([start + item[f"{head}_positions"] for start, item in zip(starts, items, strict=True)])
         for head in ("audio", "text")
     }
     targets = {head: np.concatenate([item[f"{head}_targets"] for item in items]).astype(np.int64) for head in positions}
@@ -197,10 +189,7 @@ def lay_out(
     positions["text"], targets["text"] = positions["text"][audio_first], targets["text"][audio_first]
     kept_P = np.concatenate(list(positions.values()))
     kept_audio, kept_text = (places_N[kept_P[is_audio_N[kept_P] == audio]] for audio in (True, False))
-    arrays = {
-        "input_ids": ids_N.reshape(1 if packed else len(items), -1),
-        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-        "offsets": starts.astype(np.int32),
+    arrays |= {
         "audio_rows": np.concatenate([item["audio_rows"] for item in items]).astype(np.int64),
         "text_ids": ids_N[~is_audio_N],
         "order": order_N,
@@ -209,20 +198,15 @@ def lay_out(
         "kept_audio": kept_audio,
         "kept_text": kept_text - int(is_audio_N.sum()),
     }
-    if not packed:
-        arrays["attention_mask"] = real_N.reshape(len(items), -1)
     arrays |= {f"{head}_positions": value for head, value in positions.items()}
     arrays |= {f"{head}_targets": value for head, value in targets.items()}
-    return {name: torch.from_numpy(value) for name, value in arrays.items()}, tuple(lengths)
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}, lengths
 
 
 def sampling(options: GenerationOptions) -> dict[str, Any]:
     """Options of `generate` for transformers."""
     if options.temperature == 0:
         return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
-    named = {
-        name: getattr(options, name)
-        for name in ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
-        if getattr(options, name) is not None
-    }
+    names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
+    named = {name: value for name in names if (value := getattr(options, name)) is not None}
     return {"do_sample": True, **named}

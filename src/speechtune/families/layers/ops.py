@@ -1,4 +1,4 @@
-"""What the fast forward passes of the families are made of.
+"""Building blocks of the fast forward passes: attention, linear layers with LoRA, and the loss of a head.
 
 Each piece computes what the native layers compute, within rounding, with less of it done: attention inside each sample
 of a packed or padded batch without a mask, LoRA without intermediate results, cross-entropy without stored logits.
@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -65,14 +66,14 @@ def attend(q_NHE: torch.Tensor, k_NGE: torch.Tensor, v_NGE: torch.Tensor, segmen
     plain products, elsewhere one call of scaled_dot_product_attention per run of segments of one length.
     """
     if q_NHE.is_cuda and q_NHE.dtype in (torch.float16, torch.bfloat16) and (kernel := _varlen_kernel()) is not None:
-        longest = max(segments.lengths)
-        return kernel(q_NHE, k_NGE, v_NGE, segments.offsets, longest)
+        return kernel(q_NHE, k_NGE, v_NGE, segments.offsets, max(segments.lengths))
     if not q_NHE.is_cuda and q_NHE.dtype == torch.float32 and max(segments.lengths) <= MOST_POSITIONS:
         parts = (x.split(list(segments.lengths)) for x in (q_NHE, k_NGE, v_NGE))
         first = segments.first or (0,) * len(segments.lengths)
         outputs = [causal_attention(*heads) for heads in zip(*parts, first, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    outputs, sizes = [], _runs(segments.lengths)
+    outputs: list[torch.Tensor] = []
+    sizes = [(len(list(run)), length) for length, run in groupby(segments.lengths)]
     for q, k, v, (count, length) in zip(
         *(x.split([count * length for count, length in sizes]) for x in (q_NHE, k_NGE, v_NGE)), sizes, strict=True
     ):
@@ -80,17 +81,6 @@ def attend(q_NHE: torch.Tensor, k_NGE: torch.Tensor, v_NGE: torch.Tensor, segmen
         out_BHSE = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out_BHSE.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Neighbouring segments of one length as (how many, length)."""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][1] == length:
-            runs[-1] = (runs[-1][0] + 1, length)
-        else:
-            runs.append((1, length))
-    return runs
 
 
 @cache

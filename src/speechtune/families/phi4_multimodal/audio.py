@@ -1,4 +1,4 @@
-"""The hearing of Phi-4-multimodal: log-mel features, and its speech encoder over a padded batch, padding masked.
+"""Speech input of Phi-4-multimodal: log-mel features, and its speech encoder over a padded batch.
 
 The native encoder adds its boolean padding mask to the attention scores (+1 or 0) and lets padding leak through the
 convolutions before them, so that a clip's encoding depends on what it is batched with. Here the same modules are called
@@ -55,12 +55,11 @@ def pad_features(
         features (B, T, M) with zeros behind each clip, their lengths in frames (B,), and the places (N,) of the real
         audio positions among all (B * E), known before the encoder runs, so that nothing waits for a device.
     """
-    lengths = torch.tensor([len(item) for item in features])
-    padded_BTM = torch.zeros(len(features), int(lengths.max()), features[0].shape[1])
-    for row, item in zip(padded_BTM, features, strict=True):
-        row[: len(item)] = torch.tensor(item)  # a copy: what the cache maps may not be written to
+    clips = [torch.tensor(item) for item in features]  # copies: torch warns of arrays that the cache maps read-only
+    padded_BTM = nn.utils.rnn.pad_sequence(clips, batch_first=True)
     width = num_positions(padded_BTM.shape[1], time_reduction)
     places = [b * width + np.arange(num_positions(len(item), time_reduction)) for b, item in enumerate(features)]
+    lengths = torch.tensor([len(item) for item in features])
     return padded_BTM, lengths, torch.from_numpy(np.concatenate(places))
 
 
@@ -96,14 +95,10 @@ def _subsample(
     """The native strided convolutions, with zeros behind each clip before every one, as at the end of a clip alone."""
     hidden_BCTM = hidden_BTM[:, None]
     for module in subsampling.conv:
-        strided = isinstance(module, nn.Conv2d) and module.stride[0] == 2
-        if strided:
-            hidden_BCTM = hidden_BCTM.masked_fill(_beyond(hidden_BCTM, lengths_B), 0.0)
+        if isinstance(module, nn.Conv2d) and module.stride[0] == 2:
+            frames = torch.arange(hidden_BCTM.shape[2], device=hidden_BCTM.device)
+            beyond_BT = frames >= lengths_B[:, None]
+            hidden_BCTM = hidden_BCTM.masked_fill(beyond_BT[:, None, :, None], 0.0)
             lengths_B = (lengths_B + 1) // 2  # kernel 3, stride 2, padding 1
         hidden_BCTM = module(hidden_BCTM)
     return subsampling.out(hidden_BCTM.transpose(1, 2).flatten(2)), lengths_B
-
-
-def _beyond(hidden_BCTM: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    frames = torch.arange(hidden_BCTM.shape[2], device=hidden_BCTM.device)
-    return (frames >= lengths_B[:, None])[:, None, :, None]

@@ -6,7 +6,7 @@ Shapes: B samples, S positions, N positions of a batch laid end to end, P positi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,9 @@ from speechtune.families.layers.decoder import (
 )
 from speechtune.families.layers.kernels import rope, silu_mul
 from speechtune.families.layers.ops import Segments, attend, linear
+from speechtune.families.layers.placement import Layout, place_ids
 from speechtune.families.phi4_multimodal.audio import embed_clips, pad_features
 from speechtune.types import Batch
-
-Layout = Literal["packed", "right", "left"]
-"""Samples end to end, or padded on a side."""
 
 
 def lay_out(
@@ -50,28 +48,14 @@ def lay_out(
     Raises:
         ManifestError: placeholders and audio positions differ in number.
     """
-    sizes = [len(ids_S) for ids_S, _ in pairs]
-    lengths = sizes if layout == "packed" else [max(sizes)] * len(sizes)
-    offsets = np.cumsum([0, *lengths])
-    starts = [int(o) + (n - s if layout == "left" else 0) for o, n, s in zip(offsets, lengths, sizes, strict=False)]
-    ids_N, real_N = np.full(offsets[-1], pad_id, np.int64), np.zeros(offsets[-1], np.int64)
-    for start, (ids_S, _) in zip(starts, pairs, strict=True):
-        ids_N[start : start + len(ids_S)], real_N[start : start + len(ids_S)] = ids_S, 1
+    arrays, starts, lengths = place_ids([ids_S for ids_S, _ in pairs], pad_id, layout)
     features_BTM, frames_B, rows_N = pad_features([features for _, features in pairs], time_reduction)
-    places_N = np.flatnonzero(ids_N == audio_id)
+    places_N = np.flatnonzero(arrays["input_ids"] == audio_id)
     if len(places_N) != len(rows_N):
         raise ManifestError(f"{len(places_N)} audio placeholders in the prompts, {len(rows_N)} audio positions")
-    arrays = {
-        "input_ids": ids_N.reshape(1 if layout == "packed" else len(pairs), -1),
-        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-        "offsets": offsets.astype(np.int32),
-        "audio_places": places_N,
-    }
-    if layout != "packed":
-        arrays["attention_mask"] = real_N.reshape(len(pairs), -1)
-    inputs = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    inputs = {name: torch.from_numpy(value) for name, value in (arrays | {"audio_places": places_N}).items()}
     inputs |= {"features": features_BTM, "feature_lengths": frames_B, "audio_rows": rows_N}
-    return inputs, starts, tuple(lengths)
+    return inputs, starts, lengths
 
 
 def embed(base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
