@@ -1,4 +1,4 @@
-"""Fixtures of whole runs: the tiny Higgs on real speech, and its plain run that others are compared with."""
+"""Fixtures of complete runs: the tiny Higgs on real speech, and its plain run that others are compared with."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training runs that something happens to at a chosen step: called by tests, and started as a script.
 
-torchrun interrupted.py ranks jobs.json    runs of jobs.json one after another; what happens hits the last rank alone
+torchrun interrupted.py ranks jobs.json    runs of jobs.json one after another; only the last rank is disturbed
 python interrupted.py cli recipe.yaml STEP    the command line, which waits in STEP until a file `go` is there
 """
 

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: comparing two run directories, and runs on two ranks."""
+"""What tests of complete runs share: comparing two run directories, and runs on two ranks."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 def curve(output: Path, key: str = "loss") -> dict[int, float]:
     """A number by step; a step that stands twice in metrics.jsonl fails the test."""
-    found = [(record["step"], record[key]) for record in records(output) if key in record]
-    assert len(dict(found)) == len(found), f"steps stand twice: {found}"
-    return dict(found)
+    pairs = [(record["step"], record[key]) for record in records(output) if key in record]
+    assert len(dict(pairs)) == len(pairs), f"steps stand twice: {pairs}"
+    return dict(pairs)
 
 
 def assert_same_to_the_bit(output: Path, reference: Path, steps: int) -> None:
@@ -100,7 +100,7 @@ def ended(launch: subprocess.Popen[str], seconds: float = RANKS_SECONDS) -> str:
         pytest.fail(f"the ranks hang: {launch.communicate()[1][-4000:]}")
 
 
-def said(folder: Path, rows: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+def results_of(folder: Path, rows: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """What each of two ranks says of each run."""
     return {name: [json.loads((folder / f"{name}.yaml.rank{rank}").read_text()) for rank in (0, 1)] for name in rows}
 
@@ -111,7 +111,7 @@ def run_on_two_ranks(folder: Path, jobs: dict[str, tuple[RunConfig, int | None]]
     launch = start_torchrun(path, "--standalone", "--nproc_per_node=2")
     errors = ended(launch)
     assert launch.returncode == 0, errors[-4000:]
-    return said(folder, jobs)
+    return results_of(folder, jobs)
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""A rank or a whole machine that vanishes ends the job with a clear error, and the run resumes to the same weights.
+"""A rank or an entire machine that vanishes ends the job with a clear error, and the run resumes to the same weights.
 
 Two machines are two network namespaces with a cable between them; one is lost by pulling the cable first, so that no
 goodbye of its kernel reaches the other.
@@ -58,8 +58,8 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(configure: Configure, st
     seconds = time.time() - (tmp_path / "killed.reached").stat().st_mtime
     assert launch.returncode != 0 and seconds < 60 and sound_steps(output) == [2, 3, 4]
     for newest in (2, 4):
-        told = rf"rank 1 on \S+ was last seen at step [0-4]\. Rank 0 .*{output}/checkpoint-{newest} is the newest"
-        assert re.search(f"LostRankError: .*{told}", errors), errors[-4000:]
+        expected = rf"rank 1 on \S+ was last seen at step [0-4]\. Rank 0 .*{output}/checkpoint-{newest} is the newest"
+        assert re.search(f"LostRankError: .*{expected}", errors), errors[-4000:]
     assert RESUME in errors and f"exitcode  : {LostRankError.exit_code}" in errors and "exitcode  : -9" in errors
     assert errors.count("resuming from") == 1 and "onnection closed" not in errors
     assert not (output / "lora_adapters").exists()
@@ -117,8 +117,8 @@ class Machines:
         self.kill(self.names[number])
 
     def kill(self, name: str) -> None:
-        found = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True)
-        for process in found.stdout.split():
+        listed = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True)
+        for process in listed.stdout.split():
             os.kill(int(process), signal.SIGKILL)
 
 
@@ -162,8 +162,8 @@ def test_two_machines_and_the_loss_of_either(
     errors, seconds = lose_one(machines, 1, running, tmp_path / "victim.yaml")
     assert greatest_difference(plain, straight) < TOLERANCE
     assert curve(plain) == pytest.approx(curve(straight), rel=1e-6)
-    told = rf"no sign of life for 6 s: rank 1 on \S+ was last seen at step [0-4]\. .*{victim}/checkpoint-4 is"
-    assert re.search(f"LostRankError: {told}", errors), errors[-4000:]
+    expected = rf"no sign of life for 6 s: rank 1 on \S+ was last seen at step [0-4]\. .*{victim}/checkpoint-4 is"
+    assert re.search(f"LostRankError: {expected}", errors), errors[-4000:]
     assert seconds < 60 - LOST_SECONDS + SHORT
 
     shutil.copytree(victim, tmp_path / "on-one-machine")
@@ -178,6 +178,6 @@ def test_two_machines_and_the_loss_of_either(
     running = machines.start(write_jobs(tmp_path, rows))
     errors, seconds = lose_one(machines, 0, running, tmp_path / "second.yaml")
     assert greatest_difference(victim, straight) < TOLERANCE
-    told = r"the launch's store at 10\.77\.0\.1:\d+ has not answered .*rank 0 on \S+ was last seen at step [0-4]"
-    assert re.search(f"LostRankError: {told}", errors), errors[-4000:]
+    expected = r"the launch's store at 10\.77\.0\.1:\d+ has not answered .*rank 0 on \S+ was last seen at step [0-4]"
+    assert re.search(f"LostRankError: {expected}", errors), errors[-4000:]
     assert seconds < 60 - LOST_SECONDS + SHORT

@@ -20,7 +20,7 @@ from runs import (
     curve,
     ended,
     greatest_difference,
-    said,
+    results_of,
     start_torchrun,
     weights,
     write_jobs,
@@ -62,7 +62,7 @@ def launch(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> tu
     running = start_torchrun(write_jobs(folder, rows), "--standalone", "--nproc_per_node=2")
     errors = ended(running)
     assert running.returncode == 0, errors[-4000:]
-    return folder, said(folder, rows), errors
+    return folder, results_of(folder, rows), errors
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def adapter(config: RunConfig) -> dict[str, torch.Tensor]:
 def test_killed_runs_resume_to_the_undisturbed_weights(
     tmp_path: Path, saving_config: Callable[[str], RunConfig], half: int
 ) -> None:
-    """Guards against a torn checkpoint that is taken for whole, and against progress lost or repeated on resume."""
+    """Guards against a torn checkpoint that is taken for complete, and against progress lost or repeated on resume."""
     straight = saving_config("straight")
     assert wait(fork(lambda: guarded(lambda: train(straight)), tmp_path / "straight.log")) == 0
     expected = adapter(straight)

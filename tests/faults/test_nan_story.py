@@ -1,4 +1,4 @@
-"""The story of "loss 0.0 for 120 steps", told on the real class of Phi-4-multimodal, and what becomes of it here.
+""" "Loss 0.0 for 120 steps", reproduced on the real class of Phi-4-multimodal, and where a run here stops instead.
 
 Trainable LoRA weights in float16 and AdamW: its eps of 1e-8 is 0 in float16. Where a gradient is exactly zero, and of
 every lora_A it is at the first step, for its lora_B starts at zero, the update is 0 / (sqrt(0) + 0) = NaN; where it is
@@ -62,15 +62,15 @@ def native_rows(base: Path, rows: Path) -> list[dict[str, torch.Tensor]]:
     found = []
     for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
         ref = AudioRef(path=row["audio"], offset_seconds=row["offset"], duration_seconds=row["duration"])
-        heard = extractor(read_audio(ref, 16_000).samples, sampling_rate=16_000, return_tensors="pt")
-        prompt = f"<|user|>{'<|audio|>' * int(heard['audio_embed_sizes'][0])}Rate it.<|end|><|assistant|>"
+        extracted = extractor(read_audio(ref, 16_000).samples, sampling_rate=16_000, return_tensors="pt")
+        prompt = f"<|user|>{'<|audio|>' * int(extracted['audio_embed_sizes'][0])}Rate it.<|end|><|assistant|>"
         answer = tokenizer(json.dumps(row["target"]) + "<|end|>", return_tensors="pt")["input_ids"]
         ids = torch.cat([tokenizer(prompt, return_tensors="pt")["input_ids"], answer], 1)
         labels = ids.clone()
         labels[:, : -answer.shape[1]] = -100
-        features = heard["audio_input_features"].half()
+        features = extracted["audio_input_features"].half()
         item = {"input_ids": ids, "labels": labels, "audio_input_features": features}
-        found.append({k: v[0] for k, v in (item | {"audio_embed_sizes": heard["audio_embed_sizes"]}).items()})
+        found.append({k: v[0] for k, v in (item | {"audio_embed_sizes": extracted["audio_embed_sizes"]}).items()})
     return found
 
 
@@ -165,11 +165,11 @@ def test_the_trainer_shows_nan_as_zero(
     assert nan_tensors(trainable(model)) == set(trainable(model))
 
 
-# -- (c), (d) what becomes of it here ------------------------------------------------------------------------------
+# -- (c), (d) where a run here stops ------------------------------------------------------------------------------
 
 
 def halve_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training code that casts what it wraps, put where it is in life: behind `apply_lora`."""
+    """Training code that casts what it wraps, put where such code is found: after `apply_lora`."""
 
     def apply_and_halve(*arguments: Any) -> nn.Module:
         model = apply_lora(*arguments)

@@ -1,6 +1,6 @@
 """Losses of the first ten steps, per family, pinned in full digits: what training computes changes only on purpose.
 
-The runs go the whole way from manifest to loop on tiny bases. Only what encodes the audio is left out: made-up codes
+The runs go all the way from manifest to loop on tiny bases. Only what encodes the audio is left out: made-up codes
 and features stand for its own, because a code is the nearest of 1024 vectors, and another CPU's rounding may find
 another one nearest. Dropout is off: its random numbers differ between CPU makers.
 
@@ -104,8 +104,8 @@ def phi4_multimodal(
     for number, clip in enumerate(sorted(demo_clips, key=lambda clip: clip.path.name)[:6]):
         row = {"audio": str(clip.path), "offset": 0.1, "duration": 0.8 + 0.1 * number, "text": clip.text}
         scores = {name: (number * step) % 11 for step, name in enumerate(("accuracy", "fluency", "prosodic", "total"))}
-        heard = {"word_transcript": clip.text.lower(), "phoneme_transcript": "AA B <unk>"}
-        rows += [row | {"task": "APA", "target": scores}, row | {"task": "MDD", "target": heard}]
+        transcripts = {"word_transcript": clip.text.lower(), "phoneme_transcript": "AA B <unk>"}
+        rows += [row | {"task": "APA", "target": scores}, row | {"task": "MDD", "target": transcripts}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     values = {
         "family": "phi4_multimodal",

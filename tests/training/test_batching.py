@@ -58,13 +58,13 @@ def test_the_order_is_the_same_whichever_step_is_asked_first() -> None:
 def test_a_global_batch_is_the_same_however_it_is_cut(
     batch_size: int, accumulation: int, world_size: int, group_by_length: bool
 ) -> None:
-    whole = plan()
+    uncut = plan()
     parts = plan(21, batch_size, accumulation, world_size, group_by_length=group_by_length)
     for step in range(9):
-        assert parts.global_batch(step) == whole.global_batch(step)
+        assert parts.global_batch(step) == uncut.global_batch(step)
         micro_batches = cut(parts, step)
         assert {len(chosen) for chosen in micro_batches} == {batch_size}
-        assert Counter(i for chosen in micro_batches for i in chosen) == Counter(whole.global_batch(step))
+        assert Counter(i for chosen in micro_batches for i in chosen) == Counter(uncut.global_batch(step))
 
 
 def test_grouping_by_length_reorders_inside_the_global_batch_only() -> None:
@@ -128,14 +128,14 @@ def test_an_item_holds_the_micro_batches_of_a_step(rank: int, tokens: int | None
 def test_a_budget_cuts_the_same_global_batch(
     batch_size: int, accumulation: int, world_size: int, tokens: int, packed: bool
 ) -> None:
-    """No sample lost or doubled, none over the budget, and every rank has as many forward passes (DDP would hang)."""
-    whole = plan()
+    """No sample lost, duplicated or over the budget; every rank has as many forward passes (DDP would hang)."""
+    uncut = plan()
     parts = plan(21, batch_size, accumulation, world_size, tokens=tokens, packed=packed)
     for step in range(9):
         per_rank = [parts.micro_batches(step, rank) for rank in range(world_size)]
         assert len({len(micro_batches) for micro_batches in per_rank}) == 1
         cut_parts = cut(parts, step)
-        assert Counter(i for part in cut_parts for i in part) == Counter(whole.global_batch(step))
+        assert Counter(i for part in cut_parts for i in part) == Counter(uncut.global_batch(step))
         for part in cut_parts:
             sizes = [int(parts.lengths[i]) for i in part]
             assert part and (sum(sizes) if packed else max(sizes) * len(sizes)) <= tokens

@@ -30,7 +30,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory, phi4_samples: list[Sample
 
 @pytest.fixture
 def phi4_config(tmp_path: Path, phi4_base: Path, phi4_rows: Path, held_out: Path) -> Callable[..., RunConfig]:
-    """A short Phi-4 run in a folder of its own that listens every other step."""
+    """A short Phi-4 run in a folder of its own that generates samples every other step."""
 
     def build(name: str = "run", **overrides: Any) -> RunConfig:
         defaults = {
@@ -73,14 +73,14 @@ def test_every_round_is_scored_and_kept_beside_the_bases(phi4_config: Callable[.
     )
 
 
-def test_listening_moves_no_bit_of_the_training(phi4_config: Callable[..., RunConfig]) -> None:
+def test_generating_samples_moves_no_bit_of_the_training(phi4_config: Callable[..., RunConfig]) -> None:
     """Dropout is on: one random number drawn by an evaluation would change every later step."""
-    heard, deaf = phi4_config("heard"), phi4_config("deaf", evaluate={"enabled": False})
-    run_training(heard)
-    run_training(deaf)
-    ours, theirs = adapter(heard), adapter(deaf)
+    sampled, plain = phi4_config("sampled"), phi4_config("plain", evaluate={"enabled": False})
+    run_training(sampled)
+    run_training(plain)
+    ours, theirs = adapter(sampled), adapter(plain)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not evaluations(deaf) and not (deaf.output_dir / "samples").exists()
+    assert not evaluations(plain) and not (plain.output_dir / "samples").exists()
 
 
 def test_scores_are_the_same_across_a_resume(phi4_config: Callable[..., RunConfig]) -> None:
@@ -136,7 +136,7 @@ def test_a_best_metric_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         run_training(phi4_config(evaluate=evaluate))
-    assert not list(phi4_config().cache_dir.rglob("*"))  # said before anything is encoded
+    assert not list(phi4_config().cache_dir.rglob("*"))  # refused before anything is encoded
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def voice_config(
     write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
     demo_clips: list[DemoClip],
 ) -> Callable[..., RunConfig]:
-    """A voice-cloning run that learns four short clips by heart and listens to two of them."""
+    """A voice-cloning run that overfits four short clips and generates samples for two of them."""
     short = sorted(demo_clips, key=lambda clip: clip.duration_seconds)[:4]
     manifest = write_chatml(tmp_path / "train.json", short)
 
@@ -162,7 +162,7 @@ def voice_config(
     return build
 
 
-def test_a_voice_is_heard_at_every_round(voice_config: Callable[..., RunConfig]) -> None:
+def test_voice_samples_are_kept_at_every_evaluation(voice_config: Callable[..., RunConfig]) -> None:
     config = voice_config(tracking={"trackers": ["tensorboard"]})
     run_training(config)
     found = evaluations(config)
@@ -179,7 +179,7 @@ def test_a_voice_is_heard_at_every_round(voice_config: Callable[..., RunConfig])
 def test_the_base_of_a_continued_adapter_is_what_it_goes_on_from(
     phi4_config: Callable[..., RunConfig], phi4_base: Path
 ) -> None:
-    """Guards against a zero-shot line of the deaf base: with `continue` training begins with the speech LoRA."""
+    """Guards against a zero-shot score of the bare base: with `continue` training begins with the speech LoRA."""
     losses = {}
     for mode in ("continue", "merge"):
         lora = {"rank": 4, "alpha": 8, "targets": "language", "dropout": 0.0}
@@ -189,11 +189,11 @@ def test_the_base_of_a_continued_adapter_is_what_it_goes_on_from(
     assert losses["continue"] == pytest.approx(losses["merge"], rel=1e-5)
 
 
-def test_a_resumed_run_says_nothing_twice_and_makes_up_no_base(phi4_config: Callable[..., RunConfig]) -> None:
+def test_a_resumed_run_generates_nothing_twice_and_makes_up_no_base(phi4_config: Callable[..., RunConfig]) -> None:
     """Guards against warnings of steps that a resume repeats, and a trained model taken for the base."""
-    deaf = phi4_config(train={"max_steps": 2}, evaluate={"enabled": False})
-    run_training(deaf)
-    (deaf.output_dir / "warnings.jsonl").write_text('{"step": 1, "kind": "a"}\n{"step": 4, "kind": "b"}\n')
+    plain = phi4_config(train={"max_steps": 2}, evaluate={"enabled": False})
+    run_training(plain)
+    (plain.output_dir / "warnings.jsonl").write_text('{"step": 1, "kind": "a"}\n{"step": 4, "kind": "b"}\n')
     config = phi4_config()
     run_training(config)
     assert [record["step"] for record in evaluations(config)] == [4, 6]

@@ -106,7 +106,7 @@ def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None
     names = cast(list[str], gather_object([chosen.name if chosen else "none"]))
     if len(set(names)) > 1:
         raise CheckpointError(
-            f"the ranks found different checkpoints to resume from ({', '.join(names)}, in order of rank): output_dir "
+            f"the ranks see different checkpoints to resume from ({', '.join(names)}, in order of rank): output_dir "
             "must lie on a disk that all nodes share"
         )
 

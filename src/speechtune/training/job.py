@@ -63,7 +63,7 @@ class TrainResult:
 
 
 class Objective(nn.Module):
-    """Model and loss as one module, so that DDP sees the whole forward pass; calling past it lets ranks drift apart."""
+    """Model and loss as one module: DDP must see the complete forward pass, or ranks drift apart without an error."""
 
     def __init__(self, model: nn.Module, family: Family, plan: PrecisionPlan, weights: Mapping[str, float]) -> None:
         super().__init__()
