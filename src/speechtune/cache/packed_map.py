@@ -82,11 +82,9 @@ class PackedMap:
         self.values = np.concatenate([self.values, *(values for _, values in self._waiting)])
         self._waiting = []
         order = np.argsort(keys, kind="stable")
-        self._keys = keys = keys[order]
+        keys = keys[order]
         newest = np.append(keys[1:] != keys[:-1], True)  # of equal keys the last, because the sort is stable
-        if not newest.all():
-            self._keys, order = keys[newest], order[newest]
-        self.values = self.values[order]
+        self._keys, self.values = keys[newest], self.values[order[newest]]
 
 
 class Numbered(Generic[Value]):

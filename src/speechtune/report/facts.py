@@ -254,7 +254,7 @@ def evaluation_table(report: RunReport) -> list[list[str]]:
     names = list(dict.fromkeys(name for record in flat for name in record if "seconds" not in name))
     rows = [["step", *map(measure_label, names)]]
     for record, values in zip(report.evaluations, flat, strict=True):
-        step = "0 (zero-shot base)" if record["step"] == 0 else f"{record['step']:,}"
+        step = figure(record["step"]) + (" (zero-shot base)" if record["step"] == 0 else "")
         rows.append([step, *(figure(values.get(name)) for name in names)])
     return rows
 

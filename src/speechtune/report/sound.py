@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -35,8 +35,7 @@ MEL_MAX_COLUMNS = 300
 VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """A clip for the page: data URIs of its sound and mel picture, its full duration, and whether it was cut."""
 
     sound: str
@@ -56,28 +55,22 @@ class AudioBudget:
 
     def picture(self, path: Path) -> Picture | None:
         """The clip as data URIs, or None if it is broken or does not fit any more."""
-        if self.used >= self.limit:
-            self.left_out.append(path)
-            return None
-        try:
-            picture = make_picture(path)
-        except AudioError as error:
-            self.broken.append(str(error))
-            return None
-        size = len(picture.sound) + len(picture.mel)
-        if self.used + size > self.limit:
-            self.left_out.append(path)
-            return None
-        self.used += size
-        return picture
+        if self.used < self.limit:
+            try:
+                picture = make_picture(path)
+            except AudioError as error:
+                self.broken.append(str(error))
+                return None
+            size = len(picture.sound) + len(picture.mel)
+            if self.used + size <= self.limit:
+                self.used += size
+                return picture
+        self.left_out.append(path)
+        return None
 
 
 def make_picture(path: Path) -> Picture:
-    """Encode one clip.
-
-    Raises:
-        AudioError: it cannot be read, or holds nothing.
-    """
+    """Encode one clip; `AudioError` if it cannot be read, or holds nothing."""
     full = audio_info(AudioRef(str(path))).duration_seconds
     cut = full > MAX_CLIP_SECONDS
     audio = read_audio(AudioRef(str(path), duration_seconds=MAX_CLIP_SECONDS if cut else None))
@@ -127,10 +120,8 @@ def png(levels: np.ndarray) -> bytes:
 def spread(steps: Sequence[int], best: int | None) -> list[int]:
     """Steps by importance: the base, the last, the best, then the middle of each gap."""
     order = [step for step in (0, *steps[-1:], best) if step is not None and step in steps]
-    rest = [step for step in steps if step not in order]
-    queue = [rest]
-    while queue:
-        part = queue.pop(0)
+    queue = [[step for step in steps if step not in order]]
+    for part in queue:  # grows meanwhile
         if part:
             middle = len(part) // 2
             order.append(part[middle])
@@ -144,8 +135,7 @@ ALWAYS_SHOWN = 4  # reference, base, best, last; what is between is folded
 CLIP_SCORES = {"wer": "WER", "per": "PER", "sim": "similarity", "mos": "MOS", "duration_ratio": "duration ×"}
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """One clip of one run on the page; cells of lower `rank` get their sound first."""
 
     label: str
@@ -173,11 +163,9 @@ def samples(reports: Sequence[RunReport], budget: AudioBudget) -> str:
 def _cells(report: RunReport, prompt: Prompt, several: bool, has_reference: bool) -> list[Cell]:
     steps = [clip.step for clip in prompt.clips if clip.step is not None]
     order = spread(steps, report.best_step)
-    cells = []
+    cells = [Cell("reference", clip, 0) for clip in prompt.clips if clip.step is None and not has_reference]
     for clip in prompt.clips:
         if clip.step is None:
-            if not has_reference:
-                cells.append(Cell("reference", clip, 0))
             continue
         label = "base, zero-shot" if clip.step == 0 else f"step {clip.step:,}"
         if clip.step == report.best_step:
@@ -206,19 +194,19 @@ def _notes(budget: AudioBudget, num_prompts: int, any_sound: bool) -> str:
 
 def _card(prompt: Prompt, cells: Sequence[Cell], pictures: Mapping[Path, Picture | None], seconds: float) -> str:
     about = ", ".join(part for part in (prompt.speaker, prompt.language) if part)
-    first = [cell for cell in cells if cell.rank < ALWAYS_SHOWN]
-    rest = [cell for cell in cells if cell.rank >= ALWAYS_SHOWN]
-    more = f"<summary>{len(rest)} further evaluation(s)</summary>{_grid(rest, pictures, seconds)}"
+    clips = [(cell.rank < ALWAYS_SHOWN, _clip(cell, pictures, seconds)) for cell in cells]
+    first, rest = ([clip for shown, clip in clips if shown == wanted] for wanted in (True, False))
+    more = f"<summary>{len(rest)} further evaluation(s)</summary>{_grid(rest)}"
     more = f"<details>{more}</details>" if rest else ""
-    content = _grid(first, pictures, seconds) if cells else "<p>Nothing was recorded or generated for it.</p>"
+    content = _grid(first) if cells else "<p>Nothing was recorded or generated for it.</p>"
     return (
         f'<article class="prompt"><h3 dir="auto">{escape(prompt.text or prompt.id)}</h3>'
         f'<p class="note">{escape(prompt.id)}{escape(" · " + about if about else "")}</p>{content}{more}</article>'
     )
 
 
-def _grid(cells: Sequence[Cell], pictures: Mapping[Path, Picture | None], seconds: float) -> str:
-    return f'<div class="clips">{"".join(_clip(cell, pictures, seconds) for cell in cells)}</div>'
+def _grid(clips: Sequence[str]) -> str:
+    return f'<div class="clips">{"".join(clips)}</div>'
 
 
 def _clip(cell: Cell, pictures: Mapping[Path, Picture | None], seconds: float) -> str:
@@ -229,8 +217,9 @@ def _clip(cell: Cell, pictures: Mapping[Path, Picture | None], seconds: float) -
     if picture is not None:
         width = min(100.0, 100 * min(picture.duration_seconds, MAX_CLIP_SECONDS) / seconds)
         image = f'<img src="{picture.mel}" alt="mel picture, {label}" style="width:{width:.1f}%">'
-        parts.append(f'<div class="mel">{image}</div>')
-        parts.append(f'<audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>')
+        parts.append(
+            f'<div class="mel">{image}</div><audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>'
+        )
         if picture.cut:
             parts.append(f"<p>first {MAX_CLIP_SECONDS:.0f} s of {picture.duration_seconds:.0f} s</p>")
     elif path is not None:
@@ -247,7 +236,5 @@ def _scores(scores: Mapping[str, Any]) -> str:
         shown.append(f"{figure(scores['seconds'], 3)} s")
     if scores.get("stopped") is False:
         shown.append("did not stop by itself")
-    lines = [", ".join(shown)] if shown else []
-    if scores.get("transcript") is not None:
-        lines.append(f"transcript: {scores['transcript']}")
-    return "".join(f'<p dir="auto">{escape(line)}</p>' for line in lines)
+    transcript = [f"transcript: {scores['transcript']}"] if scores.get("transcript") is not None else []
+    return "".join(f'<p dir="auto">{escape(line)}</p>' for line in (", ".join(shown), *transcript) if line)
