@@ -17,8 +17,7 @@ BOTH = {"word_transcript": "don't call", "phones": ["D", "OW", "<unk>", "K"]}
 
 
 def parse_answer(task: Task, text: str | None) -> dict[str, Any] | None:
-    answer = read_answer(task, text)
-    return (answer.values or None) if answer is not None else None
+    return read_answer(task, text).values or None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_transcripts_are_read(text: str, expected: dict[str, Any] | None) -> Non
 
 def test_what_is_known_beside_the_values() -> None:
     whole = read_answer("MDD", '{"word_transcript": "a", "phoneme_transcript": "ah0 xx3 θ <DEL> T"}')
-    assert whole is not None and not whole.truncated
+    assert not whole.truncated
     assert whole.values["phones"] == ["AH", "XX3", "Θ", "T"] and whole.unknown_labels == 2
     assert whole.raw_phones == ["ah0", "xx3", "θ", "<DEL>", "T"]
     for task, text in (
@@ -96,13 +95,13 @@ def test_what_is_known_beside_the_values() -> None:
         ("APA", '{"accuracy": 8, "fluency": 1'),
     ):
         cut = read_answer(task, text)
-        assert cut is not None and cut.truncated
+        assert cut.truncated
     nothing = read_answer("MDD", '{"word_transcript": "a ca')
-    assert nothing is not None and nothing.truncated and not nothing.values
+    assert nothing.truncated and not nothing.values
     prose = read_answer("MDD", "I cannot hear that.")
-    assert prose is not None and not prose.truncated and read_answer("MDD", "") is None
+    assert not prose.truncated and read_answer("MDD", "").values == {}
     bare = read_answer("APA", "accuracy: 8")
-    assert bare is not None and not bare.truncated
+    assert not bare.truncated
 
 
 def test_every_cut_of_an_answer_keeps_only_what_is_right() -> None:

@@ -15,15 +15,13 @@ from speechtune.tasks.pronunciation.phones import (
     realised_phones,
     split_phones,
 )
-from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
+from speechtune.tasks.pronunciation.targets import MAX_SCORE, SCORE_FIELDS
 from speechtune.types import AudioRef, Mispronunciation, Pronunciation, Sample, Word
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 WORD_SCORE_FIELDS = ("accuracy", "stress", "total")
 """Scores a word may have."""
-MAX_SCORE = 10.0
-"""Best score of an utterance or a word; the worst is 0."""
 MAX_PHONE_ACCURACY = 2.0
 """Best accuracy of a phone; 1 is a heavy accent, 0 wrong or missed."""
 MISPRONOUNCED_BELOW = 0.5

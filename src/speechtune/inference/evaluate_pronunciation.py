@@ -85,14 +85,14 @@ def evaluate_pronunciation(
     max_new_tokens: int | None = None,
     tasks: Sequence[str] = (),
 ) -> EvaluationReport:
-    """Answer labelled recordings and measure the answers; writes answers, metrics and the table per utterance.
+    """Answer labelled recordings and measure the answers; writes answers.jsonl, metrics.json and utterances.jsonl.
 
     Args:
         data: labelled recordings; a folder with two splits gives its `test`.
-        train: what the mean scores come from; None looks beside `data`. A folder with two splits gives its `train`.
+        train: data of the mean scores, as for `training_samples`.
         model: hub id or folder; None takes the one the adapter names.
         adapter: adapter, run or checkpoint folder.
-        out: where answers.jsonl, metrics.json and utterances.jsonl go.
+        out: folder of the files written.
         cache_dir: folder of the encoded clips.
         batch_size: recordings at a time; it does not change the answers.
         max_new_tokens: length cap of an answer.

@@ -114,14 +114,14 @@ def score_samples(
 
 
 def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
-    answers: dict[Task, Answer | None] = {task: read_answer(task, output.text) for task, output in outputs.items()}
-    values = {name: value for answer in answers.values() if answer for name, value in answer.values.items()}
+    answers: dict[Task, Answer] = {task: read_answer(task, output.text) for task, output in outputs.items()}
+    values = {name: value for answer in answers.values() for name, value in answer.values.items()}
     phones = list(values.pop("phones", []))
     transcript = values.pop("word_transcript", None)
     mdd = answers.get("MDD")
     alignable = sample.text and mdd is not None and "phones" in mdd.values and not mdd.truncated
     words, unknown = align_words(sample, phones) if alignable else ((), ())
-    read = [a is not None and not a.truncated and len(a.values) == len(FIELDS[task]) for task, a in answers.items()]
+    read = [not answer.truncated and len(answer.values) == len(FIELDS[task]) for task, answer in answers.items()]
     complete = all(read) and all(output.stopped for output in outputs.values())
     raw = {str(task): output.text for task, output in outputs.items()}
     task = sample.pronunciation.task if sample.pronunciation else None

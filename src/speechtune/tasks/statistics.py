@@ -74,7 +74,7 @@ def bootstrap_interval(
         chunk_elements: indices drawn at once; changes nothing but memory.
 
     Returns:
-        Lower and upper end over the resamples with a finite figure; NaN where there are none.
+        Lower and upper end over the resamples with a finite figure; NaN without any.
     """
     size = len(columns[0])
     generator = np.random.default_rng(seed)

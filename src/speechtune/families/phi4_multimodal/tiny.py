@@ -24,6 +24,7 @@ from speechtune.families.phi4_multimodal.prompts import CONTROL_TOKENS, RUBRICS
 from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
 from speechtune.families.phi4_multimodal.speech_lora import FOLDER
 from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
 from speechtune.types import AudioRef
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|image|>", "<|audio|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -51,9 +52,7 @@ def load_plain(directory: Path) -> Phi4MultimodalForCausalLM:
 
 def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = NUMBER_OF_TOKENS) -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt from the prompts, the forms of their answers and `texts`, with Phi-4's special names."""
-    scores = ", ".join(
-        f'"{name}": {value}' for name in ("accuracy", "fluency", "prosodic", "total") for value in range(11)
-    )
+    scores = ", ".join(f'"{name}": {value}' for name in SCORE_FIELDS for value in range(11))
     phones = " ".join([*PHONES, UNKNOWN])
     answers = (f"{{{scores}}}", f'{{"word_transcript": "", "phoneme_transcript": "{phones}"}}')
     tokenizer = Tokenizer(models.BPE())

@@ -59,10 +59,10 @@ class Answer:
 
     Attributes:
         values: APA: score per field; MDD: `word_transcript` and `phones`, upper case without stress digits. A label
-            outside the inventory stays as it is, so it is wrong wherever it stands; as `<unk>` it would be right where
-            a speaker made a sound that is no phone. `<DEL>` is left out, "T*" is T.
+            outside the inventory stays as it is, and so is wrong anywhere; as `<unk>` it would be correct where a
+            speaker made a sound that is no phone. `<DEL>` is left out, "T*" is T.
         truncated: the object or its last value does not end.
-        raw_phones: the labels with case and stress digits as the model wrote them; None where there is no transcript.
+        raw_phones: the labels with case and stress digits as the model wrote them; None without a transcript.
         unknown_labels: how many of `phones` are outside the inventory.
     """
 
@@ -88,27 +88,25 @@ class Answer:
         self.unknown_labels = sum(not known for phone, known in read if phone != DELETED)
 
 
-def read_answer(task: Task, text: str | None) -> Answer | None:
-    """Read an answer, also one that holds no value; None without text.
+def read_answer(task: Task, text: str | None) -> Answer:
+    """Read an answer, as far as it can be read.
 
     Of several objects the one with the most values counts, of equals the first, and text without braces only where no
     object is complete. Of a key given twice the last value counts, as in JSON.
     """
-    if not text:
-        return None
-    text = _FENCE.sub("", text[:MAX_CHARACTERS]).translate(_CURLY_QUOTES)
+    text = _FENCE.sub("", (text or "")[:MAX_CHARACTERS]).translate(_CURLY_QUOTES)
     before, *objects = text.split("{")
     best, start = Answer(), len(before)
     for number, part in enumerate(objects):
-        found = _read_json(task, text, start) if number < MAX_OBJECTS else None
-        found = found or _read_damaged(task, part, in_object=number == len(objects) - 1)
-        if len(found.values) > len(best.values) or not best.values:
-            best = found
+        answer = _read_json(task, text, start) if number < MAX_OBJECTS else None
+        answer = answer or _read_damaged(task, part, in_object=number == len(objects) - 1)
+        if len(answer.values) > len(best.values) or not best.values:
+            best = answer
         start += 1 + len(part)
     if len(best.values) < len(FIELDS[task]):
-        found = _read_damaged(task, before, in_object=False)
-        found.truncated = found.truncated and not objects
-        best = found if len(found.values) > len(best.values) else best
+        answer = _read_damaged(task, before, in_object=False)
+        answer.truncated = answer.truncated and not objects
+        best = answer if len(answer.values) > len(best.values) else best
     return best
 
 

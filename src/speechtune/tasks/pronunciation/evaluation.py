@@ -42,8 +42,7 @@ class UtteranceRow:
     """One answer beside its reference.
 
     Attributes:
-        id: of the task sample; `utterance` is that without the task.
-        age: in years.
+        utterance: `id` without the task.
         reference: scores, unrounded where the labels have fractions; or `word_transcript` and `phones`.
         canonical: phones the text asks for; None where they are not known, and for APA.
         text: the raw answer; None where the model gave none.
@@ -146,16 +145,25 @@ def evaluate_answers(
     scored = [(sample, row) for sample, row in zip(samples, rows, strict=True) if row.task == "APA"]
     transcribed = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.task == "MDD"]
     figures = _apa_figures(scored, train, notes), _mdd_figures(transcribed, notes)
-    keys = {"speaker": lambda row: row.speaker, "age_group": _age_group, "gender": lambda row: row.gender}
+    ages = {True: "child", False: "adult"}
+    keys = {
+        "speaker": lambda row: row.speaker,
+        "age_group": lambda row: None if row.age is None else ages[row.age < ADULT_YEARS],
+        "gender": lambda row: row.gender,
+    }
     groups = {name: by_group(rows, key, _group_figures) for name, key in keys.items()}
     return EvaluationReport(*figures, groups, tuple(notes), rows)
 
 
-def _row(sample: Sample, text: str | None, answer: Answer | None) -> UtteranceRow:
+def _row(sample: Sample, text: str | None, answer: Answer) -> UtteranceRow:
     task = task_of(sample)
     labels = sample.pronunciation
-    reference = _scores(sample) if task == "APA" else _transcripts(sample)
-    parsed = (answer.values or None) if answer is not None else None
+    if task == "APA":
+        reference: dict[str, Any] = _reference_scores(sample)
+    else:
+        target = target_of(sample)
+        phones = str(target["phoneme_transcript"]).split()
+        reference = {"word_transcript": target["word_transcript"], "phones": phones}
     return UtteranceRow(
         id=sample.id,
         utterance=sample.id.removesuffix(f"#{task}"),
@@ -166,40 +174,31 @@ def _row(sample: Sample, text: str | None, answer: Answer | None) -> UtteranceRo
         reference=reference,
         canonical=canonical_phones(sample) if task == "MDD" else None,
         text=text,
-        parsed=parsed,
-        truncated=answer is not None and answer.truncated,
-        errors=_errors(task, reference, parsed or {}),
+        parsed=answer.values or None,
+        truncated=answer.truncated,
+        errors=_errors(task, reference, answer.values),
     )
 
 
-def _scores(sample: Sample) -> dict[str, float]:
-    """The reference scores: the labels', else the target's, which are rounded."""
+def _reference_scores(sample: Sample) -> dict[str, float]:
+    """The labels' scores, else the target's, which are rounded."""
     labels = sample.pronunciation
     given = labels.scores if labels and labels.scores else target_of(sample)
     return {name: float(given[name]) for name in SCORE_FIELDS}
 
 
-def _transcripts(sample: Sample) -> dict[str, Any]:
-    target = target_of(sample)
-    return {"word_transcript": target["word_transcript"], "phones": str(target["phoneme_transcript"]).split()}
-
-
 def _errors(task: Task, reference: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, float]:
     if task == "APA":
         return {name: parsed[name] - reference[name] for name in SCORE_FIELDS if name in parsed}
-    errors: dict[str, float] = {}
-    if "word_transcript" in parsed:
-        words = metrics.word_error_rate([reference["word_transcript"]], [parsed["word_transcript"]])
-        errors["wer"] = words.parsed.rate
-    if "phones" in parsed:
-        errors["per"] = metrics.phone_error_rate([reference["phones"]], [parsed["phones"]]).parsed.rate
-    return errors
-
-
-def _age_group(row: UtteranceRow) -> str | None:
-    if row.age is None:
-        return None
-    return "child" if row.age < ADULT_YEARS else "adult"
+    rates = {
+        "wer": ("word_transcript", metrics.word_error_rate),
+        "per": ("phones", metrics.phone_error_rate),
+    }
+    return {
+        name: error_rate([reference[field]], [parsed[field]]).parsed.rate
+        for name, (field, error_rate) in rates.items()
+        if field in parsed
+    }
 
 
 def _apa_figures(
@@ -211,7 +210,7 @@ def _apa_figures(
     rows = [row for _, row in pairs]
     references = [row.reference for row in rows]
     # an utterance gives up to two task samples with the same labels; its scores count once
-    trained = [_scores(sample) for sample in train if is_utterance(sample) or task_of(sample) == "APA"]
+    trained = [_reference_scores(sample) for sample in train if is_utterance(sample) or task_of(sample) == "APA"]
     means = metrics.train_mean(trained or references)
     scores = metrics.score_report([row.parsed for row in rows], references, impute=means)
     if not trained:
@@ -246,15 +245,15 @@ def _ceiling(samples: Sequence[Sample], notes: list[str]) -> dict[str, RaterCeil
     return ceiling
 
 
-def _mdd_figures(pairs: Sequence[tuple[UtteranceRow, Answer | None]], notes: list[str]) -> MddFigures | None:
+def _mdd_figures(pairs: Sequence[tuple[UtteranceRow, Answer]], notes: list[str]) -> MddFigures | None:
     if not pairs:
         notes.append("no transcripts: there are no MDD samples")
         return None
-    rows, answers = [row for row, _ in pairs], [answer for _, answer in pairs if answer is not None]
+    rows, answers = [row for row, _ in pairs], [answer for _, answer in pairs]
     realised, predicted = _columns(rows, "phones")
     per = metrics.phone_error_rate(realised, predicted)
     # the labels read are normalised already, so the raw rate comes from those that the model wrote
-    raw = metrics.phone_error_rate(realised, [None if answer is None else answer.raw_phones for _, answer in pairs])
+    raw = metrics.phone_error_rate(realised, [answer.raw_phones for answer in answers])
     parsed = replace(per.parsed, raw_rate=raw.parsed.raw_rate)
     per = replace(per, parsed=parsed, imputed=replace(per.imputed, raw_rate=raw.imputed.raw_rate))
     read = [row for row in rows if "phones" in (row.parsed or {})]

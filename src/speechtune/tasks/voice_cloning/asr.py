@@ -49,7 +49,7 @@ class FasterWhisper:
         self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, greedy")
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
-        """What is said in each clip; one at a time, for the library batches only pieces of one recording."""
+        """Texts of clips, one at a time, for the library batches only pieces of one recording."""
         return [self._transcribe(audio, language) for audio, language in zip(audios, languages, strict=True)]
 
     def _transcribe(self, audio: Audio, language: str | None) -> str:
@@ -85,17 +85,14 @@ class Whisper:
 
     @torch.inference_mode()
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
-        """What is said in each clip, in batches of one language; clips over 30 s alone, in pieces."""
+        """Texts of clips, in batches of one language; clips over 30 s alone, in pieces."""
         texts = [""] * len(audios)
-        groups: dict[str | None, list[int]] = {}
+        groups: dict[tuple[str | None, int], list[int]] = {}
         for index, (audio, language) in enumerate(zip(audios, languages, strict=True)):
             code = language_code(language)
-            code = code if code in self._known else None
-            if audio.duration_seconds > WINDOW_SECONDS:
-                texts[index] = self._generate([audio], code)[0]
-            else:
-                groups.setdefault(code, []).append(index)
-        for code, indices in groups.items():
+            group = (code if code in self._known else None, index if audio.duration_seconds > WINDOW_SECONDS else -1)
+            groups.setdefault(group, []).append(index)
+        for (code, _), indices in groups.items():
             for first in range(0, len(indices), BATCH_SIZE):
                 chosen = indices[first : first + BATCH_SIZE]
                 for index, text in zip(chosen, self._generate([audios[i] for i in chosen], code), strict=True):
@@ -136,7 +133,7 @@ class PocketSphinx:
         self.name = identity("pocketsphinx", None, "English, model of the package")
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
-        """What is said in each clip; `languages` are taken to be English."""
+        """Texts of clips; `languages` are taken to be English."""
         return [self._transcribe(audio) for audio in audios]
 
     def _transcribe(self, audio: Audio) -> str:

@@ -8,8 +8,7 @@ each measure, and its row says so.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +86,8 @@ def measure(
     Raises:
         ValueError: different lengths, or outputs in another order.
     """
-    lengths = {len(samples), len(outputs), len(references), len(targets)}
-    if len(lengths) > 1 or any(s.id != o.sample_id for s, o in zip(samples, outputs, strict=True)):
+    ids = [sample.id for sample in samples]
+    if ids != [output.sample_id for output in outputs] or not len(ids) == len(references) == len(targets):
         raise ValueError("samples, outputs, references and targets do not belong together")
     defects = [defect_of(output.audio) for output in outputs]
     # only outputs with sound are given to scorers
@@ -193,25 +192,23 @@ def summarise(rows: Sequence[VoiceRow]) -> dict[str, float]:
         duration_ratio: median.
         silence_rate: share without sound.
     """
-    if not rows:
-        return {}
-    summary: dict[str, float] = {}
     measured = [row for row in rows if row.wer is not None]
-    if measured:
-        summary["wer"] = ratio(sum(row.word_errors or 0 for row in measured), sum(row.words or 0 for row in measured))
-    columns = {
-        "wer_mean": [row.wer for row in measured],
-        "sim": [row.sim for row in rows],
-        "mos": [row.mos for row in rows],
+    ratios = [row.duration_ratio for row in rows if row.duration_ratio is not None]
+    summary = {
+        "wer": ratio(sum(row.word_errors or 0 for row in measured), sum(row.words or 0 for row in measured)),
+        "wer_mean": _mean(row.wer for row in rows),
+        "sim": _mean(row.sim for row in rows),
+        "mos": _mean(row.mos for row in rows),
+        "stop_rate": _mean(float(row.stopped) for row in rows),
+        "duration_ratio": float(np.median(ratios)) if ratios else math.nan,
+        "silence_rate": _mean(float(row.defect is not None) for row in rows),
     }
-    for name, column in columns.items():
-        if values := [value for value in column if value is not None]:
-            summary[name] = math.fsum(values) / len(values)
-    summary["stop_rate"] = sum(row.stopped for row in rows) / len(rows)
-    if ratios := [row.duration_ratio for row in rows if row.duration_ratio is not None]:
-        summary["duration_ratio"] = statistics.median(ratios)
-    summary["silence_rate"] = sum(row.defect is not None for row in rows) / len(rows)
-    return summary
+    return {name: value for name, value in summary.items() if not math.isnan(value)}
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    measured = [value for value in values if value is not None]
+    return ratio(math.fsum(measured), len(measured))
 
 
 def warnings_of(summary: Mapping[str, float], baseline: Mapping[str, float] | None) -> list[str]:
