@@ -44,7 +44,7 @@ def write_prompts(path: Path, count: int) -> Path:
 
 
 def seconds(prompts: Path, base: Path, folder: Path, batch_size: int) -> float:
-    """Time of one whole evaluation; the references are encoded already."""
+    """Time of one evaluation; the references are encoded already."""
     started = time.monotonic()
     evaluate_voices(
         prompts,

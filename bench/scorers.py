@@ -27,6 +27,7 @@ from speechtune.audio import read_audio
 from speechtune.config import DataConfig
 from speechtune.data.speechocean import is_speechocean, read_speechocean
 from speechtune.errors import ConfigError
+from speechtune.tasks.voice_cloning.measures import cosine
 from speechtune.tasks.voice_cloning.scorers import load_scorers
 from speechtune.tasks.voice_cloning.support import RATE
 from speechtune.tasks.voice_cloning.word_errors import word_errors
@@ -115,7 +116,7 @@ def speaker_figures(clips: Sequence[Spoken]) -> dict[str, float]:
     audios = [piece.audio for piece in pieces]
     embedded, costs = beside(lambda: encoder.embed(audios), resemblyzer_peer(audios), audios)
     first, second = np.triu_indices(len(pieces), 1)
-    sims = encoder.similarity(embedded[first], embedded[second])
+    sims = cosine(embedded[first], embedded[second])
     same = np.array([pieces[i].speaker == pieces[j].speaker for i, j in zip(first, second, strict=True)])
     thresholds = np.sort(sims)
     missed = np.searchsorted(np.sort(sims[same]), thresholds) / same.sum()

@@ -9,7 +9,6 @@ import numpy as np
 
 from speechtune.family import Scorers
 from speechtune.tasks.voice_cloning.measures import VoiceRow
-from speechtune.tasks.voice_cloning.speaker import cosine
 from speechtune.types import Audio, Output, Sample
 
 RATE = 16_000
@@ -46,9 +45,6 @@ class FakeSpeaker:
         self.embedded += len(audios)
         angles = np.array([float(np.abs(audio.samples).max()) for audio in audios])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return cosine(a, b)
 
 
 class FakeMos:

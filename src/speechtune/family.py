@@ -185,10 +185,6 @@ class SpeakerEncoder(Protocol):
         """Embeddings of length 1, float32 of shape (clips, dimensions)."""
         ...
 
-    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine of each pair of rows, shape (clips,)."""
-        ...
-
 
 class MosPredictor(Protocol):
     """Speech to a predicted mean opinion score."""

@@ -116,7 +116,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     print_comparison(found, Console(file=text, width=200))
     for expected in ("run[1]", "10.0% [0.0%, 20.0%]", "90.0%", "worst of base: p2 base/p2.wav", "fake asr", "no MOS"):
         assert expected in text.getvalue()
-    metrics_file, rows_file = write_results(found, tmp_path)
+    metrics_file, rows_file = write_results(found.to_json(), found.rows, tmp_path)
     values = json.loads(metrics_file.read_text())
     assert values["baseline"] == "base" and "Holm" in values["test"] and "rows" not in values
     assert values["systems"]["base"]["worst"][0]["audio"] == "base/p2.wav"

@@ -262,7 +262,7 @@ def test_files_hold_everything_and_no_nan(tmp_path: Path) -> None:
     texts = model_answers()
     texts[2], texts[3] = "half a pair: \ud83d", None
     report = evaluate_answers(corpus(), texts)
-    paths = write_results(report, tmp_path / "new" / "folder")
+    paths = write_results(report.to_json(), report.rows, tmp_path / "new" / "folder")
     assert [path.name for path in sorted(paths[0].parent.iterdir())] == ["metrics.json", "utterances.jsonl"]
 
     def refuse(name: str) -> None:
@@ -283,7 +283,7 @@ def test_files_hold_everything_and_no_nan(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"metrics\.json: the evaluation could not be written .*another folder"):
-        write_results(evaluate_answers([], []), tmp_path / "file")
+        write_results({}, (), tmp_path / "file")
 
 
 def test_the_table_says_collapsed_and_shows_the_interval() -> None:

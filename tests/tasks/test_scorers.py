@@ -27,8 +27,8 @@ from speechtune.errors import ConfigError
 from speechtune.family import Scorers
 from speechtune.tasks.voice_cloning import support
 from speechtune.tasks.voice_cloning import word_errors as spoken_text
+from speechtune.tasks.voice_cloning.measures import cosine
 from speechtune.tasks.voice_cloning.scorers import load_scorers, what_is_missing
-from speechtune.tasks.voice_cloning.speaker import cosine
 from speechtune.types import Audio, AudioRef
 
 RATE = support.RATE
@@ -188,7 +188,7 @@ def test_wavlm_gives_what_transformers_gives(wavlm: Path, clips: list[Audio]) ->
             inputs = extract(resample(clip, RATE).samples, sampling_rate=RATE, return_tensors="pt")
             expected = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)[0]
         np.testing.assert_allclose(row, expected.numpy(), atol=1e-6)
-    np.testing.assert_allclose(encoder.similarity(together, together), 1.0, atol=1e-6)
+    np.testing.assert_allclose(cosine(together, together), 1.0, atol=1e-6)
     assert encoder.embed([]).shape == (0, 12)
     assert np.isfinite(encoder.embed([Audio(np.ones(10, np.float32), RATE)])).all()  # shorter than a convolution
 

@@ -121,5 +121,5 @@ def evaluate_pronunciation(
         for output in outputs:
             answers.add(keys[output.sample_id], output.sample_id, output.text or "")
     report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
-    write_results(report, out)
+    write_results(report.to_json(), report.rows, out)
     return report

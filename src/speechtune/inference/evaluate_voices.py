@@ -94,7 +94,7 @@ def evaluate_voices(
         family = spoken.speak(system, samples, options, codec, cache_dir, batch_size)
         rows[system.name] = spoken.measure(samples, family.sampling_rate, scorers)
     comparison = compare(rows, scorers)
-    write_results(comparison, out)
+    write_results(comparison.to_json(), comparison.rows, out)
     return comparison
 
 

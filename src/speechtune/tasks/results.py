@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from speechtune.errors import CheckpointError
 from speechtune.storage.atomic_file import write_atomically
@@ -17,19 +17,6 @@ if TYPE_CHECKING:
 
 METRICS_NAME = "metrics.json"
 UTTERANCES_NAME = "utterances.jsonl"
-
-
-class Report(Protocol):
-    """The result of an evaluation: its figures as plain values, and one dataclass per utterance."""
-
-    @property
-    def rows(self) -> Sequence[DataclassInstance]:
-        """One dataclass per utterance."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the rows."""
-        ...
 
 
 def to_json(result: DataclassInstance) -> dict[str, Any]:
@@ -51,16 +38,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_results(report: Report, directory: Path) -> tuple[Path, Path]:
+def write_results(figures: Mapping[str, Any], rows: Sequence[DataclassInstance], directory: Path) -> tuple[Path, Path]:
     """Write `metrics.json` and `utterances.jsonl` (one row per line).
 
     Raises:
         CheckpointError: a file could not be written.
     """
-    figures = json.dumps(report.to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    lines = (json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in report.rows)
+    metrics = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    lines = (json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     paths = directory / METRICS_NAME, directory / UTTERANCES_NAME
-    for path, text in zip(paths, (figures, "".join(lines)), strict=True):
+    for path, text in zip(paths, (metrics, "".join(lines)), strict=True):
         try:
             # half of a surrogate pair in an answer is no UTF-8; as "\udXXX" it is still JSON
             write_atomically(path, text.encode(errors="backslashreplace"))

@@ -172,11 +172,7 @@ def classify(column: Column) -> Outcome:
 def mdd(canonical: Sequence[Phones], realised: Sequence[Phones], predicted: Sequence[Phones | None]) -> MddReport:
     """Detection and diagnosis over a corpus (Qian, Soong & Meng 2010; Leung, Liu & Meng 2019).
 
-    A prediction of None is an answer that could not be read.
-
-    Raises:
-        ValueError: different lengths.
-    """
+    A prediction of None is an answer that could not be read."""
     rows = list(zip(canonical, realised, predicted, strict=True))
     parsed = [(c, a, p) for c, a, p in rows if p is not None]
     imputed = [(c, a, c if p is None else p) for c, a, p in rows]

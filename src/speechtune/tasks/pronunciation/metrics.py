@@ -208,20 +208,12 @@ def normalise_phones(phones: Sequence[str]) -> list[str]:
 
 
 def word_error_rate(references: Sequence[str], answers: Sequence[str | None]) -> ErrorRateReport:
-    """WER = (S + D + I) / N over the corpus, aligned by jiwer (Morris, Maier & Green 2004), normalised and raw.
-
-    Raises:
-        ValueError: different lengths.
-    """
+    """WER = (S + D + I) / N over the corpus, aligned by jiwer (Morris, Maier & Green 2004), normalised and raw."""
     return _error_rates(references, answers, normalise_words, WORD_NORMALISATION)
 
 
 def phone_error_rate(references: Sequence[Sequence[str]], answers: Sequence[Sequence[str] | None]) -> ErrorRateReport:
-    """PER, as WER, of phones against the realised ones; raw keeps stress digits and case.
-
-    Raises:
-        ValueError: different lengths.
-    """
+    """PER, as WER, of phones against the realised ones; raw keeps stress digits and case."""
     texts = [None if phones is None else " ".join(phones) for phones in answers]
     return _error_rates(
         [" ".join(phones) for phones in references],

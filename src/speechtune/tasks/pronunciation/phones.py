@@ -1,7 +1,7 @@
-"""The 39 base phones of ARPAbet (CMU dictionary), and what a speaker really said where a phone went wrong.
+"""The 39 base phones of ARPAbet (CMU dictionary), and mispronunciations annotated with them.
 
-A realised sequence is the canonical one with the annotated mispronunciations applied: the phone at `index` gives way
-to `pronounced-phone`. Nothing is guessed: a label outside the inventory is a `PhoneError`.
+A realised sequence is the canonical one with the annotated mispronunciations applied: the phone at `index` is replaced
+by `pronounced-phone`. A label outside the inventory is a `PhoneError`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CONSONANTS = (
 PHONES = tuple(sorted(VOWELS + CONSONANTS))
 """All 39 base phones in alphabetical order."""
 DELETED = "<DEL>"
-"""Label of a phone that was left out; it does not stand in a realised sequence."""
+"""Label of a phone that was left out; a realised sequence does not contain it."""
 UNKNOWN = "<unk>"
-"""Label of a sound that is no phone of English; it stays in a realised sequence."""
+"""Label of a sound that is no phone of English; a realised sequence contains it."""
 ACCENT_MARK = "*"
 """`X*` is a variant of X with a heavy foreign accent."""
 STRESS_DIGITS = ("0", "1", "2")
 
 StarPolicy = Literal["base", "unk"]
-"""What becomes of `X*`: "base" takes it as X, "unk" as `<unk>`."""
+"""How `X*` is read: "base" as X, "unk" as `<unk>`."""
 
 _KNOWN = frozenset(PHONES)
 _VOWELS = frozenset(VOWELS)
@@ -71,25 +71,22 @@ def split_phones(value: object) -> list[str]:
 
 
 def pronounced_phones(label: str, star_policy: StarPolicy = "base") -> tuple[str, ...]:
-    """What a `pronounced-phone` stands for: no phone (`<DEL>`), one, or several ("D Z").
+    """The phones of a `pronounced-phone`: none (`<DEL>`), one, or several ("D Z").
 
     Stress digits are stripped; `X*` becomes X or `<unk>` by `star_policy`.
 
     Raises:
-        PhoneError: a part is no known label; `<DEL>` and `<unk>` stand alone.
+        PhoneError: a part is no known label; `<DEL>` and `<unk>` are labels by themselves.
     """
-    if label == DELETED:
-        return ()
-    if label == UNKNOWN:
-        return (UNKNOWN,)
+    if label in (DELETED, UNKNOWN):
+        return () if label == DELETED else (UNKNOWN,)
     parts = label.split()
     if not parts:
         raise PhoneError("unknown_phone", "'pronounced-phone' is empty; a phone that was left out is '<DEL>'")
-    result: list[str] = []
-    for part in parts:
-        base = base_phone(part.removesuffix(ACCENT_MARK))
-        result.append(UNKNOWN if part.endswith(ACCENT_MARK) and star_policy == "unk" else base)
-    return tuple(result)
+    bases = [base_phone(part.removesuffix(ACCENT_MARK)) for part in parts]
+    if star_policy == "unk":
+        return tuple(UNKNOWN if part.endswith(ACCENT_MARK) else base for part, base in zip(parts, bases, strict=True))
+    return tuple(bases)
 
 
 def read_mispronunciation(value: object, phones: Sequence[str]) -> Mispronunciation:
@@ -117,7 +114,7 @@ def read_mispronunciation(value: object, phones: Sequence[str]) -> Mispronunciat
 def realised_phones(
     phones: Sequence[str], mispronunciations: Sequence[Mispronunciation], star_policy: StarPolicy = "base"
 ) -> list[str]:
-    """The base phones that were really said: canonical `phones` with `mispronunciations` applied.
+    """The base phones that were said: canonical `phones` with `mispronunciations` applied.
 
     Replaced at the index; `<DEL>` removed; `<unk>` kept; `X*` by `star_policy`; "D Z" becomes two phones.
 
@@ -131,10 +128,7 @@ def realised_phones(
         if item.index in replaced:
             raise PhoneError("duplicate_index", f"two mispronunciations are given for the phone at index {item.index}")
         replaced[item.index] = pronounced_phones(item.pronounced, star_policy)
-    result: list[str] = []
-    for index, label in enumerate(phones):
-        result += replaced.get(index, (base_phone(label),))
-    return result
+    return [phone for index, label in enumerate(phones) for phone in replaced.get(index, (base_phone(label),))]
 
 
 def _label(value: Mapping[Any, Any], name: str) -> str:

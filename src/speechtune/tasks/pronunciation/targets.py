@@ -1,7 +1,7 @@
-"""Pronunciation assessment as two tasks per utterance: scores (APA) and what was really said (MDD).
+"""Pronunciation assessment as two tasks per utterance: scores (APA), and a transcript of what was said (MDD).
 
-A task sample is a `Sample` whose `pronunciation` names the task and its target, the right answer: an object with fixed
-keys. Plain JSONL gives both; of a corpus with human labels the targets are made here.
+A task sample is a `Sample` whose `pronunciation` names the task and its target, the correct answer: an object with
+fixed keys. Plain JSONL gives both; of a corpus with human labels the targets are made here.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def task_samples(
             digest = hashlib.sha256(f"{seed}:{task}:{sample.id}".encode()).digest()
             if int.from_bytes(digest[:8], "big") < shares.get(task, 0.0) * 2**64:
                 target = _target(task, sample.text, labels, star_policy)
-                asked = replace(labels, task=task, target=target)
-                result.append(replace(sample, id=f"{sample.id}#{task}", pronunciation=asked))
+                pronunciation = replace(labels, task=task, target=target)
+                result.append(replace(sample, id=f"{sample.id}#{task}", pronunciation=pronunciation))
     return result
 
 
@@ -72,15 +72,14 @@ def task_of(sample: Sample) -> Task:
     Raises:
         ManifestError: it has none, or an unknown one.
     """
-    asked = sample.pronunciation.task if sample.pronunciation else None
-    task: Task | None = next((task for task in TASKS if task == asked), None)
-    if task is None:
-        raise ManifestError(f"{sample.source or sample.id}: task {asked!r} is none of {', '.join(TASKS)}")
-    return task
+    name = sample.pronunciation.task if sample.pronunciation else None
+    if name not in TASKS:
+        raise ManifestError(f"{sample.source or sample.id}: task {name!r} is none of {', '.join(TASKS)}")
+    return name
 
 
 def target_of(sample: Sample) -> dict[str, int | str]:
-    """The right answer to a task sample: whole-number scores, or words in lower case and realised phones.
+    """The correct answer to a task sample: whole-number scores, or words in lower case and realised phones.
 
     Raises:
         ManifestError: the sample has no target.

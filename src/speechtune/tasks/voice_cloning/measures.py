@@ -175,10 +175,16 @@ def _similarities(
         return sims
     embedded = dict(zip(voices, encoder.embed(list(voices.values())), strict=True))
     wanted = np.stack([embedded[key] for *_, key in spoken])
-    similarities = encoder.similarity(encoder.embed([audio for _, audio, _ in spoken]), wanted)
+    similarities = cosine(encoder.embed([audio for _, audio, _ in spoken]), wanted)
     for (i, *_), similarity in zip(spoken, similarities, strict=True):
         sims[i] = float(similarity)
     return sims
+
+
+def cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows, shape (clips,): seed-tts-eval's SIM."""
+    norms = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    return (a_ND * b_ND).sum(axis=1) / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 def summarise(rows: Sequence[VoiceRow]) -> dict[str, float]:

@@ -37,12 +37,6 @@ TARGET_DBFS = -30
 VAD_WINDOW, VAD_SMOOTHING, VAD_SILENCE = 480, 8, 6  # samples (30 ms); windows
 
 
-def cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows, shape (clips,): seed-tts-eval's SIM."""
-    norms = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
-    return (a_ND * b_ND).sum(axis=1) / np.maximum(norms, np.finfo(np.float32).tiny)
-
-
 class Resemblyzer:
     """Resemblyzer 0.1.4 (GE2E, Wan et al. 2018): its weights, and its steps without librosa, which brings numba.
 
@@ -71,10 +65,6 @@ class Resemblyzer:
         """Embeddings of length 1, float32 of shape (clips, 256); one clip at a time, its pieces together."""
         rows = [self._embed(waveform(audio)) for audio in audios]
         return np.stack(rows) if rows else np.zeros((0, HIDDEN), np.float32)
-
-    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine of each pair of rows, shape (clips,)."""
-        return cosine(a, b)
 
     @torch.inference_mode()
     def _embed(self, samples: np.ndarray) -> np.ndarray:
@@ -160,7 +150,3 @@ class WavLM:
             embedding = self._model(inputs["input_values"].to(self._device)).embeddings[0].float()
             rows.append(nn.functional.normalize(embedding, dim=0).cpu().numpy())
         return np.stack(rows) if rows else np.zeros((0, self._model.config.xvector_output_dim), np.float32)
-
-    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine of each pair of rows, shape (clips,)."""
-        return cosine(a, b)
