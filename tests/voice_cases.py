@@ -21,7 +21,7 @@ def tone(level: float, seconds: float = 1.0) -> Audio:
 
 
 class FakeAsr:
-    """Hears the words it is told, by loudness in tenths."""
+    """Returns given words, chosen by loudness in tenths."""
 
     name = "fake asr"
 

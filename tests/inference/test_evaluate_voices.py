@@ -77,7 +77,7 @@ def test_base_and_adapters_side_by_side(
 def test_a_killed_evaluation_goes_on_and_ends_alike(
     evaluate: Callable[..., dict], prompts: Path, tmp_path: Path
 ) -> None:
-    whole = evaluate(prompts, out="whole")
+    complete = evaluate(prompts, out="complete")
     evaluate(prompts, out="torn")
     folder = tmp_path / "torn" / "base"
     lines = (folder / "outputs.jsonl").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_goes_on_and_ends_alike(
     again = evaluate(prompts, out="torn")
     assert kept.stat().st_mtime_ns == before and others[0].is_file()
     for name in ("stop_rate", "duration_ratio"):
-        assert again["systems"]["base"]["summary"][name] == whole["systems"]["base"]["summary"][name]
+        assert again["systems"]["base"]["summary"][name] == complete["systems"]["base"]["summary"][name]
 
 
 def test_the_batch_size_changes_nothing(evaluate: Callable[..., dict], prompts: Path, tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ def test_transcripts_are_read(text: str, expected: dict[str, Any] | None) -> Non
 
 
 def test_what_is_known_beside_the_values() -> None:
-    whole = read_answer("MDD", '{"word_transcript": "a", "phoneme_transcript": "ah0 xx3 θ <DEL> T"}')
-    assert not whole.truncated
-    assert whole.values["phones"] == ["AH", "XX3", "Θ", "T"] and whole.unknown_labels == 2
-    assert whole.raw_phones == ["ah0", "xx3", "θ", "<DEL>", "T"]
+    complete = read_answer("MDD", '{"word_transcript": "a", "phoneme_transcript": "ah0 xx3 θ <DEL> T"}')
+    assert not complete.truncated
+    assert complete.values["phones"] == ["AH", "XX3", "Θ", "T"] and complete.unknown_labels == 2
+    assert complete.raw_phones == ["ah0", "xx3", "θ", "<DEL>", "T"]
     for task, text in (
         ("MDD", '{"word_transcript": "a", "phoneme_transcript": "T EH'),
         ("MDD", '{"word_transcript": "a", "phoneme_transcript": "T EH"'),
@@ -98,7 +98,7 @@ def test_what_is_known_beside_the_values() -> None:
         assert cut.truncated
     nothing = read_answer("MDD", '{"word_transcript": "a ca')
     assert nothing.truncated and not nothing.values
-    prose = read_answer("MDD", "I cannot hear that.")
+    prose = read_answer("MDD", "There is no speech.")
     assert not prose.truncated and read_answer("MDD", "").values == {}
     bare = read_answer("APA", "accuracy: 8")
     assert not bare.truncated

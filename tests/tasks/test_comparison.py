@@ -33,18 +33,18 @@ def rows(errors: list[int | None], sims: list[float | None] | None = None) -> li
 def test_means_groups_and_p_values() -> None:
     base = rows([1] * 20, [0.9] * 20)
     worse = rows([5] * 20, [0.9 - 0.01 * (n % 2) for n in range(20)])
-    found = compare({"base": base, "tuned": worse}, scorers({}))
-    assert found.prompts == 20 and list(found.systems) == ["base", "tuned"] and found.missing == ()
-    first, second = found.systems["base"].estimates, found.systems["tuned"].estimates
+    comparison = compare({"base": base, "tuned": worse}, scorers({}))
+    assert comparison.prompts == 20 and list(comparison.systems) == ["base", "tuned"] and comparison.missing == ()
+    first, second = comparison.systems["base"].estimates, comparison.systems["tuned"].estimates
     assert first["wer"].value == pytest.approx(0.1) and first["wer"].p_value is None
     assert (second["wer"].value, second["wer"].low, second["wer"].high) == pytest.approx((0.5, 0.5, 0.5))
     assert second["wer"].p_value is not None and second["wer"].p_value < 0.001
     assert second["mos"].p_value == 1.0 and second["duration_ratio"].p_value is None
-    assert set(found.systems["base"].groups["speaker"]) == {"s0", "s1", "s2"}
-    assert found.systems["base"].groups["language"]["en"]["wer"] == pytest.approx(0.1)
-    assert found.systems["base"].warnings == []
-    assert "WER rose from 10.0% to 50.0%" in found.systems["tuned"].warnings[0]
-    assert [r.system for r in found.rows] == ["base"] * 20 + ["tuned"] * 20
+    assert set(comparison.systems["base"].groups["speaker"]) == {"s0", "s1", "s2"}
+    assert comparison.systems["base"].groups["language"]["en"]["wer"] == pytest.approx(0.1)
+    assert comparison.systems["base"].warnings == []
+    assert "WER rose from 10.0% to 50.0%" in comparison.systems["tuned"].warnings[0]
+    assert [r.system for r in comparison.rows] == ["base"] * 20 + ["tuned"] * 20
 
 
 def test_the_interval_is_scipys() -> None:
@@ -60,8 +60,8 @@ def test_the_interval_is_scipys() -> None:
 
 def test_a_rate_is_resampled_as_a_quotient() -> None:
     errors, words = np.array([0.0, 10.0]), np.array([90.0, 10.0])
-    found = estimate(errors, words, False)
-    assert (found.value, found.low, found.high) == (0.1, 0.0, 1.0)
+    figure = estimate(errors, words, False)
+    assert (figure.value, figure.low, figure.high) == (0.1, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [5, 13, 14, 60])
@@ -90,10 +90,10 @@ def test_holm_by_hand() -> None:
 
 def test_only_prompts_that_both_measured_are_tested() -> None:
     base, tuned = rows([0, None, 3, 4]), rows([9, 9, None, 4])
-    found = compare({"base": base, "tuned": tuned}, Scorers())
-    assert found.systems["tuned"].estimates["wer"].count == 3
-    assert found.systems["tuned"].estimates["wer"].p_value == 1.0  # one differing prompt has two signs
-    assert len(found.missing) == 3
+    comparison = compare({"base": base, "tuned": tuned}, Scorers())
+    assert comparison.systems["tuned"].estimates["wer"].count == 3
+    assert comparison.systems["tuned"].estimates["wer"].p_value == 1.0  # one differing prompt has two signs
+    assert len(comparison.missing) == 3
 
 
 def test_other_prompts_are_refused() -> None:
@@ -111,12 +111,12 @@ def test_the_worst_come_first() -> None:
 
 def test_table_and_files(tmp_path: Path) -> None:
     base = [replace(r, audio=f"base/{r.id}.wav") for r in rows([0, 1, 2])]
-    found = compare({"base": base, "run[1]": rows([9, 9, 9], [None] * 3)}, Scorers(asr=scorers({}).asr))
+    comparison = compare({"base": base, "run[1]": rows([9, 9, 9], [None] * 3)}, Scorers(asr=scorers({}).asr))
     text = io.StringIO()
-    print_comparison(found, Console(file=text, width=200))
+    print_comparison(comparison, Console(file=text, width=200))
     for expected in ("run[1]", "10.0% [0.0%, 20.0%]", "90.0%", "worst of base: p2 base/p2.wav", "fake asr", "no MOS"):
         assert expected in text.getvalue()
-    metrics_file, rows_file = write_results(found.to_json(), found.rows, tmp_path)
+    metrics_file, rows_file = write_results(comparison.to_json(), comparison.rows, tmp_path)
     values = json.loads(metrics_file.read_text())
     assert values["baseline"] == "base" and "Holm" in values["test"] and "rows" not in values
     assert values["systems"]["base"]["worst"][0]["audio"] == "base/p2.wav"
@@ -126,10 +126,10 @@ def test_table_and_files(tmp_path: Path) -> None:
 
 
 def test_one_prompt_alone_and_nothing_measured() -> None:
-    found = compare({"base": [row(0, None, None, mos=None, duration_ratio=None)]}, Scorers())
-    assert set(found.systems["base"].estimates) == {"stop_rate"}
-    assert not math.isnan(found.systems["base"].estimates["stop_rate"].low)
-    print_comparison(found, Console(file=io.StringIO()))
+    comparison = compare({"base": [row(0, None, None, mos=None, duration_ratio=None)]}, Scorers())
+    assert set(comparison.systems["base"].estimates) == {"stop_rate"}
+    assert not math.isnan(comparison.systems["base"].estimates["stop_rate"].low)
+    print_comparison(comparison, Console(file=io.StringIO()))
 
 
 # -- seed-tts-eval's lists -----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ REALISED = [
     ["B", "EH", "R", "K", "<unk>", "L"],
     ["B", "EH", "R", "K", "AO", "L"],
 ]
-HEARD = [
+PREDICTED = [
     "B EH R K AO L",  # all TA
     "B EY R K AO L",  # one CD
     "B EH R K AO L",  # one FA
@@ -71,9 +71,9 @@ def corpus() -> list[Sample]:
 
 def model_answers() -> list[str | None]:
     texts: list[str | None] = []
-    for guess, heard in zip(GUESSES, HEARD, strict=True):
+    for guess, predicted in zip(GUESSES, PREDICTED, strict=True):
         texts.append(render_answer({"accuracy": guess, "fluency": guess, "prosodic": guess, "total": 7}))
-        texts.append(render_answer({"word_transcript": "bear call", "phoneme_transcript": heard}))
+        texts.append(render_answer({"word_transcript": "bear call", "phoneme_transcript": predicted}))
     return texts
 
 
@@ -103,7 +103,7 @@ def test_transcripts_agree_with_jiwer_and_by_hand() -> None:
     report = evaluate_answers(corpus(), model_answers())
     assert report.mdd and report.mdd.detection and report.mdd.baseline
     references = [" ".join(phones) for phones in REALISED]
-    assert report.mdd.per.parsed.rate == pytest.approx(jiwer.wer(references, HEARD))
+    assert report.mdd.per.parsed.rate == pytest.approx(jiwer.wer(references, PREDICTED))
     assert report.mdd.per.parsed.rate == pytest.approx(4 / 35) == report.mdd.per.parsed.raw_rate
     assert report.mdd.wer.parsed.rate == 0
     found = report.mdd.detection.parsed
@@ -137,7 +137,7 @@ def test_failures_are_left_out_and_imputed_with_what_is_stated() -> None:
     texts = model_answers()
     texts[0], texts[1], texts[3] = (
         None,
-        "I cannot hear that.",
+        "There is no speech.",
         '{"word_transcript": "bear call", "phoneme_transcript": "B',
     )
     texts[2] = '{"accuracy": 6, "fluency": 6'

@@ -20,14 +20,14 @@ WORDS = {5: "red green dark house", 3: "red clean dark"}
 
 
 def test_every_figure_of_a_row() -> None:
-    found = measure(
+    rows = measure(
         [sample(0), sample(1)],
         [output(0, tone(0.5)), output(1, tone(0.3, 2.0), stopped=False)],
         [tone(0.5), tone(0.5)],
         [tone(0.1, 0.5), None],
         scorers(WORDS),
     )
-    first, second = found
+    first, second = rows
     assert (first.id, first.speaker, first.language, first.transcript) == ("p0", "s0", "en", "red green dark house")
     assert (first.wer, first.word_errors, first.words) == (0.0, 0, 4)
     assert first.sim == pytest.approx(1.0) and first.mos == pytest.approx(3.0, abs=0.01)
@@ -35,7 +35,7 @@ def test_every_figure_of_a_row() -> None:
     assert (second.wer, second.word_errors, second.words) == (0.5, 2, 4)  # a substitution and a deletion
     assert second.sim == pytest.approx(math.cos(0.2), abs=1e-3)
     assert (second.stopped, second.seconds, second.duration_ratio) == (False, 2.0, None)
-    assert summarise(found) == {
+    assert summarise(rows) == {
         "wer": 2 / 8,
         "wer_mean": 0.25,
         "sim": pytest.approx((1 + math.cos(0.2)) / 2, abs=1e-3),
@@ -56,36 +56,36 @@ def test_every_figure_of_a_row() -> None:
     ],
 )
 def test_an_output_without_sound_is_the_worst_row_and_says_so(audio: Audio | None, defect: str, seconds: float) -> None:
-    found = measure([sample(0)], [output(0, audio, stopped=False)], [tone(0.5)], [tone(0.5)], scorers(WORDS))
-    assert len(found) == 1
-    assert (found[0].wer, found[0].word_errors, found[0].words, found[0].transcript) == (1.0, 4, 4, "")
-    assert (found[0].sim, found[0].mos, found[0].defect, found[0].seconds) == (0.0, 1.0, defect, seconds)
-    assert summarise(found)["silence_rate"] == 1.0
+    rows = measure([sample(0)], [output(0, audio, stopped=False)], [tone(0.5)], [tone(0.5)], scorers(WORDS))
+    assert len(rows) == 1
+    assert (rows[0].wer, rows[0].word_errors, rows[0].words, rows[0].transcript) == (1.0, 4, 4, "")
+    assert (rows[0].sim, rows[0].mos, rows[0].defect, rows[0].seconds) == (0.0, 1.0, defect, seconds)
+    assert summarise(rows)["silence_rate"] == 1.0
     assert defect_of(tone(0.5)) is None
 
 
 def test_a_missing_scorer_leaves_its_figures_out() -> None:
     for audio in (tone(0.5), None):
-        found = measure([sample(0)], [output(0, audio)], [tone(0.5)], [None], Scorers())
-        assert (found[0].wer, found[0].transcript, found[0].sim, found[0].mos) == (None, None, None, None)
-        assert set(summarise(found)) == {"stop_rate", "silence_rate"}
+        rows = measure([sample(0)], [output(0, audio)], [tone(0.5)], [None], Scorers())
+        assert (rows[0].wer, rows[0].transcript, rows[0].sim, rows[0].mos) == (None, None, None, None)
+        assert set(summarise(rows)) == {"stop_rate", "silence_rate"}
     assert summarise([]) == {}
 
 
 def test_no_reference_no_similarity() -> None:
-    found = measure([sample(0)], [output(0, tone(0.5))], [None], [None], scorers(WORDS))
-    assert found[0].sim is None and "sim" not in summarise(found)
+    rows = measure([sample(0)], [output(0, tone(0.5))], [None], [None], scorers(WORDS))
+    assert rows[0].sim is None and "sim" not in summarise(rows)
 
 
 def test_a_language_the_recogniser_does_not_know_is_not_measured_and_said() -> None:
     samples = [sample(0), sample(1, language="fr"), sample(2, language=None), sample(3, "...")]
     outputs = [output(n, tone(0.5)) for n in range(4)]
     english = scorers(WORDS, frozenset({"en"}))
-    found = measure(samples, outputs, [None] * 4, [None] * 4, english)
-    assert [r.wer for r in found] == [0.0, None, 0.0, None]
-    assert found[1].note == "no WER: fake asr does not know 'fr'" and "no word" in (found[3].note or "")
+    rows = measure(samples, outputs, [None] * 4, [None] * 4, english)
+    assert [r.wer for r in rows] == [0.0, None, 0.0, None]
+    assert rows[1].note == "no WER: fake asr does not know 'fr'" and "no word" in (rows[3].note or "")
     assert english.asr.asked == 3  # type: ignore[union-attr]
-    assert summarise(found)["wer"] == 0.0
+    assert summarise(rows)["wer"] == 0.0
 
 
 def test_a_voice_is_embedded_once() -> None:

@@ -114,7 +114,7 @@ def test_a_waveform_is_resampled_and_clipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "text", "heard", "expected"),
+    ("language", "text", "transcript", "expected"),
     [
         ("en", "It's five o'clock, Mr. Smith!", "it is 5 o'clock mister smith", (0, 6)),
         ("en-US", "a b c d", "a x c", (2, 4)),
@@ -128,10 +128,10 @@ def test_a_waveform_is_resampled_and_clipped() -> None:
         ("en", "...", "anything", (0, 0)),  # nothing was to be said: nothing to measure
     ],
 )
-def test_word_errors_per_language(language: str | None, text: str, heard: str, expected: tuple[int, int]) -> None:
+def test_word_errors_per_language(language: str | None, text: str, transcript: str, expected: tuple[int, int]) -> None:
     pytest.importorskip("whisper_normalizer")
     pytest.importorskip("jiwer")
-    assert spoken_text.word_errors(text, heard, language) == expected
+    assert spoken_text.word_errors(text, transcript, language) == expected
 
 
 def test_word_errors_are_jiwers() -> None:
@@ -141,9 +141,9 @@ def test_word_errors_are_jiwers() -> None:
     generator = np.random.default_rng(0)
     words = ["red", "green", "blue", "dark", "house", "river"]
     for _ in range(50):
-        text, heard = (" ".join(generator.choice(words, size=generator.integers(1, 9))) for _ in range(2))
-        errors, count = spoken_text.word_errors(text, heard, "en")
-        assert errors / count == pytest.approx(jiwer.process_words(text, heard).wer, abs=1e-12)
+        text, transcript = (" ".join(generator.choice(words, size=generator.integers(1, 9))) for _ in range(2))
+        errors, count = spoken_text.word_errors(text, transcript, "en")
+        assert errors / count == pytest.approx(jiwer.process_words(text, transcript).wer, abs=1e-12)
 
 
 def test_the_normalisation_is_stated() -> None:
@@ -247,10 +247,13 @@ def test_whisper_gives_what_transformers_gives(whisper: Path, clips: list[Audio]
     asr = load_scorers(f"whisper:{whisper}", None, None).asr
     assert asr is not None and "Whisper" in asr.name and "sha256" in asr.name and asr.languages is None
     languages = ["en", "fr", "en", "en-US", "fr", "en"]
-    heard = asr.transcribe(clips, languages)
-    assert any(heard)
-    assert asr.transcribe(clips[::-1], languages[::-1])[::-1] == heard
-    assert [asr.transcribe([clip], [language])[0] for clip, language in zip(clips, languages, strict=True)] == heard
+    transcripts = asr.transcribe(clips, languages)
+    assert any(transcripts)
+    assert asr.transcribe(clips[::-1], languages[::-1])[::-1] == transcripts
+    alone = [asr.transcribe([clip], [language])[0] for clip, language in zip(clips, languages, strict=True)]
+    assert alone == transcripts
+        asr.transcribe([clip], [language])[0] for clip, language in zip(clips, languages, strict=True)
+    ] == transcripts
     model = WhisperForConditionalGeneration.from_pretrained(whisper).eval()
     extract = WhisperFeatureExtractor.from_pretrained(whisper)
     tokenizer = WhisperTokenizerFast.from_pretrained(whisper)
@@ -258,17 +261,17 @@ def test_whisper_gives_what_transformers_gives(whisper: Path, clips: list[Audio]
         resample(clips[0], RATE).samples, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
     )
     ids = model.generate(**inputs, language="en", task="transcribe")
-    assert tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip() == heard[0]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip() == transcripts[0]
 
 
-def test_whisper_hears_more_than_its_window(whisper: Path, clips: list[Audio]) -> None:
+def test_whisper_transcribes_more_than_its_window(whisper: Path, clips: list[Audio]) -> None:
     pytest.importorskip("whisper_normalizer")
     asr = load_scorers(f"whisper:{whisper}", None, None).asr
     assert asr is not None
     long = Audio(np.tile(clips[0].samples, 40)[: 33 * clips[0].sampling_rate], clips[0].sampling_rate)
-    heard = asr.transcribe([long, clips[1]], ["en", "en"])
-    assert heard[1] == asr.transcribe([clips[1]], ["en"])[0]
-    assert heard[0] == asr.transcribe([long], ["en"])[0]
+    transcripts = asr.transcribe([long, clips[1]], ["en", "en"])
+    assert transcripts[1] == asr.transcribe([clips[1]], ["en"])[0]
+    assert transcripts[0] == asr.transcribe([long], ["en"])[0]
 
 
 def test_weights_that_are_no_model_are_one_clear_error(tmp_path: Path) -> None:

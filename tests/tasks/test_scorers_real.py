@@ -203,8 +203,8 @@ def test_dnsmos_scores_are_the_packages_own(speech: list[Spoken]) -> None:
 # -- words ---------------------------------------------------------------------------------------------------------
 
 
-def corpus_wer(texts: list[str], heard: list[str], languages: list[str]) -> float:
-    counts = [spoken_text.word_errors(*row) for row in zip(texts, heard, languages, strict=True)]
+def corpus_wer(texts: list[str], transcripts: list[str], languages: list[str]) -> float:
+    counts = [spoken_text.word_errors(*row) for row in zip(texts, transcripts, languages, strict=True)]
     return sum(errors for errors, _ in counts) / sum(words for _, words in counts)
 
 
@@ -225,14 +225,14 @@ def recogniser(request: pytest.FixtureRequest) -> Transcriber:
 def test_right_texts_have_fewer_errors_than_shuffled_ones(recogniser: Transcriber, speech: list[Spoken]) -> None:
     known = [s for s in speech if recogniser.languages is None or s.language in recogniser.languages]
     texts, languages = [s.text for s in known], [s.language for s in known]
-    heard = recogniser.transcribe([s.audio for s in known], languages)
-    right = corpus_wer(texts, heard, languages)
-    shuffled = corpus_wer(texts[1:] + texts[:1], heard, languages[1:] + languages[:1])
+    transcripts = recogniser.transcribe([s.audio for s in known], languages)
+    right = corpus_wer(texts, transcripts, languages)
+    shuffled = corpus_wer(texts[1:] + texts[:1], transcripts, languages[1:] + languages[:1])
     print(f"{recogniser.name}: {len(known)} clips, WER {right:.1%}, with texts shuffled {shuffled:.1%}")
     assert right < 0.3 and shuffled > 0.7
     some = range(0, len(known), 5)
     again = recogniser.transcribe([known[i].audio for i in reversed(some)], [languages[i] for i in reversed(some)])
-    assert again[::-1] == [heard[i] for i in some]  # in another company and order
+    assert again[::-1] == [transcripts[i] for i in some]  # in another company and order
 
 
 def test_pocketsphinx_hears_what_the_package_hears(speech: list[Spoken]) -> None:
