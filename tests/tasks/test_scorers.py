@@ -252,8 +252,6 @@ def test_whisper_gives_what_transformers_gives(whisper: Path, clips: list[Audio]
     assert asr.transcribe(clips[::-1], languages[::-1])[::-1] == transcripts
     alone = [asr.transcribe([clip], [language])[0] for clip, language in zip(clips, languages, strict=True)]
     assert alone == transcripts
-        asr.transcribe([clip], [language])[0] for clip, language in zip(clips, languages, strict=True)
-    ] == transcripts
     model = WhisperForConditionalGeneration.from_pretrained(whisper).eval()
     extract = WhisperFeatureExtractor.from_pretrained(whisper)
     tokenizer = WhisperTokenizerFast.from_pretrained(whisper)
