@@ -217,9 +217,8 @@ def _clip(cell: Cell, pictures: Mapping[Path, Picture | None], seconds: float) -
     if picture is not None:
         width = min(100.0, 100 * min(picture.duration_seconds, MAX_CLIP_SECONDS) / seconds)
         image = f'<img src="{picture.mel}" alt="mel picture, {label}" style="width:{width:.1f}%">'
-        parts.append(
-            f'<div class="mel">{image}</div><audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>'
-        )
+        player = f'<audio controls preload="metadata" src="{picture.sound}" title="{label}"></audio>'
+        parts.append(f'<div class="mel">{image}</div>{player}')
         if picture.cut:
             parts.append(f"<p>first {MAX_CLIP_SECONDS:.0f} s of {picture.duration_seconds:.0f} s</p>")
     elif path is not None:
