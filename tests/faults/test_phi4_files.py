@@ -328,7 +328,10 @@ def other_layers(tensors: dict[str, torch.Tensor]) -> None:
 
 
 SPEECH_ISSUES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "folder gone": (lambda f: shutil.rmtree(f / "speech-lora"), r"no folder .*speech-lora; the base cannot hear"),
+    "folder gone": (
+        lambda f: shutil.rmtree(f / "speech-lora"),
+        r"no folder .*speech-lora; the base cannot process audio",
+    ),
     "weights gone": (lambda f: (f / LORA_WEIGHTS).unlink(), r"no adapter_model\.safetensors"),
     "config gone": (lambda f: (f / "speech-lora/adapter_config.json").unlink(), r"no adapter_config\.json"),
     "LFS pointer": (lambda f: (f / LORA_WEIGHTS).write_text(POINTER), r"adapter_model\.safetensors: a Git LFS pointer"),
@@ -348,7 +351,7 @@ SPEECH_ISSUES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_speech_lora_is_refused(
     mode: str, issue: str, phi4_copy: Path, phi4_config: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained without it, the adapter would belong to a base that cannot hear."""
+    """Trained without it, the adapter would belong to a base that cannot process audio."""
     damage, reason = SPEECH_ISSUES[issue]
     damage(phi4_copy)
     code, message = train(phi4_config(model={"path": str(phi4_copy), "speech_lora": mode}), capsys)

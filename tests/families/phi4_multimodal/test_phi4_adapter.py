@@ -80,7 +80,7 @@ def test_saved_reloaded_and_merged_answer_alike(phi4_run: Outcome, phi4_base: Pa
     assert report.greedy_equal and report.adapter_effect > 1
     plain = plain_base(tmp_path / "merged")
     assert distance(family.probe(plain)[0], trained) < 1e-5
-    again = family_on(tmp_path / "merged")  # its marker says that it hears already
+    again = family_on(tmp_path / "merged")  # its marker says that the speech LoRA is in its weights
     assert distance(again.probe(again.load(FP32).eval())[0], trained) < 1e-5
     with pytest.raises(ConfigError, match="written by speechtune"):
         family_on(tmp_path / "merged", model={"speech_lora": "merge"}).load(FP32)
@@ -125,7 +125,7 @@ def test_what_each_mode_makes_of_the_speech_lora(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_a_mode_starts_from(mode: str, phi4_base: Path, phi4_samples: list[Sample]) -> None:
-    """Before the first step all modes but `drop` hear: their logits are those of the base with its speech LoRA."""
+    """Before the first step the logits of all modes but `drop` are those of the base with its speech LoRA."""
     family = family_on(phi4_base, model={"speech_lora": mode}, lora=MODES[mode])
     model = apply_lora(family.load(FP32), family, family.config.lora, seed=0).eval()
     plain = native_logits(plain_base(phi4_base), phi4_base, phi4_samples[0])
@@ -165,7 +165,7 @@ def test_a_released_speech_lora_names_other_modules_than_the_native_ones(phi4_ba
 
 def test_a_base_without_speech_lora_is_refused_until_told(phi4_base: Path, tmp_path: Path) -> None:
     base = shutil.copytree(phi4_base, tmp_path / "base", ignore=shutil.ignore_patterns("speech-lora"))
-    with pytest.raises(ConfigError, match="cannot hear without its speech LoRA"):
+    with pytest.raises(ConfigError, match="cannot process audio without its speech LoRA"):
         family_on(base).load(FP32)
     family_on(base, model={"speech_lora": "drop"}).load(FP32)
     family_on(base, model={"speech_lora_path": str(phi4_base / "speech-lora")}).load(FP32)

@@ -1,4 +1,4 @@
-"""Phi-4-multimodal: hearing, prompt, loss and answers, against plain transformers and a formula."""
+"""Phi-4-multimodal: speech input, prompt, loss and answers, against plain transformers and a formula."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def clips_of(lengths: tuple[int, ...]) -> list[np.ndarray]:
 @torch.no_grad()
 def test_each_clip_of_a_padded_batch_is_encoded_as_by_the_native_encoder_alone(model: torch.nn.Module) -> None:
     """Guards against the native padding mask: added as +1, it lets neighbours change an encoding by a fifth."""
-    hearing = model.model.embed_tokens_extend.audio_embed
+    audio_embed = model.model.embed_tokens_extend.audio_embed
     clips = clips_of(LENGTHS)
-    together = embed_clips(hearing, *pad_features(clips, 8)).split([num_positions(n, 8) for n in LENGTHS])
+    together = embed_clips(audio_embed, *pad_features(clips, 8)).split([num_positions(n, 8) for n in LENGTHS])
     for clip, found in zip(clips, together, strict=True):
-        native = hearing.encoder(torch.from_numpy(clip)[None], None)
-        native = hearing.down_proj_for_speech(torch.nn.functional.gelu(hearing.up_proj_for_speech(native)))[0]
+        native = audio_embed.encoder(torch.from_numpy(clip)[None], None)
+        native = audio_embed.down_proj_for_speech(torch.nn.functional.gelu(audio_embed.up_proj_for_speech(native)))[0]
         torch.testing.assert_close(found, native, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_the_native_encoder_does_depend_on_batch_mates(model: torch.nn.Module) -> None:
-    """The issue the test above guards against is there: were it mended upstream, our own encoder could go."""
+    """The issue the test above guards against is there: were it fixed upstream, our own encoder could go."""
     encoder = model.model.embed_tokens_extend.audio_embed.encoder
     short, long = map(torch.from_numpy, clips_of((100, 300)))
     alone = encoder(short[None], None)[0]
@@ -164,9 +164,9 @@ def test_a_clip_of_40_seconds_is_taken(phi4_family: Phi4MultimodalFamily, model:
     rng = np.random.default_rng(0)
     clips = [Audio(rng.normal(0, 0.1, n).astype(np.float32), 16_000) for n in (16_000, 640_000)]
     found = phi4_family.encode_audio(clips)
-    hearing = model.model.embed_tokens_extend.audio_embed
+    audio_embed = model.model.embed_tokens_extend.audio_embed
     with torch.no_grad():
-        embeds = embed_clips(hearing, *pad_features(found, 8))
+        embeds = embed_clips(audio_embed, *pad_features(found, 8))
     assert len(embeds) == 13 + 500 and bool(embeds.isfinite().all())
 
 

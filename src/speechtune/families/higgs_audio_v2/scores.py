@@ -1,4 +1,4 @@
-"""Higgs Audio v2, heard: what spoken answers are worth, by scorers outside the model."""
+"""Scores of Higgs Audio v2: generated speech by scorers outside the model, and codes by what was to be predicted."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ SCORER_NAMES = frozenset({"wer", "sim", "mos"})
 
 
 def count_correct_codes(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:
-    """Right targets and all targets, per codebook and of the ends of speech, of logits at P positions."""
+    """Correct targets and all targets, per codebook and of the ends of speech, of logits at P positions."""
     wanted_PK = targets_PK != IGNORE
-    right_PK = (audio_PKV.argmax(-1) == targets_PK) & wanted_PK
+    correct_PK = (audio_PKV.argmax(-1) == targets_PK) & wanted_PK
     end_PK = targets_PK == eos
-    pairs = zip(right_PK.sum(0).tolist(), wanted_PK.sum(0).tolist(), strict=True)
-    found = {f"codebook_accuracy_{k}": pair for k, pair in enumerate(pairs)}
-    return found | {END_ACCURACY: (int((right_PK & end_PK).sum()), int(end_PK.sum()))}
+    pairs = zip(correct_PK.sum(0).tolist(), wanted_PK.sum(0).tolist(), strict=True)
+    counts = {f"codebook_accuracy_{k}": pair for k, pair in enumerate(pairs)}
+    return counts | {END_ACCURACY: (int((correct_PK & end_PK).sum()), int(end_PK.sum()))}
 
 
 def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, sampling_rate: int) -> Scored:
-    """How intelligible, how like the reference's voice, how natural, and whether it ends; see `voice_measure`.
+    """How intelligible, how like the reference's voice, how natural, and whether it ends; see `measures`.
 
     A sample without reference is compared with its own recording.
     """
@@ -57,7 +57,7 @@ def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: 
 
 
 def speech_warnings(scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
-    """See `voice_measure.warnings_of`; and targets without an end, which no loss shows."""
+    """See `measures.warnings_of`; and targets without an end, which no loss shows."""
     from speechtune.tasks.voice_cloning.measures import warnings_of
 
     return [*([] if END_ACCURACY in scores else [NO_END]), *warnings_of(scores, base)]

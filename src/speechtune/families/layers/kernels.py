@@ -4,7 +4,7 @@ The arithmetic is that of transformers' native classes: the norm in float32, eve
 Fewer passes over memory round less often, so the results differ from the native ones by rounding alone.
 
 Of Liger (https://github.com/linkedin/Liger-Kernel) the norm and the gated unit are used. Its rotary embedding writes
-into queries and keys behind autograd's back, where the two passes below cost little; it is left out.
+into queries and keys without autograd's knowledge, and the two passes below cost little; it is left out.
 """
 
 from __future__ import annotations

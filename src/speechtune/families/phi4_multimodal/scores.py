@@ -1,4 +1,4 @@
-"""Phi-4-multimodal, read: what answers to the two tasks are worth, in a few figures for curves and best checkpoints."""
+"""Scores of Phi-4-multimodal: answers to both tasks, in a few figures for curves and the choice of checkpoints."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def score_answers(samples: Sequence[Sample], outputs: Sequence[Output]) -> Score
 
 def headline(report: EvaluationReport) -> dict[str, float]:
     """The figures of `SCORE_NAMES` that are defined: a correlation of constant answers is not, and is left out."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     rates = []
     if report.apa is not None:
         rates.append((report.apa.parse_rate, report.apa.count))
-        for name, figures in (report.apa.scores.imputed or report.apa.scores.parsed).items():
-            found |= {f"pcc_{name}": figures.pcc, f"mae_{name}": figures.mae}
+        for name, agreement in (report.apa.scores.imputed or report.apa.scores.parsed).items():
+            figures |= {f"pcc_{name}": agreement.pcc, f"mae_{name}": agreement.mae}
     if report.mdd is not None:
         rates.append((report.mdd.parse_rate, report.mdd.count))
-        found |= {"wer": report.mdd.wer.imputed.rate, "per": report.mdd.per.imputed.rate}
-        found["phone_match_f1"] = report.mdd.phone_match_imputed.f1
+        figures |= {"wer": report.mdd.wer.imputed.rate, "per": report.mdd.per.imputed.rate}
+        figures["phone_match_f1"] = report.mdd.phone_match_imputed.f1
         if report.mdd.detection is not None:
-            found["mdd_f1"] = report.mdd.detection.imputed.f1
-    found["parse_rate"] = sum(rate * count for rate, count in rates) / sum(count for _, count in rates)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+            figures["mdd_f1"] = report.mdd.detection.imputed.f1
+    figures["parse_rate"] = sum(rate * count for rate, count in rates) / sum(count for _, count in rates)
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def warnings_of(scores: Mapping[str, float]) -> list[str]:
     """Answers that do not end, cannot be read, or are all alike."""
-    found = []
+    warnings = []
     if scores.get("stop_rate", 1.0) < FEW:
-        found.append(f"only {scores['stop_rate']:.0%} of the answers end by themselves: is <|end|> in the targets?")
+        warnings.append(f"only {scores['stop_rate']:.0%} of the answers end by themselves: is <|end|> in the targets?")
     if scores.get("parse_rate", 1.0) < FEW:
-        found.append(f"only {scores['parse_rate']:.0%} of the answers can be read as JSON with all fields")
+        warnings.append(f"only {scores['parse_rate']:.0%} of the answers can be read as JSON with all fields")
     if "mae_total" in scores and "pcc_total" not in scores:
-        found.append("the model gives every recording the same total score: it hears nothing, or hedges")
-    return found
+        warnings.append("the model gives every recording the same total score: it does not use the audio")
+    return warnings

@@ -1,8 +1,8 @@
-"""Microsoft's speech LoRA: without it Phi-4-multimodal cannot hear, so what becomes of it is said and recorded.
+"""Microsoft's speech LoRA, without which Phi-4-multimodal cannot process audio: merged, continued, stacked or dropped.
 
 `merge` adds it to the base's weights, and a new adapter learns on top; `continue` trains it further; `stack` keeps it
 frozen and active beside the new adapter; `drop` leaves it out. Putting a new adapter on a base that carries it, as PEFT
-and transformers do by default, would switch it off without a word.
+and transformers do by default, would switch it off without a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SpeechLora:
             if wanted not in (None, "drop"):
                 raise ConfigError(
                     f"model.speech_lora={wanted}: {self.model.path} is a model written by speechtune, and its {MARKER} "
-                    "says what it hears with; leave model.speech_lora out"
+                    "says which speech LoRA it has; leave model.speech_lora out"
                 )
             return "included"
         return wanted or "merge"
@@ -68,8 +68,8 @@ class SpeechLora:
             folder = self._download()
         if not folder.is_dir():
             raise ConfigError(
-                f"model.speech_lora={self.mode}: no folder {folder}; the base cannot hear without its speech LoRA: "
-                "name it with model.speech_lora_path, or set model.speech_lora=drop for a base that hears by itself"
+                f"model.speech_lora={self.mode}: no folder {folder}; the base cannot process audio without its speech "
+                "LoRA: name it with model.speech_lora_path, or set model.speech_lora=drop for a base that needs none"
             )
         return folder
 
@@ -96,7 +96,7 @@ class SpeechLora:
             ConfigError: NaN or infinity in the base.
         """
         if self.mode == "drop":
-            log.warning("model.speech_lora=drop: the base's speech LoRA is left out; Microsoft's base cannot hear then")
+            log.warning("model.speech_lora=drop: Microsoft's base cannot process audio without its speech LoRA")
         if self.path is None or self.mode == "continue":
             return model
         adapted = attach(model, self.path)
