@@ -155,4 +155,4 @@ def test_fit_says_what_the_run_will_take(config: RunConfig, tmp_path: Path, caps
     assert not config.output_dir.exists()
     assert main(["fit", str(recipe)]) == 0
     shown = capsys.readouterr().out
-    assert "for the whole run" in " ".join(shown.split()) and "batch.tokens=" in shown
+    assert "for the complete run" in " ".join(shown.split()) and "batch.tokens=" in shown

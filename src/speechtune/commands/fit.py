@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def fit_recipe(config: RunConfig, *, price_per_hour: float | None = None, as_json: bool = False) -> int:
-    """Measure budgets for a recipe with its own data and base, and print what the whole run will take.
+    """Measure budgets for a recipe with its own data and base, and print what the complete run will take.
 
     Nothing is written but the encoded clips, which the run will need anyway.
 
@@ -107,8 +107,8 @@ def _show(answer: dict[str, Any], results: list[Fit], limit: int) -> None:
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:,.2f}"
     console.print(
         f"batch.tokens={answer['tokens']} on {answer['device']}: {answer['steps']} steps of about "
-        f"{answer['micro_batches_per_step']} micro-batches, {answer['hours']:.2f} h{cost} for the whole run (without "
-        "evaluation and saving)",
+        f"{answer['micro_batches_per_step']} micro-batches, {answer['hours']:.2f} h{cost} for the complete run "
+        "(without evaluation and saving)",
         highlight=False,
     )
 

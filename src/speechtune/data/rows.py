@@ -122,7 +122,7 @@ def _line_rows(file: TextIO, path: Path) -> Iterator[Row]:
 
 
 class _Scanner:
-    """Decodes one JSON value after the other out of a growing buffer, so that a list is never in memory as a whole."""
+    """Decodes one JSON value after the other out of a growing buffer, so that a list is never in memory all at once."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file = file

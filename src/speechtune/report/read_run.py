@@ -148,7 +148,7 @@ class RunReport:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """What runs are called: the folder's name, with its parent's if it is called as all are, or the whole path."""
+    """What runs are called: the folder's name, with its parent's if it is called as all are, or the full path."""
     paths = [directory.resolve() for directory in directories]
     names = [f"{p.parent.name}/{p.name}" if p.name in {"run", "output"} else p.name for p in paths]
     return names if len(set(names)) == len(names) else [str(directory) for directory in directories]

@@ -15,7 +15,7 @@ from speechtune.config import RunConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order of a whole run, known at every step without replaying the ones before.
+    """The order of a complete run, known at every step without replaying the ones before.
 
     The samples form one endless stream, a fresh permutation per epoch; step s takes the s-th run of
     `global_batch_size` samples from it. So each batch is full, nothing is dropped, and a resume is a `divmod`.

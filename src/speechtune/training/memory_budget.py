@@ -86,7 +86,7 @@ class Memory:
 
 
 def measure_budgets(job: Job, ranks: int = 1, on_result: Callable[[Fit], None] = lambda fit: None) -> list[Fit]:
-    """Try growing budgets until one does not fit or takes a rank's whole step; weights and random state stay.
+    """Try growing budgets until one does not fit or takes a rank's entire step; weights and random state stay.
 
     Args:
         job: a prepared run; its base, adapter and samples are what is measured.

@@ -1,7 +1,7 @@
 """The embedded default: a small Higgs Audio v2 model of the real classes, with tokenizer and codec, made offline.
 
 The language model and the codec carry random weights made from a seed; the codec's codebooks are drawn from the
-residuals of real speech, so that its codes follow the audio. It teaches and tests the whole pipeline; it is no voice.
+residuals of real speech, so that its codes follow the audio. It teaches and tests the entire pipeline; it is no voice.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ AUDIO_ENCODER = (
     r"model\.embed_tokens_extend\.audio_embed\.(encoder\.encoders\.\d+\.(self_attn\.(q|k|v|o)_proj|"
     r"feed_forward_(in|out)\.(gate_up|down)_proj)|(up|down)_proj_for_speech)"
 )
-OTHER_LINEAR = (  # the vision tower too, which no gradient of speech reaches: the guards refuse to train it
+OTHER_LINEAR = (  # the vision encoder too, which no gradient of speech reaches: the guards refuse to train it
     r"model\.embed_tokens_extend\..*\.([qkvo]_proj|out_proj|gate_up_proj|down_proj|fc[12]|embed\.out|"
     r"(up|down)_proj_for(_vision)?_speech|img_projection_(up|down))"
 )

@@ -243,7 +243,7 @@ def warnings_of(summary: Mapping[str, float], baseline: Mapping[str, float] | No
             "and target come from one speaker, is the reference kept out of the loss?"
         )
     if "mos" in both and base["mos"] - summary["mos"] > MOS_FALL:
-        lines.append(f"predicted MOS fell from {base['mos']:.2f} to {summary['mos']:.2f}: listen to the outputs")
+        lines.append(f"predicted MOS fell from {base['mos']:.2f} to {summary['mos']:.2f}: play the outputs")
     length = summary.get("duration_ratio")
     if length is not None and not 1 / DURATION_FACTOR <= length <= DURATION_FACTOR:
         than = "longer" if length > 1 else "shorter"
