@@ -55,6 +55,10 @@ class BatchLoader:
         self._next = step + 1
         return next(self._loader)
 
+    def close(self) -> None:
+        """End the worker processes: they ignore SIGTERM, so the interpreter would wait for them for ever at its end."""
+        self._loader = None
+
     def cut_finer(self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError) -> list[Batch]:
         """The step's samples in micro-batches of half the size; all later steps are cut as finely.
 

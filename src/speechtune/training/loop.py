@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Run:
         self.job.model.train()
         self.first_step, self.loop_started = self.state.step, time.monotonic()
         first_losses: Mapping[str, float] = {}
-        with Interruption() as interruption, self.saver:
+        with Interruption() as interruption, self.saver, closing(self.loader):
             for step in range(self.first_step, self.total_steps):
                 with self.watch.measure("data"):
                     batches = self.loader.take(step)

@@ -90,7 +90,7 @@ class Watchdog:
         self._beats: dict[int, str] = {}  # last beat of each rank
         self._missed: Counter[int] = Counter()  # how often that was read unchanged
         self._unanswered = 0  # turns since the store last answered
-        self._beating = threading.Thread(target=self._keep_beating)
+        self._beating: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self.ranks > 1:
@@ -98,6 +98,7 @@ class Watchdog:
             self._write()
             self.accelerator.wait_for_everyone()  # reading waits for keys that are not there yet
             self._read()
+            self._beating = threading.Thread(target=self._keep_beating)
             self._beating.start()  # no daemon: one still in the store when the interpreter ends aborts the process
             threading.Thread(target=self._judge, daemon=True).start()
         return self
@@ -105,7 +106,7 @@ class Watchdog:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self.ranks == 1:
+        if self._beating is None:
             return
         lost = ""
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or CONNECTION.search(str(error))):
@@ -165,7 +166,7 @@ class Watchdog:
 
     def _lost(self, beats: int) -> str:
         """Which ranks missed so many beats or ended with an error; empty for none."""
-        store_gone = self._beating.ident is not None and not self._beating.is_alive()
+        store_gone = self._beating is not None and not self._beating.is_alive()
         if self._unanswered >= (QUICK_BEATS if store_gone else beats):
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             first = f"; {self._describe(0)}" if self.rank else ""
