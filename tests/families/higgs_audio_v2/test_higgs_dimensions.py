@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from speechtune.config import LoraSettings, RunConfig, shipped_recipes
-from speechtune.families import create_family, load_config
+from speechtune.config import LoraSettings, shipped_recipes
+from speechtune.families import build_config, create_family, load_config
 from speechtune.families.higgs_audio_v2.family import RELEASED_MODEL, HiggsAudioV2Family
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
@@ -21,7 +21,8 @@ TEXT_HEAD = 128_256 * 3072
 @pytest.fixture
 def released() -> HiggsAudioV2Family:
     """The family on the released 3B model; its dimensions are known without the hub."""
-    return HiggsAudioV2Family(RunConfig.model_validate({"family": "higgs_audio_v2", "model": {"path": RELEASED_MODEL}}))
+    values = {"family": "higgs_audio_v2", "model": {"path": RELEASED_MODEL}}
+    return HiggsAudioV2Family(build_config(values, "test"))
 
 
 def trained_by(family: Family, settings: LoraSettings) -> int:
