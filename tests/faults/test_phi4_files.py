@@ -90,10 +90,10 @@ def noise(seconds: float) -> np.ndarray:
 # -- tokenizer -----------------------------------------------------------------------------------------------------
 
 TOKENIZER_ISSUES = {
-    "LFS pointer": (lambda text: POINTER, "a git-lfs pointer, not the file itself"),
-    "web page": (lambda text: WEB_PAGE, "a web page saved under this name"),
+    "LFS pointer": (lambda text: POINTER, "a Git LFS pointer, not the file itself"),
+    "web page": (lambda text: WEB_PAGE, "a web page, not the file itself"),
     "truncated": (lambda text: text[: len(text) // 2], "not valid JSON"),
-    "0 bytes": (lambda text: "", "0 bytes"),
+    "0 bytes": (lambda text: "", "empty (0 bytes)"),
     "null": (lambda text: "null", "holds no JSON object but NoneType"),
     "other JSON": (lambda text: '{"error": "Invalid credentials"}', "not a tokenizer"),
 }
@@ -243,7 +243,7 @@ WEIGHT_ISSUES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of another model": (lambda f: set_config(f, model_type="llama"), "model_type is 'llama'"),
     "truncated in the header": (lambda f: cut(f / "model.safetensors", 0.001), r"model\.safetensors: truncated"),
     "truncated at the end": (lambda f: cut(f / "model.safetensors", 0.999), r"model\.safetensors: truncated"),
-    "LFS pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), r"model\.safetensors: a git-lfs pointer"),
+    "LFS pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), r"model\.safetensors: a Git LFS pointer"),
     "gone": (lambda f: (f / "model.safetensors").unlink(), "the base model does not load"),
     "shard missing": (drop_shard, r"model-00002-of-\d+\.safetensors: missing, model\.safetensors\.index\.json names"),
     "index is a list": (
