@@ -3,8 +3,6 @@
 `save_lora_adapters` and `LoRACheckpointCallback` are for training loops other than speechtune's own.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Audio in and out: the only place where files are decoded and where a sampling rate changes."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

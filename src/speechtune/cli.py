@@ -4,8 +4,6 @@ argparse, because libraries that make flags of function signatures import for th
 takes here, and would need those functions, whose modules import torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ class Verbs:
         parser.set_defaults(module=f"speechtune.commands.{module or name}", function=f"run_{name}")
         return parser.add_argument
 
-    def group(self, name: str, help: str) -> Verbs:
+    def group(self, name: str, help: str) -> "Verbs":
         """A verb with verbs of its own."""
         return Verbs(self._parsers.add_parser(name, help=help), "ACTION")
 

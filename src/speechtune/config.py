@@ -1,12 +1,10 @@
 """`RunConfig`: every option of a run, once; a YAML recipe plus dotted overrides in, a frozen object out."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -219,7 +217,7 @@ class RunConfig(Section, frozen=True):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> RunConfig:
+    def _no_contradictions(self) -> Self:
         if self.data.eval is not None and self.data.validation_split > 0:
             raise ValueError(
                 f"data.eval ({self.data.eval}) and data.validation_split ({self.data.validation_split:g}) are both "

@@ -1,7 +1,5 @@
 """The errors a user can meet: few, and each says what happened, where, and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The precision of a run: dtypes of base, adapter and computation, chosen once for the device, with the reason."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Helpers on tensors: checksums, finiteness, sharded tensors, random state."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 

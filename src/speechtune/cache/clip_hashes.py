@@ -1,7 +1,5 @@
 """Content hashes of clips, kept on disk so that unchanged files are not read again."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 A clip is known by the content of its audio, so text, file names and order of the samples may change freely.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from rich.console import Console
@@ -235,7 +233,7 @@ class _Meter:
         self._num_clips, self._done, self._seconds = num_clips, 0, 0.0
         self._started = self._logged = time.monotonic()
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 

@@ -1,7 +1,5 @@
 """Encoded samples as training reads them: assembled one at a time, their features memory-mapped from the store."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Maps and lists of a million short records in numpy arrays: tens of bytes each, where Python objects take hundreds."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable, Sequence
 from typing import Any, Generic, TypeVar

@@ -4,8 +4,6 @@ A store is a folder of append-only parts, one per writer: `part-0000.bin` holds 
 per array, written after its data. So a complete line names complete data.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -19,7 +17,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -67,10 +65,10 @@ class FeatureStore:
         self._writer: _Writer | None = None
         self._claim_folder()
 
-    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, str]]:
         return FeatureStore, (self.root, self.encode_key)
 
-    def __enter__(self) -> FeatureStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

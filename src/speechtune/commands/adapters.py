@@ -1,7 +1,5 @@
 """`speechtune adapters`, `merge` and `push`: what can be done with a finished adapter."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict

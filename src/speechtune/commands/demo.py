@@ -1,7 +1,5 @@
 """`speechtune demo`: the complete pipeline on a small model, ending in a table whose every line was measured here."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

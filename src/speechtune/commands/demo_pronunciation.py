@@ -4,8 +4,6 @@ The recordings are synthetic voices with made errors and scores by a rule (see t
 tell whether the pipeline learns; of people they tell nothing.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

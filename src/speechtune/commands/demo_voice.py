@@ -1,7 +1,5 @@
 """The demonstration of voice cloning, on real speech of four speakers."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Checks before a run: the machine, the files, the data, and one real training step; each with its cure."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil
@@ -130,7 +128,7 @@ def packages(requirements: Sequence[str]) -> Iterator[Result]:
         yield Result(requirement.name, "pass" if met else "fail", detail, "" if met else cure)
 
 
-def model_folders(trial: Trial) -> Iterator[Result]:
+def model_folders(trial: "Trial") -> Iterator[Result]:
     """Local folders of the base and its parts file by file; hub ids are checked by the hub's client on download."""
     parts = {"model": (trial.config.model.path, None), **trial.family.parts}
     for part, (place, _) in parts.items():

@@ -1,7 +1,5 @@
 """The verb `encode`: encode a recipe's clips into its cache, in one process, in shards, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """`speechtune evaluate`: measure models on recordings or prompts, beside the base and baselines."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

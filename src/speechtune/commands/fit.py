@@ -1,7 +1,5 @@
 """`speechtune fit`: what a recipe will need on this machine, measured before days are spent on it."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

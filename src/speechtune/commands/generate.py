@@ -1,7 +1,5 @@
 """`speechtune generate`: speak a text in the voice of a reference recording, or every row of a manifest."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run one command: expected errors become one message and an exit code."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """`speechtune lint`: find issues in training scripts, and with `--fix` fix the clear ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

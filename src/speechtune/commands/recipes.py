@@ -1,7 +1,5 @@
 """`speechtune recipes`: the recipes that come with the package, listed, printed, or copied to be changed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`speechtune report`: write the report of one run or several, and name the files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

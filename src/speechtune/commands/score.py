@@ -1,7 +1,5 @@
 """`speechtune score`: pronunciation scores of recordings, with words and phones as said."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

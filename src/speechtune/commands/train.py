@@ -1,7 +1,5 @@
 """`speechtune train`: train as a recipe says, or show what that would be."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

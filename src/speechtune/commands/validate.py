@@ -1,7 +1,5 @@
 """The verb `validate`: all issues of a manifest and what it holds, as tables or JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 import unicodedata

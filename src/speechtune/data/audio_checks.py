@@ -1,7 +1,5 @@
 """Checks of the audio that samples name: each file is opened once, however many samples share it."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Rows -> `Sample`: one reader per format; every issue of a row goes to the row's context, none is raised."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

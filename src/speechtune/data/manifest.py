@@ -1,7 +1,5 @@
 """Manifests of voice cloning -> samples; every issue is collected, and all are raised together."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rows that ask for something: what is to be spoken and in whose voice, or which recording is to be assessed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path

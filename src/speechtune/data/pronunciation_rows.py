@@ -3,8 +3,6 @@
 Samples are as `speechtune.tasks.pronunciation.targets` describes them; every issue is collected, none is raised.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What happens to invalid rows: the run stops, or they are set aside in a file and the rest is used."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

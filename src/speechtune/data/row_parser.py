@@ -1,7 +1,5 @@
 """Rows -> samples, whatever their layout: the loop over the rows, and the checks of texts, paths and URLs in one."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import math

@@ -1,7 +1,5 @@
 """Manifest files -> rows: JSON lists, JSONL, metadata.json and wav/txt folders, streamed with line numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Data of any kind -> samples ready for training: voice-cloning manifests and the formats of pronunciation data."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass

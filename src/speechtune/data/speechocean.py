@@ -4,8 +4,6 @@ The corpus (Zhang et al., Interspeech 2021, arXiv 2104.01378; OpenSLR 101) score
 words 0-10, phones 0-2, and for a phone scored below 0.5 what was said in its place.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The labels of one Speechocean762 utterance, checked alike from `scores.json` and from the copy on the hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Splitting samples into training and validation sets, by sample or by speaker, reproducibly from a seed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 

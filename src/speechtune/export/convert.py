@@ -1,7 +1,5 @@
 """Convert adapters between transformers' own layout of names and that of another package, and prove them equal."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

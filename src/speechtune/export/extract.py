@@ -1,7 +1,5 @@
 """Extract a LoRA adapter from a full checkpoint: tensors by name, configuration from shapes and files nearby."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Find LoRA adapters on disk by what is in the files, whatever their folders are called."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile

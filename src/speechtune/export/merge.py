@@ -1,7 +1,5 @@
 """Merge an adapter into its base: in float32, compared with base and adapter before anything is written."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

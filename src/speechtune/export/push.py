@@ -1,7 +1,5 @@
 """Upload an adapter to the Hugging Face hub: verified first, with its card, the identity of its base, and samples."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

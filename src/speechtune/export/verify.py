@@ -1,7 +1,5 @@
 """Verify a saved adapter: its files, its values, how it fits the base, and its effect."""
 
-from __future__ import annotations
-
 import copy
 import json
 import zipfile

@@ -8,8 +8,6 @@ A family is a package with these parts, and nothing outside it knows its name:
 - `tiny.py`: `make_base` and `load_plain`, its embedded default: a small base for demonstrations.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import cache

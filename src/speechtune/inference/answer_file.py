@@ -1,7 +1,5 @@
 """Answers of a model on disk, so that an interrupted evaluation goes on: the model's identity, then the answers."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluate pronunciation assessment: a model's answers to labelled recordings, measured; resumable."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Evaluate voices: a base and adapters speak the same prompts, and are measured side by side."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Speech from text and a reference clip, with the base, an adapter, or a merged model."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Load a base model, with or without an adapter, for inference."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pronunciation scores, transcript and phones of recordings, aligned with the text that was to be read."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

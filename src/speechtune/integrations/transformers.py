@@ -1,7 +1,5 @@
 """A callback that gives `transformers.Trainer` verified LoRA adapters and the guards of speechtune's own loop."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """A flag of an original command line, and error messages in which it stands in place of our option."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Nothing here may import torch before the GPUs are chosen: CUDA reads CUDA_VISIBLE_DEVICES once.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

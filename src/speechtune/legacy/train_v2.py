@@ -1,7 +1,5 @@
 """The original pipeline's training command lines, mapped onto `RunConfig` in one table."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Rules on adapters: configurations never applied (L1), the wrong model saved (L2), trainable fp16 weights (L3)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """How `lint --fix` changes a script: what to insert or replace on the syntax tree, and how the file is written."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

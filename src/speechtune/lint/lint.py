@@ -13,8 +13,6 @@
 Scripts are read, never imported or run. A rule that cannot be certain reports nothing.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A parsed script: its calls, what each variable is bound to, and what trains which model."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator

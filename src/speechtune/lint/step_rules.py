@@ -1,7 +1,5 @@
 """Rules on the training step: no backward (L4), unmasked labels (L5), NaN shown as 0.0 (L6), hidden errors (L7)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import libcst as cst

@@ -1,7 +1,5 @@
 """LoRA adapters on a model: apply a fresh one, load a saved one, switch it, list what is trained, collect tensors."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ An adapter is a difference: on another base, or on the right one prepared anothe
 wrong. So the identity of the base is saved beside the adapter, and loading compares it.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Saved adapters: their files read without running code, and checked for what no base could make good."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

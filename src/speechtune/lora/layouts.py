@@ -1,7 +1,5 @@
 """Adapters whose tensors another package named: brought from one layout of names to another, values untouched."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace

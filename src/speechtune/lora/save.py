@@ -1,7 +1,5 @@
 """Save the LoRA adapter of any training script: unwrapped, checked, written, read back, compared."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The facts of a report as text: names with values, and tables whose first row names the columns."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any

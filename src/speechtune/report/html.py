@@ -1,7 +1,5 @@
 """The report as one HTML page, with style, curves, pictures and sound inside; it loads nothing from anywhere."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The report as Markdown, without pictures and sound, for a pull request or a terminal."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from html import escape

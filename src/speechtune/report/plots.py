@@ -1,7 +1,5 @@
 """The curves of runs as data for the plots of a page, which its script draws."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Reads a run directory into one `RunReport`; files that are missing or broken are listed, and cost only their part."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

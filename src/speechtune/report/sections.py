@@ -1,7 +1,5 @@
 """The text of a report, arranged once: sections of notes, rows and tables, which page and Markdown render."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

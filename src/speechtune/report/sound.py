@@ -1,7 +1,5 @@
 """Players of a report page: clips as MP3 and mel pictures as PNG, both inside the page as data URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

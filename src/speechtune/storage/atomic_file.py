@@ -1,7 +1,5 @@
 """Write one file so that readers see the old content or the new, never half of it."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Iterable

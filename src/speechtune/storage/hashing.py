@@ -1,7 +1,5 @@
 """Identities by content: of a model folder, of tensors in memory."""
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of a model folder: complete and uncorrupted, before anything tries to load them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

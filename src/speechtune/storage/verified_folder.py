@@ -1,7 +1,5 @@
 """Folders that appear only when complete: written aside, synced, read back, compared, listed in a manifest, renamed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """Bootstrap intervals, permutation tests and grouping that both tasks use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,12 +1,11 @@
 """Batches: which samples make up each step's global batch, and how that is cut into micro-batches and ranks."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class BatchPlan:
     packed: bool = True
 
     @classmethod
-    def of(cls, config: RunConfig, lengths: np.ndarray, world_size: int) -> BatchPlan:
+    def of(cls, config: RunConfig, lengths: np.ndarray, world_size: int) -> Self:
         """The plan of a run; `batch.tokens` is a number or None here."""
         settings, batch = config.train, config.batch
         tokens = batch.tokens if isinstance(batch.tokens, int) else None

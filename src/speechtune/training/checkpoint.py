@@ -1,7 +1,5 @@
 """Checkpoints: what is trained, the optimizer and the random states, saved and put back to the bit."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftModel
@@ -171,7 +169,7 @@ class Saver:
         self._background, self._pool = background, ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,8 +3,6 @@
 Sharding is torch's own `fully_shard`: accelerate, given an FSDP plugin on a CPU, ran DDP without saying so.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

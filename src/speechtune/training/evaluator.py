@@ -1,7 +1,5 @@
 """Evaluation during a run: losses on the evaluation set, scores of generated samples, the best step so far."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Sample generation: at every evaluation the model answers the same prompts, and its answers are scored and kept."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

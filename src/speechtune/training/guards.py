@@ -3,8 +3,6 @@
 Each raises `TrainingError`, which names what was seen, where, and what to do; see docs/guards.md.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

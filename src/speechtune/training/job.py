@@ -1,7 +1,5 @@
 """What the training loop is given (`Job`), what it returns (`TrainResult`), and the loss it minimises (`Objective`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

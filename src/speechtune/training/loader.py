@@ -1,7 +1,5 @@
 """Loading of micro-batches, collated ahead in worker processes, and the smaller ones after a step ran out of memory."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

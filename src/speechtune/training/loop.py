@@ -1,7 +1,5 @@
 """The training loop: the only `backward()`, and a guard wherever training can be unreal."""
 
-from __future__ import annotations
-
 import logging
 import math
 import signal

@@ -1,7 +1,5 @@
 """How many positions one forward and backward pass can take on this device, measured with real samples."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import math

@@ -1,7 +1,5 @@
 """The optimizer, and its learning rate by step: a pure function, so that there is nothing to save or restore."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

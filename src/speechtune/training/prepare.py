@@ -1,7 +1,5 @@
 """Preparation of a run: options checked, data read and encoded, the model loaded, the adapter attached."""
 
-from __future__ import annotations
-
 import json
 import logging
 

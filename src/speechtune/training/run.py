@@ -1,7 +1,5 @@
 """A training run from its recipe to the saved adapter, with the proof of what was trained."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Provenance of a run (versions, hardware, base, data, parameters, command line), and the adapter's model card."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,10 +1,9 @@
 """Signals: SIGTERM and SIGINT end a run after the current step, with a checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from types import FrameType
+from typing import Self
 
 log = logging.getLogger("speechtune")
 
@@ -21,7 +20,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal = 0
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

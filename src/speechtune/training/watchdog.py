@@ -5,8 +5,6 @@ collectives, which must be hours (docs/decisions/0010). So each rank writes a be
 seconds and reads those of the others.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -92,7 +91,7 @@ class Watchdog:
         self._unanswered = 0  # turns since the store last answered
         self._beating: threading.Thread | None = None
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         if self.ranks > 1:
             self._store = self.connect(self.lost_seconds)
             self._write()

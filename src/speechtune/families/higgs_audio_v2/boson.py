@@ -1,7 +1,5 @@
 """Models and adapters of the original package (`model_type: higgs_audio`), read in the native layout."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

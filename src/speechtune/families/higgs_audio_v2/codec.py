@@ -1,7 +1,5 @@
 """The native Higgs Audio v2 codec, loaded with or without torchaudio."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import sys

@@ -9,8 +9,6 @@ way to memory.
 Names of tensors end in their dimensions: T time, C channels, I channels in, W values in a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 

@@ -4,8 +4,6 @@ Shapes: B samples, S sequence positions, R audio rows, K codebooks, F frames, P 
 V codebook size.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Shapes: B samples, S positions, P positions that carry a target, D hidden size.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The options that a recipe of Higgs Audio v2 has besides those of every run."""
 
-from __future__ import annotations
-
 from speechtune.config import ModelConfig, RunConfig
 
 

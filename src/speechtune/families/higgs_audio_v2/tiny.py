@@ -4,8 +4,6 @@ The language model and the codec carry random weights made from a seed; the code
 residuals of real speech, so that its codes follow the audio. It teaches and tests the entire pipeline; it is no voice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast

@@ -7,8 +7,6 @@ take memory, so long samples stay with torch's kernel.
 Shapes: S positions of one sample, H query heads in G groups, Q = S * H / G rows of queries, E head width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import cache

@@ -4,8 +4,6 @@ torch hands them to MKL, whose kernels for processors of other makers than Intel
 for convolutions and compiled code, takes AVX-512 wherever it is (`bench/products.py`).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, cast
 

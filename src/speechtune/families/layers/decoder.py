@@ -6,8 +6,6 @@ laid end to end, without them it is the native layer still (generation goes that
 Shapes: N positions laid end to end, A of them audio rows and T text, D hidden size, P positions that carry a target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast

@@ -7,8 +7,6 @@ Of Liger (https://github.com/linkedin/Liger-Kernel) the norm and the gated unit 
 into queries and keys without autograd's knowledge, and the two passes below cost little; it is left out.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext

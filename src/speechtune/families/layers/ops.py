@@ -7,14 +7,12 @@ Shapes: N positions of a batch laid end to end, H query heads, G key heads, E he
 that carry a target, K labels of a position, V classes, r LoRA rank.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -45,11 +43,11 @@ class Segments:
     first: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, batch: Batch) -> Segments:
+    def of(cls, batch: Batch) -> Self:
         """The segments of a batch that a family collated."""
         return cls(batch.lengths, batch.inputs["offsets"])
 
-    def needed(self, kept: torch.Tensor) -> Segments:
+    def needed(self, kept: torch.Tensor) -> Self:
         """The same where only the positions `kept` are needed; on a GPU as they are, since asking would wait for it."""
         if not kept.is_cpu:
             return self

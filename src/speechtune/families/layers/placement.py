@@ -1,7 +1,5 @@
 """Token ids of a batch, laid end to end or padded: the part of collating that the families share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -8,8 +8,6 @@ Shapes: B clips, T log-mel frames (100 a second), M mel bins, C channels, E audi
 encoder's width, D the language model's width, A attention heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

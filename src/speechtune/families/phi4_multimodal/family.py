@@ -4,8 +4,6 @@ Shapes: B samples, S sequence positions, T log-mel frames, M mel bins, N audio p
 positions that carry a target, V vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property

@@ -3,8 +3,6 @@
 Shapes: B samples, S positions, N positions of a batch laid end to end, P positions that carry a target, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The options that a recipe of Phi-4-multimodal has besides those of every run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """What Phi-4-multimodal is asked: one prompt per task, in this project's words after the corpus' definitions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

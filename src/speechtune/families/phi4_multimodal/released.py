@@ -1,7 +1,5 @@
 """The released Phi-4-multimodal: where its native weights are, its dimensions, and names of its modules for LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from transformers import Phi4MultimodalConfig

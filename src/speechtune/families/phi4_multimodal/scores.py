@@ -1,7 +1,5 @@
 """Scores of Phi-4-multimodal: answers to both tasks, in a few figures for curves and the choice of checkpoints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

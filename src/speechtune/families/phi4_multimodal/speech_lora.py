@@ -5,8 +5,6 @@ frozen and active beside the new adapter; `drop` leaves it out. Putting a new ad
 and transformers do by default, would switch it off without a warning.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from functools import cached_property

@@ -4,8 +4,6 @@ Its weights are random. With a speech LoRA, half of what its language model does
 the released model: leaving it out changes every answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast

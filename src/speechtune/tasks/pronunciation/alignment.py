@@ -1,7 +1,5 @@
 """Align the phones a model transcribed with the words of the reference text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ counts as missing. Of a cut-off phone transcript all but the last phone is kept,
 # its version 0.64.6 gave 301 wrong values (8 % -> 8, 4 / 5 -> 4, 'don't ca -> "don"; this reader 15), and it does not
 # say what was cut off.
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Answers come as text, in the order of the samples. Metrics are those of `metrics
 could be read and over all of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

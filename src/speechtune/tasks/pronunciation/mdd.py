@@ -4,8 +4,6 @@ Terms: *canonical* phones are what the text asks for, *realised* (annotated) one
 ones what the model transcribed. Phones are compared without stress digits; `<unk>` is a phone like any other.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

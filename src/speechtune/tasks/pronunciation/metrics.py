@@ -5,8 +5,6 @@ and over all with a stated value in place of the others. Detection of mispronunc
 scipy and jiwer come with the extra `evaluate` and are imported where they are used.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

@@ -4,8 +4,6 @@ A realised sequence is the canonical one with the annotated mispronunciations ap
 by `pronounced-phone`. A label outside the inventory is a `PhoneError`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

@@ -4,8 +4,6 @@ A task sample is a `Sample` whose `pronunciation` names the task and its target,
 fixed keys. Plain JSONL gives both; of a corpus with human labels the targets are made here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

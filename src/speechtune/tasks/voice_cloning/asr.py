@@ -1,7 +1,5 @@
 """Speech recognisers: Whisper by faster-whisper or transformers, from a path or hub id; pocketsphinx."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ test: under the null hypothesis each prompt's difference has a random sign (Nore
 tests by Holm's step-down method (1979).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

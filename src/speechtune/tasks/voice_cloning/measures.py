@@ -5,8 +5,6 @@ of speaker embeddings of the output and of the reference voice. An output withou
 each measure, and its row says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

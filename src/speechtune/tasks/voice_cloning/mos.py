@@ -1,7 +1,5 @@
 """Predicted mean opinion scores: DistillMOS and DNSMOS, both by Microsoft, with weights inside their packages."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

@@ -5,8 +5,6 @@ under a hub id that the caller names; nothing is fetched otherwise. The same aud
 others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Speaker encoders: Resemblyzer, with weights in its package, and WavLM with an x-vector head by path or hub id."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

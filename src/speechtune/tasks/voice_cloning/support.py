@@ -1,7 +1,5 @@
 """Helpers of the scorers: optional packages, where weights lie and what identifies them, audio as networks take it."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import pickle

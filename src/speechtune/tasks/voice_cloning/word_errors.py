@@ -6,8 +6,6 @@ seed-tts-eval only strips punctuation and lowers English; here English numbers, 
 too, since recognisers differ in them, and traditional Chinese is not turned into simplified (zhconv).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
