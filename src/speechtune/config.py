@@ -277,8 +277,7 @@ def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[objec
         overrides: each replaces one option.
         kind_of: the recipe's `family` -> the class of its options.
 
-    Raises:
-        ConfigError: the file, an override or a value cannot be used; names each one.
+    Raises ConfigError: the file, an override or a value cannot be used; names each one.
     """
     shipped = shipped_recipes()
     recipe = recipe if recipe.is_file() else shipped.get(str(recipe).removesuffix(".yaml"), recipe)

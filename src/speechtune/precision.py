@@ -40,8 +40,7 @@ def plan_precision(
         device: where the run takes place; None picks this process's device.
         capability: CUDA compute capability; None asks the device. Given in tests to plan for another GPU.
 
-    Raises:
-        ConfigError: the request cannot be met on this device.
+    Raises ConfigError: the request cannot be met on this device.
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

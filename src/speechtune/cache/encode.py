@@ -78,9 +78,8 @@ def encode_samples(
         verify: read all that is cached first, and encode anew what is damaged.
         quiet: a log line every 10 seconds instead of a progress bar.
 
-    Raises:
-        ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept.
-        ConfigError: the cache cannot be written.
+    Raises ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept;
+    ConfigError: the cache cannot be written.
     """
     started = time.monotonic()
     with FeatureStore(root, family.encode_key) as store:

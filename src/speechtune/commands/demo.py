@@ -69,9 +69,6 @@ def prove_saved(outcome: Outcome, merged: Path) -> list[tuple[str, str]]:
     Args:
         outcome: the finished run.
         merged: folder to write the merged model to.
-
-    Raises:
-        SpeechtuneError: something does not hold.
     """
     config, family = outcome.job.config, outcome.job.family
     adapter = config.output_dir / FOLDER_NAME

@@ -31,9 +31,6 @@ def fit_recipe(config: RunConfig, *, price_per_hour: float | None = None, as_jso
         config: the recipe.
         price_per_hour: of this machine, in any currency.
         as_json: print one object instead of tables.
-
-    Raises:
-        ConfigError: started on several ranks: one device is measured.
     """
     if world_size() > 1:
         raise ConfigError("speechtune fit measures one device: start it without torchrun")

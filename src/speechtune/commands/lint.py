@@ -14,11 +14,7 @@ from speechtune.lint.lint import fix as fix_script
 
 
 def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) -> int:
-    """Print the issues, fixed where `fix` says so; 1 where errors are left (notes do not count), else 0.
-
-    Raises:
-        ConfigError: as `lint_paths` and `fix`.
-    """
+    """Print the issues, fixed where `fix` says so; 1 where errors are left (notes do not count), else 0."""
     lint_paths(paths)  # all are known to be readable before the first file is changed
     reports = [fix_script(path) if fix else FixReport(str(path), [], lint(path)) for path in scripts_in(paths)]
     left = [issue for report in reports for issue in report.left]

@@ -8,11 +8,7 @@ from speechtune.errors import ConfigError
 
 
 def run_recipes(name: str | None = None, out: Path | None = None, *, as_json: bool = False) -> int:
-    """List all recipes with their first comment line, or print the recipe `name`, or copy it to `out`; 0.
-
-    Raises:
-        ConfigError: no recipe of that name, `out` without a name, or a file that exists already.
-    """
+    """List all recipes with their first comment line, or print the recipe `name`, or copy it to `out`; 0."""
     recipes = {path.stem: path.read_text(encoding="utf-8") for path in shipped_recipes().values()}
     if name is None and out is not None:
         raise ConfigError("--out: name the recipe to copy, one of " + ", ".join(recipes))

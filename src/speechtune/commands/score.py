@@ -24,12 +24,7 @@ _SHOWN = 20  # scores printed where they are also written to a file
 
 
 def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None) -> list[Sample]:
-    """Recordings to score: files with at most one common text, or the rows of a manifest; every clip is decoded.
-
-    Raises:
-        ConfigError: neither, or both.
-        ManifestError: issues in the manifest or the recordings.
-    """
+    """Recordings to score: files with at most one common text, or the rows of a manifest; every clip is decoded."""
     if bool(audio) == (manifest is not None):
         raise ConfigError("name audio files, or one manifest with --manifest")
     if manifest is None:
@@ -96,12 +91,7 @@ def run_score(
     max_new_tokens: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Score recordings, print them, and write JSONL to `out`; 0.
-
-    Raises:
-        ConfigError: flags that do not go together, or a model that does not assess.
-        ManifestError: recordings that cannot be scored, all of them.
-    """
+    """Score recordings, print them, and write JSONL to `out`; 0."""
     if out is not None and out.is_dir():
         raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
     samples = read_requests(audio, text, manifest)

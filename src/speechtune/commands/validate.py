@@ -49,9 +49,8 @@ class Report:
 def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progress | None = None) -> Report:
     """Read data of any kind and check its audio: headers, or with `deep` every decoded sample.
 
-    Raises:
-        ManifestError: there is no such file, or it is of no known layout.
-        ModuleNotFoundError: pyarrow, which the hub's copy of Speechocean762 needs, is not installed.
+    Raises ManifestError: there is no such file, or it is of no known layout; ModuleNotFoundError: pyarrow, which the
+    hub's copy of Speechocean762 needs, is not installed.
     """
     source = find_source(path)
     results: dict[Split | None, ReadResult] = {}

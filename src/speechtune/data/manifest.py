@@ -20,8 +20,7 @@ def read_samples(path: Path, config: DataConfig) -> ReadResult:
 
     Samples without a named reference in folder layouts borrow one of the same speaker, see `borrow_references`.
 
-    Raises:
-        ManifestError: there is no such file, or it is of no known layout.
+    Raises ManifestError: there is no such file, or it is of no known layout.
     """
     result = read_rows(path, iterate_rows(path), config, read_row)
     samples = borrow_references(result.samples)
@@ -64,8 +63,7 @@ def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = N
     With `config.on_error` "quarantine", invalid rows are appended to `quarantine-<stem>.jsonl` in `quarantine_dir`
     (None: beside the manifest) and the other samples are returned.
 
-    Raises:
-        ManifestError: the manifest has issues, or quarantine would set aside more than `config.quarantine_limit`.
+    Raises ManifestError: the manifest has issues, or quarantine would set aside more than `config.quarantine_limit`.
     """
     result = read_samples(path, config)
     deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding

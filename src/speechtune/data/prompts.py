@@ -17,8 +17,7 @@ from speechtune.types import AudioRef, Clip, Sample
 def read_prompts(path: Path, config: DataConfig) -> list[Sample]:
     """Read rows {"id"?, "text", "reference"?, "reference_text"?, "system"?, "scene"?}, or a training manifest's rows.
 
-    Raises:
-        ManifestError: every issue, with file and line.
+    Raises ManifestError: every issue, with file and line.
     """
     return _read(path, config, "text", _prompt)
 
@@ -26,8 +25,7 @@ def read_prompts(path: Path, config: DataConfig) -> list[Sample]:
 def read_recordings(path: Path, config: DataConfig) -> list[Sample]:
     """Read rows {"audio", "text"?, "id"?, "offset"?, "duration"?}, or a training manifest's rows with their targets.
 
-    Raises:
-        ManifestError: every issue, with file and line.
+    Raises ManifestError: every issue, with file and line.
     """
     return _read(path, config, None, _recording)
 
@@ -77,8 +75,7 @@ def read_seed_list(path: Path, config: DataConfig | None = None, language: str |
         config: `audio_root` confines the wavs.
         language: of the texts; None takes the folder's name where that is "en" or "zh".
 
-    Raises:
-        ManifestError: every issue, with file and line.
+    Raises ManifestError: every issue, with file and line.
     """
     folder = path.resolve().parent.name
     if language is None and folder in LANGUAGES:

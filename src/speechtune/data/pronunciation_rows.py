@@ -64,10 +64,6 @@ def read_hub_copy(path: Path, split: Split, config: DataConfig) -> ReadResult:
     """Read one split of `mispeech/speechocean762`: a folder with parquet files, or one such file.
 
     A file that does not name its split belongs to the one asked for. Needs pyarrow. Audio is not checked.
-
-    Raises:
-        ManifestError: no file of this split, or one that is no such parquet file.
-        ModuleNotFoundError: pyarrow is not installed.
     """
     files = hub_files(path)
     own = files.get(split) or (files.get(None) if path.suffix == ".parquet" else None)
@@ -98,11 +94,7 @@ def read_hub_rows(
 
 
 def read_assessment_jsonl(path: Path, config: DataConfig) -> ReadResult:
-    """Read rows {audio, text, task, target} with optional id, speaker, age and gender, without touching the audio.
-
-    Raises:
-        ManifestError: there is no such file, or it is no JSON.
-    """
+    """Read rows {audio, text, task, target} with optional id, speaker, age and gender, without touching the audio."""
     return read_rows(path, iterate_rows(path), config, _task_row)
 
 

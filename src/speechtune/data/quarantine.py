@@ -20,11 +20,7 @@ _ISSUES_SHOWN = 20
 
 
 def require_valid(path: Path, result: ReadResult) -> list[Sample]:
-    """The samples of a file without issues.
-
-    Raises:
-        ManifestError: it has issues.
-    """
+    """The samples of a file without issues."""
     if result.issues:
         raise _error(f"{path}: {len(result.issues)} issue(s) in its rows", result.issues)
     return result.samples
@@ -42,9 +38,6 @@ def keep_valid(
 
     The quarantine file gets the contents of the invalid ones among `rows`, which are read only when there are any;
     an issue of no row is looked up by its source.
-
-    Raises:
-        ManifestError: as `load_samples`.
     """
     issues = sorted([*result.issues, *audio_issues], key=lambda issue: issue.row)
     for note in result.notes:

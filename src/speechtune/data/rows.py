@@ -55,11 +55,7 @@ class Shared:
 
 
 def iterate_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a manifest of any layout.
-
-    Raises:
-        ManifestError: the path does not exist or is none of the known layouts.
-    """
+    """Stream the rows of a manifest of any layout."""
     if path.is_dir():
         metadata = path / "metadata.json"
         yield from _json_rows(metadata) if metadata.is_file() else _folder_rows(path)

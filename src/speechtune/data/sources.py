@@ -62,9 +62,8 @@ def find_source(path: Path) -> Source | None:
 def read_source(source: Source, split: Split | None, config: DataConfig) -> ReadResult:
     """Read one split (None in JSONL) without touching the audio.
 
-    Raises:
-        ManifestError: it cannot be read at all.
-        ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
+    Raises ManifestError: it cannot be read at all; ModuleNotFoundError: pyarrow, which the hub's copy needs, is not
+    installed.
     """
     if source.format == "jsonl" or split is None:
         return read_assessment_jsonl(source.path, config)
@@ -81,9 +80,8 @@ def load_samples(
     Voice-cloning manifests go to `manifest.load_samples`. Of pronunciation data every clip is decoded, and is an issue
     where it cannot be, holds NaN or is longer than 40 s; quarantine takes silent and clipped ones, too.
 
-    Raises:
-        ManifestError: the data has issues, or quarantine would set aside more than `config.quarantine_limit`.
-        ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
+    Raises ManifestError: the data has issues, or quarantine would set aside more than `config.quarantine_limit`;
+    ModuleNotFoundError: pyarrow, which the hub's copy needs, is not installed.
     """
     source = find_source(path)
     if source is None:

@@ -41,8 +41,7 @@ def read_speechocean(folder: Path, split: Split, config: DataConfig) -> ReadResu
 
     Rows count from 1 within the split. Audio is not checked.
 
-    Raises:
-        ManifestError: not such a folder, or `scores.json` is no JSON object.
+    Raises ManifestError: not such a folder, or `scores.json` is no JSON object.
     """
     return _SplitReader(folder, split, config, _read_scores(folder / SCORES_FILE)).read()
 

@@ -13,8 +13,7 @@ def split_validation(samples: Sequence[Sample], fraction: float, seed: int) -> t
     Pronunciation data is split by speaker where every sample names one, else by clip, so that all tasks of a clip stay
     together; everything else by `split_samples`.
 
-    Raises:
-        ManifestError: fewer than two speakers, clips or samples to split.
+    Raises ManifestError: fewer than two speakers, clips or samples to split.
     """
     if any(sample.pronunciation is None for sample in samples):
         return split_samples(samples, fraction, seed)
@@ -31,20 +30,13 @@ def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tupl
     """(train, held out): a share of the samples chosen by seed and id, in the order given.
 
     At least one sample is held out when `fraction` > 0, and at least one is left. The choice does not depend on order.
-
-    Raises:
-        ManifestError: fewer than two samples to split.
     """
     held = _choose([sample.id for sample in samples], fraction, seed, "sample")
     return [s for s in samples if s.id not in held], [s for s in samples if s.id in held]
 
 
 def split_speakers(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(train, held out): a share of the speakers with all their utterances, chosen as by `split_samples`.
-
-    Raises:
-        ManifestError: a sample without speaker, or fewer than two speakers to split.
-    """
+    """(train, held out): a share of the speakers with all their utterances, chosen as by `split_samples`."""
     nameless = next((sample for sample in samples if sample.speaker is None), None)
     if nameless is not None and fraction > 0:
         raise ManifestError(f"{nameless.source}: {nameless.id}: no speaker, so speakers cannot be held out")

@@ -51,10 +51,8 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None) ->
         base: hub id or folder of the base to compare both layouts on; None takes the one the adapter names where that
             is a local folder, and else compares nothing (a conversion downloads no base).
 
-    Raises:
-        ConfigError: no such layout.
-        AdapterError: the adapter is damaged, of no known layout, or gives other logits after the conversion.
-        CheckpointError: the folder exists or cannot be written.
+    Raises ConfigError: no such layout; AdapterError: the adapter is damaged, of no known layout, or gives other logits
+    after the conversion; CheckpointError: the folder exists or cannot be written.
     """
     layouts = adapter_layouts()
     if to not in (NATIVE, *layouts):

@@ -93,9 +93,8 @@ def extract(
         rslora: whether the training scaled by sqrt(rank); None looks for it there too.
         adapter_name: which adapter, where the checkpoint holds several.
 
-    Raises:
-        AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or no file gives alpha.
-        CheckpointError: the output exists or cannot be written.
+    Raises AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or no file gives alpha;
+    CheckpointError: the output exists or cannot be written.
     """
     weights = read_lora(checkpoint, adapter_name)
     if not weights.ranks:
@@ -162,11 +161,7 @@ def _unknown(base: str | None, rslora: bool | None, alpha: float | None, source:
 
 
 def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
-    """Collect the LoRA tensors of a checkpoint, one file at a time, under the names of an adapter's file.
-
-    Raises:
-        AdapterError: a file is missing or damaged, two tensors claim one name, or there are several adapters.
-    """
+    """Collect the LoRA tensors of a checkpoint, one file at a time, under the names of an adapter's file."""
     weights = Weights()
     for file in weight_files(checkpoint):
         for key, tensor in read_tensors(file, lambda name: "lora_" in name or ".modules_to_save." in name).items():
@@ -207,11 +202,7 @@ def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | 
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: those an index names, else safetensors, else torch files.
-
-    Raises:
-        AdapterError: there are none, or one that the index names is missing.
-    """
+    """The files that hold a checkpoint's weights: those an index names, else safetensors, else torch files."""
     if checkpoint.is_file():
         return [checkpoint]
     for index in sorted(checkpoint.glob("*.index.json"), key=lambda path: ".safetensors" not in path.name):

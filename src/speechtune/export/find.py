@@ -18,8 +18,7 @@ def find_adapters(root: Path) -> tuple[list[Path], list[Path]]:
 
     Links are followed, but no folder is visited twice.
 
-    Raises:
-        AdapterError: `root` is no folder.
+    Raises AdapterError: `root` is no folder.
     """
     if not root.is_dir():
         raise AdapterError(f"{root}: no such folder")

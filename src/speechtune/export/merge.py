@@ -85,9 +85,8 @@ def merge(
         compare_on: a text on which base, base with adapter and merged model are compared besides the fixed input.
         max_shard_size: size of a safetensors file from which the weights are split.
 
-    Raises:
-        AdapterError: the adapter does not fit, has no effect, or the merged model answers differently.
-        CheckpointError: the folder exists or cannot be written.
+    Raises AdapterError: the adapter does not fit, has no effect, or the merged model answers differently;
+    CheckpointError: the folder exists or cannot be written.
     """
     if output.exists():
         raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")

@@ -44,9 +44,8 @@ def plan_upload(path: Path, repository: str, *, private: bool, samples: bool = T
         private: make a new repository private.
         samples: send recordings of the run's last evaluation too, where there are some.
 
-    Raises:
-        AdapterError: the adapter is damaged, or was never trained.
-        ConfigError: no such name on the hub could be, or the card's metadata is not valid.
+    Raises AdapterError: the adapter is damaged, or was never trained; ConfigError: no such name on the hub could be, or
+    the card's metadata is not valid.
     """
     try:
         validate_repo_id(repository)
@@ -89,8 +88,7 @@ def _samples(directory: Path) -> dict[str, Path]:
 def upload(plan: Upload, *, api: HfApi | None = None) -> str:
     """Create the repository if need be and send everything in one commit; the address of the commit.
 
-    Raises:
-        ConfigError: the hub refuses, or does not answer.
+    Raises ConfigError: the hub refuses, or does not answer.
     """
     api = api or HfApi()
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in plan.files.items()]

@@ -85,9 +85,7 @@ def verify_adapter(
         look_up_base: False leaves the base the adapter names alone.
         any_layout: accept names of another layout, and compare their native ones with the base.
 
-    Raises:
-        AdapterError: `path` is no folder.
-        ConfigError: `base` cannot be used.
+    Raises AdapterError: `path` is no folder; ConfigError: `base` cannot be used.
     """
     directory = adapter_folder(path)
     file = next((directory / name for name in (WEIGHTS_NAME, BIN_NAME) if (directory / name).is_file()), None)

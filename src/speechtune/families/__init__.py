@@ -39,8 +39,7 @@ def family_packages() -> dict[str, str]:
 def family_part(name: str, part: str) -> ModuleType:
     """A module of a family's package: "family", "options" or "tiny"; "" for the package itself.
 
-    Raises:
-        ConfigError: no such family.
+    Raises ConfigError: no such family.
     """
     packages = family_packages()
     if name not in packages:
@@ -69,8 +68,7 @@ def _no_family(name: str) -> str:
 def build_config(values: dict[str, Any], where: str) -> RunConfig:
     """Validate nested `values` with the options of the family they name.
 
-    Raises:
-        ConfigError: starts with `where` and lists every issue.
+    Raises ConfigError: starts with `where` and lists every issue.
     """
     return config.build_config(values, where, config_class(values.get("family")))
 
@@ -83,8 +81,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def create_family(run: RunConfig) -> Family:
     """Make the family a configuration names; nothing heavy is loaded yet.
 
-    Raises:
-        ConfigError: no such family.
+    Raises ConfigError: no such family.
     """
     return family_part(run.family, "family").FAMILY(run)
 
@@ -98,8 +95,7 @@ def adapter_layouts() -> dict[str, AdapterLayout]:
 def family_of(model_path: str) -> str:
     """Name of the family a base model belongs to, from its config.json.
 
-    Raises:
-        ConfigError: no configuration there, or a model type of no family.
+    Raises ConfigError: no configuration there, or a model type of no family.
     """
     from transformers.utils.hub import cached_file
 

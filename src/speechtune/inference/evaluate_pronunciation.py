@@ -29,10 +29,6 @@ def training_samples(data: Path, train: Path | None, config: DataConfig) -> list
     """The data whose mean scores are the baseline: named, or the training split that lies beside `data`.
 
     Its audio is not opened. Rows with issues are left out, with a warning.
-
-    Raises:
-        ConfigError: `train` is no pronunciation data.
-        ManifestError: it cannot be read, or holds no valid row.
     """
     source = _beside(data) if train is None else find_source(train)
     if source is None:
@@ -96,10 +92,8 @@ def evaluate_pronunciation(
         max_new_tokens: length cap of an answer.
         tasks: APA, MDD; none means both.
 
-    Raises:
-        ConfigError: the data or the model is not for assessment.
-        ManifestError: issues in the data.
-        ModuleNotFoundError: scipy or jiwer is not installed.
+    Raises ConfigError: the data or the model is not for assessment; ManifestError: issues in the data;
+    ModuleNotFoundError: scipy or jiwer is not installed.
     """
     if find_source(data) is None:
         raise ConfigError(f"{data}: {NO_DATA}")

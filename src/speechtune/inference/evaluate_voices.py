@@ -42,8 +42,7 @@ class System:
 def systems_of(model: str | None, adapters: Sequence[Path], include_base: bool) -> list[System]:
     """The systems to compare, the base first.
 
-    Raises:
-        ConfigError: nothing to evaluate, or two adapters of the same name.
+    Raises ConfigError: nothing to evaluate, or two adapters of the same name.
     """
     systems = [System("/".join(adapter.resolve().parts[-2:]), model, open_adapter(adapter)) for adapter in adapters]
     if include_base or not adapters:
@@ -79,9 +78,7 @@ def evaluate_voices(
         batch_size: prompts at a time.
         options: how to sample.
 
-    Raises:
-        ConfigError: a model that does not speak.
-        ManifestError: issues in the data.
+    Raises ConfigError: a model that does not speak; ManifestError: issues in the data.
     """
     samples = read_seed_list(data) if data.suffix == ".lst" else load_samples(data, DataConfig())
     options = options or GenerationOptions()

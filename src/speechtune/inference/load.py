@@ -24,8 +24,7 @@ ELSEWHERE: dict[Ability, str] = {
 def open_adapter(path: Path) -> StoredAdapter:
     """Read and check an adapter, whatever layout its names follow: its folder, or that of its run or checkpoint.
 
-    Raises:
-        AdapterError: as `lora.files.read_adapter`.
+    Raises AdapterError: as `lora.files.read_adapter`.
     """
     return read_adapter(adapter_folder(path), adapter_layouts())
 
@@ -33,8 +32,7 @@ def open_adapter(path: Path) -> StoredAdapter:
 def model_config(model: str | None, codec: str | None, adapter: StoredAdapter | None = None) -> RunConfig:
     """A configuration for using a model; the base defaults to the one the adapter names.
 
-    Raises:
-        ConfigError: neither a model nor an adapter that names one.
+    Raises ConfigError: neither a model nor an adapter that names one.
     """
     recipe = adapter.identity if adapter else None
     path = model or (adapter.config.base_model_name_or_path if adapter else None)
@@ -60,9 +58,8 @@ def load_model(
         plan: precision; None decides by device.
         ability: what the model must be able to do, checked before its weights are read.
 
-    Raises:
-        ConfigError: the base does not load, or its family is without the ability.
-        AdapterError: the adapter does not fit it.
+    Raises ConfigError: the base does not load, or its family is without the ability; AdapterError: the adapter does not
+    fit it.
     """
     plan = plan or plan_precision()
     family = create_family(config)

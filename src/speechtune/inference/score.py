@@ -67,11 +67,7 @@ def answer_by_length(
     batch_size: int,
     max_tokens: int | None,
 ) -> Iterator[Output]:
-    """Answers to task samples, clips of like length together, so in another order than the samples.
-
-    Raises:
-        ConfigError: a batch size or length cap below 1.
-    """
+    """Answers to task samples, clips of like length together, so in another order than the samples."""
     for value, flag in ((batch_size, "--batch-size"), (max_tokens, "--max-new-tokens")):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} is {value}: it must be at least 1")
@@ -130,8 +126,7 @@ def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
 def assessor(model: str | None, adapter: StoredAdapter | None) -> tuple[RunConfig, Family, nn.Module]:
     """Configuration, family and model for answering; the base defaults to the one the adapter names.
 
-    Raises:
-        ConfigError: no model, or one that does not assess pronunciation.
+    Raises ConfigError: no model, or one that does not assess pronunciation.
     """
     config = model_config(model, None, adapter)
     return config, *load_model(config, adapter, ability="assess pronunciation")

@@ -132,11 +132,7 @@ def configure(options: argparse.Namespace) -> RunConfig:
 
 
 def require_data(config: RunConfig) -> None:
-    """Refuse data that is not there, before the model is loaded or processes are started.
-
-    Raises:
-        ManifestError: no such file or folder.
-    """
+    """Refuse data that is not there, before the model is loaded or processes are started."""
     for option, path in (("--train-data", config.data.train), ("--eval-data", config.data.eval)):
         if path is None or path.exists() or (path.name in SPLITS and path.parent.exists()):  # DIR/test may be in files
             continue
@@ -147,11 +143,7 @@ def require_data(config: RunConfig) -> None:
 
 
 def processes_to_start(gpus: str | None) -> int:
-    """How many processes torchrun must start; 1 means that this one trains.
-
-    Raises:
-        ConfigError: there are not as many GPUs as were named.
-    """
+    """How many processes torchrun must start; 1 means that this one trains."""
     if not gpus:
         return 1
     wanted, usable = len(gpus.split(",")), usable_gpus()

@@ -56,8 +56,7 @@ LLM_PARAMETERS = r"model\.(embed_tokens|layers|norm)\..*"
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """Turn an original command line into a configuration.
 
-    Raises:
-        ConfigError: a value that cannot be used.
+    Raises ConfigError: a value that cannot be used.
     """
     parser = argparse.ArgumentParser(description="Higgs Audio v2 training with the original pipeline's flags.")
     for flag in FLAGS:

@@ -21,11 +21,7 @@ class NotFixable(Exception):
 
 
 def plan_wrap(script: Script, config: cst.Call) -> Fix:
-    """Apply a LoraConfig to the model that is trained: `model = get_peft_model(model, config)` before training.
-
-    Raises:
-        NotFixable: the model, or the place, is not certain.
-    """
+    """Apply a LoraConfig to the model that is trained: `model = get_peft_model(model, config)` before training."""
     holder = script.parent(config)
     targets = [target.target for target in holder.targets] if isinstance(holder, cst.Assign) else []
     targets += [holder.target] if isinstance(holder, cst.AnnAssign) else []
@@ -126,11 +122,7 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
 
 
 def plan_save(script: Script, save: cst.Call, training: Training) -> Fix:
-    """Save what was trained instead: the PEFT variable, or else by the trainer.
-
-    Raises:
-        NotFixable: neither is in reach where the script saves.
-    """
+    """Save what was trained instead: the PEFT variable, or else by the trainer."""
     owner = receiver(save)
     assert owner is not None, "save_pretrained of nothing"
     trained = script.variable(training.model)
@@ -160,11 +152,7 @@ def _by_trainer(script: Script, save: cst.Call, training: Training) -> Fix:
 
 
 def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.ClassDef) -> Fix:
-    """Save the PEFT model inside a wrapper class of the script, by its variable or by the wrapper's attribute.
-
-    Raises:
-        NotFixable: no PEFT model is seen to go into the wrapper.
-    """
+    """Save the PEFT model inside a wrapper class of the script, by its variable or by the wrapper's attribute."""
     owner = receiver(save)
     assert owner is not None, "save_pretrained of nothing"
     for attribute, value in _inner_models(script, made, class_):
@@ -216,11 +204,7 @@ def fixed_source(script: Script, fix: Fix) -> bytes:
 
 
 def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:
-    """Put `source` in a file's place in one step, after a copy of the original under a name not used before.
-
-    Raises:
-        ConfigError: the file changed meanwhile, or cannot be written.
-    """
+    """Put `source` in a file's place in one step, after a copy of the original under a name not used before."""
     path = path.resolve()  # a link stays a link
     try:
         if path.read_bytes() != original:

@@ -63,8 +63,7 @@ class FixReport:
 def lint(path: Path) -> list[ScriptIssue]:
     """Issues of one file in source order.
 
-    Raises:
-        ConfigError: the file cannot be read, or does not parse (with the line).
+    Raises ConfigError: the file cannot be read, or does not parse (with the line).
     """
     return _issues(*_check(path, _read(path)))
 
@@ -72,8 +71,7 @@ def lint(path: Path) -> list[ScriptIssue]:
 def lint_paths(paths: Sequence[Path]) -> list[ScriptIssue]:
     """Issues of files, and of all `*.py` below folders (hidden ones and installed packages left out).
 
-    Raises:
-        ConfigError: files that do not exist or do not parse, all named; or a folder without scripts.
+    Raises ConfigError: files that do not exist or do not parse, all named; or a folder without scripts.
     """
     issues, unreadable = [], []
     for path in scripts_in(paths):
@@ -92,8 +90,7 @@ def fix(path: Path) -> FixReport:
     A fix counts only if the result compiles and no longer has the issue. The file is replaced in one step; a backup
     that exists is not overwritten (`.bak1`, `.bak2` ...).
 
-    Raises:
-        ConfigError: the file cannot be read, does not parse, or cannot be written.
+    Raises ConfigError: the file cannot be read, does not parse, or cannot be written.
     """
     original = source = _read(path)
     fixed: list[ScriptIssue] = []
@@ -118,8 +115,7 @@ def fix(path: Path) -> FixReport:
 def scripts_in(paths: Sequence[Path]) -> list[Path]:
     """The files, and all `*.py` below folders, each one time.
 
-    Raises:
-        ConfigError: a path does not exist, or a folder holds no script.
+    Raises ConfigError: a path does not exist, or a folder holds no script.
     """
     scripts: list[Path] = []
     for path in paths:

@@ -46,8 +46,7 @@ def interchangeable(family: Family, settings: LoraSettings) -> Mapping[str, obje
 def matching_modules(model: nn.Module, pattern: str) -> list[str]:
     """Names of the linear layers a pattern matches in full, as PEFT matches them.
 
-    Raises:
-        AdapterError: the pattern is no regex, or matches nothing.
+    Raises AdapterError: the pattern is no regex, or matches nothing.
     """
     try:
         regex = re.compile(pattern)
@@ -67,8 +66,7 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
 def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: int) -> PeftModel:
     """Freeze the base and inject a fresh adapter with float32 weights, in place; with one seed all ranks start alike.
 
-    Raises:
-        AdapterError: the targets match nothing.
+    Raises AdapterError: the targets match nothing.
     """
     pattern = target_pattern(family, settings)
     matching_modules(plain_model(model), pattern)
@@ -162,8 +160,7 @@ def _scale(config: PeftConfig) -> dict[str, object]:
 def freeze(model: nn.Module, pattern: str) -> list[str]:
     """Freeze the parameters whose full name matches, and return their names.
 
-    Raises:
-        AdapterError: the pattern is no regex, or matches nothing.
+    Raises AdapterError: the pattern is no regex, or matches nothing.
     """
     try:
         names = [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
@@ -205,8 +202,7 @@ def adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor] | None = N
 def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
     """Put a saved adapter onto its base for inference, and refuse what PEFT only warns about.
 
-    Raises:
-        AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert).
+    Raises AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert).
     """
     config = copy.deepcopy(stored.config)
     config.inference_mode = True

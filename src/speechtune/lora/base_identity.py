@@ -52,9 +52,8 @@ class BaseRecipe:
 def describe_base(config: RunConfig, family: Family, model: nn.Module, plan: PrecisionPlan) -> BaseRecipe:
     """Take the fingerprint of a prepared base that has no adapter of ours yet.
 
-    Raises:
-        ConfigError: it holds NaN or infinity.
-        TrainingError: its answer is not finite though its weights are: in float16, activations of some bases overflow.
+    Raises ConfigError: it holds NaN or infinity; TrainingError: its answer is not finite though its weights are: in
+    float16, activations of some bases overflow.
     """
     settings = config.model.model_dump(mode="json", exclude={"attention"})  # another attention, the same base
     return BaseRecipe(
@@ -70,8 +69,7 @@ def describe_base(config: RunConfig, family: Family, model: nn.Module, plan: Pre
 def read_recipe(adapter: Path) -> BaseRecipe | None:
     """The recipe beside an adapter; None for adapters of other tools.
 
-    Raises:
-        AdapterError: the file is damaged.
+    Raises AdapterError: the file is damaged.
     """
     file = adapter / RECIPE_NAME
     if not file.is_file():
@@ -87,8 +85,7 @@ def read_recipe(adapter: Path) -> BaseRecipe | None:
 def check_base(recipe: BaseRecipe, adapter: Path, family: Family, model: nn.Module, plan: PrecisionPlan) -> None:
     """Compare a freshly prepared base with the one an adapter was trained on.
 
-    Raises:
-        AdapterError: it was prepared another way, or answers otherwise.
+    Raises AdapterError: it was prepared another way, or answers otherwise.
     """
     prepared = json.loads(json.dumps(family.recipe()))
     if prepared != recipe.prepared:
@@ -107,8 +104,7 @@ def check_base(recipe: BaseRecipe, adapter: Path, family: Family, model: nn.Modu
 def check_weights(model: nn.Module, where: str) -> None:
     """All weights of a base are finite.
 
-    Raises:
-        ConfigError: names those that are not.
+    Raises ConfigError: names those that are not.
     """
     broken = [name.removeprefix("base_model.model.") for name in non_finite(model.named_parameters())]
     if broken:

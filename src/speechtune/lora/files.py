@@ -74,8 +74,7 @@ class StoredAdapter:
 def adapter_folder(path: Path) -> Path:
     """The folder that holds an adapter's files: `path`, or the `lora_adapters` in a run's or checkpoint's folder.
 
-    Raises:
-        AdapterError: no such folder.
+    Raises AdapterError: no such folder.
     """
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
@@ -91,9 +90,8 @@ def read_adapter(directory: Path, layouts: Mapping[str, AdapterLayout] | None = 
         directory: its own folder.
         layouts: those its names may follow besides the native one.
 
-    Raises:
-        AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
-            never trained, weights that are not those MANIFEST.json lists.
+    Raises AdapterError: files missing or unreadable, another PEFT method than LoRA, values that are not finite or were
+    never trained, weights that are not those MANIFEST.json lists.
     """
     config, tensors = read_config(directory), read_tensors(weights_file(directory))
     issues = value_issues(tensors)
@@ -113,8 +111,7 @@ def manifest_issues(directory: Path) -> list[Issue]:
 def read_config(directory: Path) -> LoraConfig:
     """Configuration of a saved adapter.
 
-    Raises:
-        AdapterError: it is missing, unreadable, or not of a LoRA.
+    Raises AdapterError: it is missing, unreadable, or not of a LoRA.
     """
     file = directory / CONFIG_NAME
     if not file.is_file():
@@ -139,8 +136,7 @@ def read_config(directory: Path) -> LoraConfig:
 def weights_file(directory: Path) -> Path:
     """The file of an adapter's tensors: safetensors before .bin, as PEFT chooses.
 
-    Raises:
-        AdapterError: neither is there.
+    Raises AdapterError: neither is there.
     """
     for name in (WEIGHTS_NAME, BIN_NAME):
         if (directory / name).is_file():
@@ -151,8 +147,7 @@ def weights_file(directory: Path) -> Path:
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors or torch file whose names are `wanted`; no pickled code is run.
 
-    Raises:
-        AdapterError: the file is not readable; the message says what it holds instead, if that is known.
+    Raises AdapterError: the file is not readable; the message says what it holds instead, if that is known.
     """
     try:
         if reason := not_downloaded(path):

@@ -51,9 +51,8 @@ def save_lora_adapters(
         is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
             others return at once and do not wait.
 
-    Raises:
-        AdapterError: no PeftModel or several, sharded, never trained, or NaN.
-        CheckpointError: the place cannot be written, or the files read back different; an older folder is untouched.
+    Raises AdapterError: no PeftModel or several, sharded, never trained, or NaN; CheckpointError: the place cannot be
+    written, or the files read back different; an older folder is untouched.
     """
     directory = Path(output_dir)
     if is_main_process is None:
@@ -93,8 +92,7 @@ def save_lora_adapters(
 def find_peft_model(model: nn.Module) -> PeftModel:
     """The one PeftModel that `model` is or holds, registered as a submodule or kept as a plain attribute.
 
-    Raises:
-        AdapterError: none, more than one, or one sharded by FSDP.
+    Raises AdapterError: none, more than one, or one sharded by FSDP.
     """
     modules = list(_reachable(model))
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
@@ -122,8 +120,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 def trained_adapter(model: PeftModel) -> str:
     """Name of the adapter being trained, or of the active one where nothing is trainable any more.
 
-    Raises:
-        AdapterError: several, or none.
+    Raises AdapterError: several, or none.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     names = [name for name in model.peft_config if any(f".{name}." in f"{one}." for one in trainable)]
@@ -144,8 +141,7 @@ def named_state(
 ) -> dict[str, torch.Tensor]:
     """One adapter's tensors under the names they have on disk; they share memory with the model, or with `state_dict`.
 
-    Raises:
-        AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
+    Raises AdapterError: the tensors are sharded over processes, or PEFT cannot collect them.
     """
     sharded = [
         key

@@ -155,8 +155,7 @@ def short_names(directories: Sequence[Path]) -> list[str]:
 def read_run(directory: Path, name: str | None = None) -> RunReport:
     """Read a run directory, finished or not; `name` is what the report calls it.
 
-    Raises:
-        ConfigError: it is no run directory.
+    Raises ConfigError: it is no run directory.
     """
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such folder; name a run's output_dir")

@@ -10,8 +10,7 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file beside its place, sync it, and rename it; its folder is made if need be.
 
-    Raises:
-        OSError: it could not be written; an older file is untouched then.
+    Raises OSError: it could not be written; an older file is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not `tempfile`: its files are for the owner alone, and these keep the umask's mode.

@@ -42,8 +42,7 @@ def inspect_folder(directory: Path) -> list[Issue]:
 def require_sound(place: str, option: str) -> None:
     """Refuse a local model folder that does not exist or has corrupt files; a hub id passes.
 
-    Raises:
-        ConfigError: names every file and its issue.
+    Raises ConfigError: names every file and its issue.
     """
     directory = Path(place)
     if not directory.is_dir() and place.startswith(("/", ".", "~")):
@@ -70,8 +69,7 @@ def load_pretrained(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Load a native model; returns it with transformers' list of missing, unexpected and mismatched weights.
 
-    Raises:
-        ConfigError: it does not load.
+    Raises ConfigError: it does not load.
     """
     try:
         return model_class.from_pretrained(
@@ -90,8 +88,7 @@ def load_pretrained(
 def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -> None:
     """Refuse weights that do not fit the model.
 
-    Raises:
-        ConfigError: names the first of them.
+    Raises ConfigError: names the first of them.
     """
     lost, other = sorted(missing), list(mismatched)
     if lost or other:
@@ -103,8 +100,7 @@ def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -
 def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base.
 
-    Raises:
-        ConfigError: there is none, or it does not load.
+    Raises ConfigError: there is none, or it does not load.
     """
     require_sound(settings.path, "model.path")
     try:
@@ -117,8 +113,7 @@ def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTok
 def hub_commit(repository: str, revision: str | None) -> str:
     """Commit that a hub id stands at: a branch may move under the same name.
 
-    Raises:
-        ConfigError: the hub does not answer, and nothing is cached.
+    Raises ConfigError: the hub does not answer, and nothing is cached.
     """
     try:
         file = cached_file(repository, "config.json", revision=revision)

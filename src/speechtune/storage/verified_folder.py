@@ -50,8 +50,7 @@ def write_verified(
         tensors: what the folder's safetensors files must hold, bit for bit.
         replace: put the new folder in the place of an older one.
 
-    Raises:
-        CheckpointError: with what went wrong, where, and what to do; an older folder is untouched then.
+    Raises CheckpointError: with what went wrong, where, and what to do; an older folder is untouched then.
     """
     if directory.exists() and not replace:
         raise CheckpointError(f"{directory}: exists already; remove it or choose another output folder")
@@ -152,8 +151,7 @@ def clear_leftovers(output_dir: Path) -> None:
 def check_writable(output_dir: Path, bytes_needed: int) -> None:
     """Prove by writing that a folder takes files, and that the disk has room.
 
-    Raises:
-        CheckpointError: no permission, no space, or no folder can be there.
+    Raises CheckpointError: no permission, no space, or no folder can be there.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -174,8 +172,7 @@ def check_writable(output_dir: Path, bytes_needed: int) -> None:
 def read_state(directory: Path) -> dict[str, Any]:
     """The trainer state of a checkpoint.
 
-    Raises:
-        CheckpointError: it is not readable.
+    Raises CheckpointError: it is not readable.
     """
     try:
         return json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))

@@ -22,8 +22,7 @@ UTTERANCES_NAME = "utterances.jsonl"
 def to_json(result: DataclassInstance) -> dict[str, Any]:
     """A result dataclass as a plain dict for `json.dumps`: NaN, which JSON does not have, becomes None.
 
-    Raises:
-        TypeError: not a dataclass instance.
+    Raises TypeError: not a dataclass instance.
     """
     return _plain(asdict(result))
 
@@ -41,8 +40,7 @@ def _plain(value: Any) -> Any:
 def write_results(figures: Mapping[str, Any], rows: Sequence[DataclassInstance], directory: Path) -> tuple[Path, Path]:
     """Write `metrics.json` and `utterances.jsonl` (one row per line).
 
-    Raises:
-        CheckpointError: a file could not be written.
+    Raises CheckpointError: a file could not be written.
     """
     metrics = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     lines = (json.dumps(to_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -195,11 +195,7 @@ class Saver:
 
 
 def save_with_retry(save: Callable[[], Path]) -> Path:
-    """Call `save`, and once more if it fails: a network disk may be slow to show what was written.
-
-    Raises:
-        CheckpointError: the second attempt failed too.
-    """
+    """Call `save`, and once more if it fails: a network disk may be slow to show what was written."""
     try:
         return save()
     except CheckpointError as error:
@@ -214,11 +210,7 @@ def write_state(path: Path, state: RunState) -> None:
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint a run goes on from, or None for a fresh start; says which were passed over and why.
-
-    Raises:
-        CheckpointError: a named checkpoint does not verify, or the run went on from it already.
-    """
+    """The checkpoint a run goes on from, or None for a fresh start; says which were passed over and why."""
     if resume is None:
         return None
     if resume == "auto":
@@ -243,11 +235,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
 def restore(
     directory: Path, parts: RunParts, identity: Mapping[str, Any], rank: int, *, force: bool = False
 ) -> RunState:
-    """Put a verified checkpoint into a freshly built run; `force` turns differences of identity into warnings.
-
-    Raises:
-        CheckpointError: it belongs to other data, another base or another adapter; each difference is named.
-    """
+    """Put a verified checkpoint into a freshly built run; `force` turns differences of identity into warnings."""
     state = RunState(**read_state(directory))
     differences = [
         f"{name}: checkpoint {state.identity.get(name)!r}, this run {value!r}"
@@ -272,11 +260,7 @@ def restore(
 
 
 def restore_weights(model: nn.Module, directory: Path) -> None:
-    """Copy the weights of a checkpoint into a model of the same parts.
-
-    Raises:
-        CheckpointError: it holds other tensors.
-    """
+    """Copy the weights of a checkpoint into a model of the same parts."""
     stored: dict[str, torch.Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         stored.update(load_file(path))

@@ -33,9 +33,8 @@ SETUP_TIMEOUT = timedelta(hours=12)  # ranks wait while one encodes clips, gener
 def start_accelerator(config: RunConfig) -> Accelerator:
     """Join the other ranks, if any, and check that accelerate did.
 
-    Raises:
-        ConfigError: an option, or the launch, cannot work on these ranks.
-        TrainingError: accelerate runs another kind of job than was launched.
+    Raises ConfigError: an option, or the launch, cannot work on these ranks; TrainingError: accelerate runs another
+    kind of job than was launched.
     """
     tracking, ranks = config.tracking, world_size()
     for name in tracking.trackers:
@@ -96,11 +95,7 @@ def _check_restarts() -> None:
 
 
 def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:
-    """All ranks resume from the same checkpoint; a node that sees another disk would start from the beginning.
-
-    Raises:
-        CheckpointError: they differ; names each rank's.
-    """
+    """All ranks resume from the same checkpoint; a node that sees another disk would start from the beginning."""
     names = cast(list[str], gather_object([chosen.name if chosen else "none"]))
     if len(set(names)) > 1:
         raise CheckpointError(
@@ -153,8 +148,7 @@ class Engine:
 def shard(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard every repeated block of a model, then what is left, over all ranks, and check that it happened.
 
-    Raises:
-        TrainingError: no blocks, or tensors that are not sharded.
+    Raises TrainingError: no blocks, or tensors that are not sharded.
     """
     ranks = accelerator.num_processes
     mesh = init_device_mesh(accelerator.device.type, (ranks,), mesh_dim_names=("shard",))
@@ -188,11 +182,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_sharded(parameters: Mapping[str, nn.Parameter], ranks: int) -> tuple[int, int]:
-    """Check that every parameter is a shard over `ranks` ranks; returns the bytes held here, and those of the model.
-
-    Raises:
-        TrainingError: names parameters that are not sharded, or over other ranks.
-    """
+    """Check that every parameter is a shard over `ranks` ranks; returns the bytes held here, and those of the model."""
     unsharded = [name for name, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != ranks]
     if unsharded:
         raise TrainingError(

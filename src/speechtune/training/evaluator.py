@@ -77,8 +77,7 @@ class Evaluator:
     def evaluate(self, state: RunState, total_steps: int) -> RunState:
         """Evaluate after a step; the state returned knows whether it is the best so far.
 
-        Raises:
-            TrainingError: an evaluation loss is not finite.
+        Raises TrainingError: an evaluation loss is not finite.
         """
         record = self._record(state.step)
         self.tracker.write(record, total_steps)

@@ -121,9 +121,6 @@ def prepare_scorers(config: RunConfig, family: Family) -> Scorers | None:
     """Load the scorers of generated samples; None where no samples are to be generated.
 
     Called before the data is encoded, so that a missing scorer is reported at once and not hours later.
-
-    Raises:
-        ConfigError: a scorer is unknown or not installed, or `best_metric` is none of this run's scores.
     """
     _check_best_metric(config, family)
     if not num_prompts(config):

@@ -58,11 +58,7 @@ class BatchLoader:
         self._loader = None
 
     def cut_finer(self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError) -> list[Batch]:
-        """The step's samples in micro-batches of half the size; all later steps are cut as finely.
-
-        Raises:
-            TrainingError: `batch.on_oom` is "fail", or nothing is left to halve; names the samples and what to set.
-        """
+        """The step's samples in micro-batches of half the size; all later steps are cut as finely."""
         largest = max(sum(batch.lengths) for batch in batches)
         ids = [sample_id for batch in batches if sum(batch.lengths) == largest for sample_id in batch.sample_ids]
         issue = (

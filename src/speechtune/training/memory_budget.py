@@ -91,8 +91,7 @@ def measure_budgets(job: Job, ranks: int = 1, on_result: Callable[[Fit], None] =
         ranks: processes of the run.
         on_result: called with each measurement.
 
-    Raises:
-        TrainingError: not even the longest sample fits.
+    Raises TrainingError: not even the longest sample fits.
     """
     plan = BatchPlan.of(job.config, job.train_set.lengths, ranks)
     memory = Memory(job.precision.device)

@@ -44,8 +44,7 @@ log = logging.getLogger("speechtune")
 def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None = None) -> Job:
     """Load data, base and adapter, and show what will be trained; `family` None takes the recipe's own.
 
-    Raises:
-        SpeechtuneError: anything that would make the run fail or unreal later.
+    Raises SpeechtuneError: anything that would make the run fail or unreal later.
     """
     if accelerator.is_main_process:
         _open_output(config)
@@ -114,9 +113,7 @@ def _check_before_encoding(config: RunConfig, family: Family, plan: PrecisionPla
 def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sample]]:
     """Read, check and split the data of a run into what the family makes training and evaluation samples of.
 
-    Raises:
-        ConfigError: no training data named.
-        ManifestError: issues in the data.
+    Raises ConfigError: no training data named; ManifestError: issues in the data.
     """
     data = config.data
     if data.train is None:

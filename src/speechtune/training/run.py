@@ -59,8 +59,7 @@ def run_training(config: RunConfig, family: Family | None = None, *, lost_second
         family: the recipe's own where None.
         lost_seconds: silence after which another rank counts as lost.
 
-    Raises:
-        SpeechtuneError: with the reason; checkpoints saved before it stay.
+    Raises SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
     with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog:
@@ -101,8 +100,7 @@ def lora_b_checksums(model: nn.Module) -> dict[str, str]:
 def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: bool) -> Proof:
     """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step.
 
-    Raises:
-        TrainingError: the frozen base changed, or no lora_B moved.
+    Raises TrainingError: the frozen base changed, or no lora_B moved.
     """
     after = lora_b_checksums(model)
     moved = sum(adapter_before[name] != now for name, now in after.items())

@@ -72,11 +72,7 @@ def is_legacy(directory: Path) -> bool:
 
 
 def legacy_config(directory: Path) -> HiggsAudioV2Config:
-    """Native configuration of an old folder.
-
-    Raises:
-        ConfigError: the folder uses a part of the old package that the native class does not have.
-    """
+    """Native configuration of an old folder."""
     old = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = old.get("text_config") or {}
     reasons = [f"{name} is false" for name in REQUIRED if not old.get(name, False)]
@@ -111,11 +107,7 @@ def legacy_config(directory: Path) -> HiggsAudioV2Config:
 
 
 def legacy_state_dict(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an old folder under their native names.
-
-    Raises:
-        ConfigError: no weights are there.
-    """
+    """All tensors of an old folder under their native names."""
     files = sorted(directory.glob("*.safetensors"))
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -134,11 +126,7 @@ def legacy_state_dict(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def load_legacy(directory: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    """Load an old folder into the native class, strictly: every key must find its place.
-
-    Raises:
-        ConfigError: keys are missing or left over; they are named.
-    """
+    """Load an old folder into the native class, strictly: every key must find its place."""
     config = legacy_config(directory)
     config._attn_implementation = attention
     tensors: dict[str, Any] = {key: tensor.to(dtype) for key, tensor in legacy_state_dict(directory).items()}

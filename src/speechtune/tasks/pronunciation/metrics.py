@@ -102,11 +102,7 @@ class RaterCeiling:
 def field_scores(
     predictions: Sequence[float], references: Sequence[float], *, resamples: int = RESAMPLES
 ) -> FieldScores:
-    """Agreement of predicted with reference scores of one field.
-
-    Raises:
-        ValueError: different lengths, or a value that is not finite.
-    """
+    """Agreement of predicted with reference scores of one field."""
     x, y = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"{x.shape} predictions for {y.shape} references")
@@ -160,10 +156,6 @@ def score_report(
         predictions: parsed answers; None, or a field that is missing or not finite, is a failure.
         references: the raters' scores, complete.
         impute: value per field that takes the place of failures: `train_mean` of the training references.
-
-    Raises:
-        ValueError: different lengths.
-        KeyError: a field is missing in a reference or in `impute`.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
@@ -262,9 +254,6 @@ def rater_ceiling(ratings: Sequence[Sequence[float] | None]) -> RaterCeiling | N
 
     Returns:
         None for fewer than two utterances or raters. A rater with constant scores has NaN and is left out of the mean.
-
-    Raises:
-        ValueError: utterances with different numbers of raters.
     """
     rated = [list(row) for row in ratings if row]
     if len({len(row) for row in rated}) > 1:

@@ -45,8 +45,7 @@ class PhoneError(ManifestError):
 def base_phone(label: str) -> str:
     """The base phone of a label such as "AH0": its stress digit stripped.
 
-    Raises:
-        PhoneError: not one of the 39 phones, or a stress digit on a consonant.
+    Raises PhoneError: not one of the 39 phones, or a stress digit on a consonant.
     """
     base = label[:-1] if label.endswith(STRESS_DIGITS) and label[:-1] in _VOWELS else label
     if base not in _KNOWN:
@@ -57,8 +56,7 @@ def base_phone(label: str) -> str:
 def split_phones(value: object) -> list[str]:
     """The labels of a word's phones, given as a list or as one text with blanks between them, stress digits kept.
 
-    Raises:
-        PhoneError: neither of the two, or no phone at all.
+    Raises PhoneError: neither of the two, or no phone at all.
     """
     labels = value.split() if isinstance(value, str) else value
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
@@ -72,9 +70,6 @@ def pronounced_phones(label: str, star_policy: StarPolicy = "base") -> tuple[str
     """The phones of a `pronounced-phone`: none (`<DEL>`), one, or several ("D Z").
 
     Stress digits are stripped; `X*` becomes X or `<unk>` by `star_policy`.
-
-    Raises:
-        PhoneError: a part is no known label; `<DEL>` and `<unk>` are labels by themselves.
     """
     if label in (DELETED, UNKNOWN):
         return () if label == DELETED else (UNKNOWN,)
@@ -90,9 +85,8 @@ def pronounced_phones(label: str, star_policy: StarPolicy = "base") -> tuple[str
 def read_mispronunciation(value: object, phones: Sequence[str]) -> Mispronunciation:
     """Check one entry of a word's `mispronunciations` against the word's `phones` (stress digits allowed in both).
 
-    Raises:
-        PhoneError: no such entry, its index lies outside the word, its canonical phone is another than the one at
-            that index, or a label is unknown.
+    Raises PhoneError: no such entry, its index lies outside the word, its canonical phone is another than the one at
+    that index, or a label is unknown.
     """
     if not isinstance(value, Mapping):
         raise PhoneError("bad_field", f"a mispronunciation is an object, found {value!r:.60}")
@@ -116,8 +110,7 @@ def realised_phones(
 
     Replaced at the index; `<DEL>` removed; `<unk>` kept; `X*` by `star_policy`; "D Z" becomes two phones.
 
-    Raises:
-        PhoneError: an unknown label, an index outside the word, or two entries for one index.
+    Raises PhoneError: an unknown label, an index outside the word, or two entries for one index.
     """
     replaced: dict[int, tuple[str, ...]] = {}
     for item in mispronunciations:

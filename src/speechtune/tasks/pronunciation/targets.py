@@ -44,8 +44,7 @@ def task_samples(
         seed: of that choice.
         star_policy: what an annotated `X*` becomes in the target of MDD.
 
-    Raises:
-        ConfigError: a share of an unknown task.
+    Raises ConfigError: a share of an unknown task.
     """
     if unknown := sorted(set(shares) - set(TASKS)):
         raise ConfigError(f"data.tasks: no task {unknown[0]!r}; there are: {', '.join(TASKS)}")
@@ -67,8 +66,7 @@ def task_samples(
 def task_of(sample: Sample) -> Task:
     """The task of a task sample.
 
-    Raises:
-        ManifestError: it has none, or an unknown one.
+    Raises ManifestError: it has none, or an unknown one.
     """
     name = sample.pronunciation.task if sample.pronunciation else None
     if name not in TASKS:
@@ -79,8 +77,7 @@ def task_of(sample: Sample) -> Task:
 def target_of(sample: Sample) -> dict[str, int | str]:
     """The correct answer to a task sample: whole-number scores, or words in lower case and realised phones.
 
-    Raises:
-        ManifestError: the sample has no target.
+    Raises ManifestError: the sample has no target.
     """
     task, labels = task_of(sample), sample.pronunciation
     if labels is None or labels.target is None:

@@ -75,8 +75,7 @@ class Comparison:
 def compare(systems: Mapping[str, Sequence[VoiceRow]], scorers: Scorers) -> Comparison:
     """Compare systems that spoke the same prompts; the first is the baseline.
 
-    Raises:
-        ValueError: no system, or systems with other prompts than the first.
+    Raises ValueError: no system, or systems with other prompts than the first.
     """
     if not systems:
         raise ValueError("no system to compare")

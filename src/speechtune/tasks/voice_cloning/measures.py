@@ -81,8 +81,7 @@ def measure(
         targets: the recording of the same text, for durations.
         scorers: those that are None leave their measures None.
 
-    Raises:
-        ValueError: different lengths, or outputs in another order.
+    Raises ValueError: different lengths, or outputs in another order.
     """
     ids = [sample.id for sample in samples]
     if ids != [output.sample_id for output in outputs] or not len(ids) == len(references) == len(targets):

@@ -49,9 +49,8 @@ def load_scorers(asr: str | None, speaker: str | None, mos: str | None, *, devic
         mos: "distillmos", "dnsmos".
         device: where networks run that can run elsewhere than on the CPU.
 
-    Raises:
-        ConfigError: an unknown spec, a missing package (named with the line that installs it), or weights that do not
-            load.
+    Raises ConfigError: an unknown spec, a missing package (named with the line that installs it), or weights that do
+    not load.
     """
     if asr is not None:
         word_errors.check_installed()

@@ -27,8 +27,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pic
 def need(module: str, wanted_by: str, install: str) -> ModuleType:
     """Import a module of an optional package.
 
-    Raises:
-        ConfigError: it, or something it imports, is missing; names the line that installs it.
+    Raises ConfigError: it, or something it imports, is missing; names the line that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -37,11 +36,7 @@ def need(module: str, wanted_by: str, install: str) -> ModuleType:
 
 
 def package_file(package: str, name: str, wanted_by: str, install: str) -> Path:
-    """A file inside an installed package, which is not imported.
-
-    Raises:
-        ConfigError: the package or the file is missing; names the line that installs it.
-    """
+    """A file inside an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder, name)).is_file():
@@ -50,11 +45,7 @@ def package_file(package: str, name: str, wanted_by: str, install: str) -> Path:
 
 
 def place_of(spec: str) -> tuple[str, str | None]:
-    """Folder, or hub id and revision ("name@revision"), of a spec such as "whisper:openai/whisper-large-v3".
-
-    Raises:
-        ConfigError: nothing is named, or a folder that is not there.
-    """
+    """Folder, or hub id and revision ("name@revision"), of a spec such as "whisper:openai/whisper-large-v3"."""
     kind, _, argument = spec.partition(":")
     if not argument:
         raise ConfigError(f"{spec}: name its weights: {kind}:FOLDER or {kind}:HUB_ID")

@@ -28,11 +28,7 @@ def language_code(language: str | None) -> str | None:
 
 
 def check_installed() -> None:
-    """Make sure that word errors can be counted.
-
-    Raises:
-        ConfigError: a package is missing.
-    """
+    """Make sure that word errors can be counted."""
     for module in ("jiwer", "whisper_normalizer.english", "whisper_normalizer.basic"):
         need(module, "word error rate", INSTALL)
 
