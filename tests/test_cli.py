@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from speechtune.cli import build_parser, main
+from speechtune.commands import print_json
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich")
 
@@ -64,3 +66,10 @@ def test_what_may_be_left_out_is_not_called_required(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         main(["fit"])
     assert stopped.value.code == 2 and capsys.readouterr().err.rstrip().endswith("arguments are required: recipe")
+
+
+def test_json_holds_what_utf8_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a traceback in place of the answer where a model's text ends in half of a surrogate pair."""
+    print_json({"text": "väljund \ud83d", "path": Path("a/b")})
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"text": "väljund \ud83d", "path": "a/b"} and "väljund" in printed

@@ -14,24 +14,18 @@ from speechtune.commands.guarded import guarded
 
 
 class Verbs:
-    """A parser's verbs; "push" calls `speechtune.commands.push.run_push` where no other module is named."""
+    """A parser's verbs; "encode" calls `speechtune.commands.encode.run_encode` where no other module is named."""
 
     def __init__(self, parser: argparse.ArgumentParser, metavar: str) -> None:
-        self._parsers = parser.add_subparsers(required=True, metavar=metavar)
+        self.parsers = parser.add_subparsers(required=True, metavar=metavar)
 
-    def add(
-        self, name: str, help: str, module: str | None = None, *, json: bool = True
-    ) -> Callable[..., argparse.Action]:
+    def add(self, name: str, help: str, module: str | None = None, *, json: bool = True) -> Callable[..., object]:
         """A new verb; the function returned adds an argument to it."""
-        parser = self._parsers.add_parser(name, help=help)
+        parser = self.parsers.add_parser(name, help=help)
         if json:
             parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
         parser.set_defaults(module=f"speechtune.commands.{module or name}", function=f"run_{name}")
         return parser.add_argument
-
-    def group(self, name: str, help: str) -> "Verbs":
-        """A verb with verbs of its own."""
-        return Verbs(self._parsers.add_parser(name, help=help), "ACTION")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +74,7 @@ def _recipe_verbs(verbs: Verbs) -> None:
     encode("--shard", metavar="I/N", help="encode only this share of the clips, I from 0 to N-1")
     encode("--engine", choices=("local", "ray"), default="local", help="(default: %(default)s)")
     encode("--shards", type=int, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)")
-    fit = verbs.add("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost")
+    fit = verbs.add("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost", "train")
     fit("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
     train = verbs.add("train", "train as a recipe says")
     train("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
@@ -92,7 +86,7 @@ def _recipe_verbs(verbs: Verbs) -> None:
 
 
 def _model_verbs(verbs: Verbs) -> None:
-    generate = verbs.add("generate", "speak a text in the voice of a reference, or all texts of a manifest")
+    generate = verbs.add("generate", "speak a text in a reference's voice, or all texts of a manifest", "inference")
     generate("manifest", type=Path, nargs="?", help="manifest whose texts are spoken; else --text")
     generate("--text", help="what to say")
     generate("--reference", type=Path, help="recording of the voice")
@@ -105,13 +99,13 @@ def _model_verbs(verbs: Verbs) -> None:
     generate("--top-p", type=float)
     generate("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
     generate("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
-    score = verbs.add("score", "pronunciation of recordings: scores, words and phones as said")
+    score = verbs.add("score", "pronunciation of recordings: scores, words and phones as said", "inference")
     score("audio", type=Path, nargs="*", help="audio files")
     score("--text", help="what was to be read: phones are aligned with it")
     score("--manifest", type=Path, help="many recordings: JSONL, or pronunciation data")
     score("--out", type=Path, help="JSONL file to write")
     score("--adapter", type=Path, help="adapter, run or checkpoint folder")
-    evaluate = verbs.add("evaluate", "measure models on recordings or prompts, beside base and baselines")
+    evaluate = verbs.add("evaluate", "measure models on recordings or prompts, beside base and baselines", "inference")
     evaluate("data", type=Path, help="pronunciation data, a voice-cloning manifest, or a seed-tts .lst")
     evaluate("--out", type=Path, required=True, help="folder for metrics.json, utterances.jsonl, answers")
     evaluate("--adapter", type=Path, action="append", default=[], help="may be given several times")
@@ -148,7 +142,8 @@ def _adapter_verbs(verbs: Verbs) -> None:
     push("--private", action="store_true", help="make a new repository private")
     push("--no-samples", action="store_true", help="leave the recordings of the last evaluation out")
     push("--dry-run", action="store_true", help="check, and show what would be sent")
-    adapters = verbs.group("adapters", "verify, find, extract and convert LoRA adapters")
+    about = "verify, find, extract and convert LoRA adapters"
+    adapters = Verbs(verbs.parsers.add_parser("adapters", help=about), "ACTION")
     verify = adapters.add("verify", "prove that an adapter is complete, trained and fits its base", "adapters")
     verify("path", type=Path, help="adapter folder")
     verify("--base", help="load it onto this base too (hub id or folder) and prove an effect")

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from speechtune.commands.validate import guess_script, print_report, statistics, validate
+from speechtune.commands.validate import guess_script, print_report, run_validate, statistics, validate
 from speechtune.config import DataConfig
 from speechtune.errors import ManifestError
 from speechtune.types import AudioRef, Clip, Sample
@@ -86,14 +86,17 @@ def test_sound_manifest(tmp_path: Path) -> None:
     assert "no issues" in shown(tmp_path) and "anna: 3" in shown(tmp_path)
 
 
-def test_issues_are_listed_in_row_order_and_not_counted_as_sound(tmp_path: Path) -> None:
+def test_issues_are_listed_in_row_order_and_not_counted_as_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [entry(0), entry(7), entry(1, text="<|eot_id|>"), entry(8), entry(2)]
     report = validate(manifest(tmp_path, *rows), DataConfig())
     assert [(issue.row, issue.code) for issue in report.issues] == [
         (2, "missing_file"), (3, "special_token"), (4, "missing_file"),
     ]  # fmt: skip
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (5, 2)
-    values = json.loads(report.to_json())
+    assert run_validate(tmp_path, metadata_only=True, as_json=True) == 2
+    values = json.loads(capsys.readouterr().out)
     assert values["issues"][1]["sample_id"] == "id1" and values["statistics"] == report.statistics
     output = shown(tmp_path)
     assert "3 issue(s)" in output and "id7" in output and "no issues" not in output

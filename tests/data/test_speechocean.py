@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from rich.console import Console
 
-from speechtune.commands.validate import print_report, validate
+from speechtune.commands.validate import print_report, run_validate, validate
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.row_parser import ReadResult
@@ -494,7 +494,7 @@ def shown(folder: Path, **options: Any) -> str:
     return console.file.getvalue()
 
 
-def test_validate_shows_statistics(corpus: Corpus) -> None:
+def test_validate_shows_statistics(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     report = validate(corpus.write(), DataConfig(), deep=True)
     assert report.issues == []
     assert (report.statistics["num_rows"], report.statistics["num_samples"]) == (4, 4)
@@ -506,7 +506,8 @@ def test_validate_shows_statistics(corpus: Corpus) -> None:
     assert (train["genders"], train["ages"]) == ({"f": 2}, {"6": 1, "7": 1})
     assert train["pronounced_counts"] == {"D Z": 3}
     assert train["phone_counts"]["AY"] == 3
-    assert json.loads(report.to_json())["statistics"]["pronunciation"]["test"]["phones"] == 6
+    assert run_validate(corpus.folder, metadata_only=True, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["statistics"]["pronunciation"]["test"]["phones"] == 6
     text = shown(corpus.folder)
     for wanted in ("mispronounced phones: 3 of 18 (16.67%)", "ages  6: 1  7: 1", "prosodic  7: 3", "no issues"):
         assert wanted in text, wanted

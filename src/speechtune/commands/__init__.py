@@ -1,1 +1,19 @@
-"""The verbs of the command line, one file each; only these modules print."""
+"""The verbs of the command line; only these modules print."""
+
+import json
+from collections.abc import Iterable
+
+
+def print_json(values: object, indent: int | None = None) -> None:
+    """Print what a verb found as JSON; half of a surrogate pair in a text is no UTF-8, but escaped it is still JSON."""
+    text = json.dumps(values, ensure_ascii=False, indent=indent, default=str)
+    print(text.encode(errors="backslashreplace").decode())
+
+
+def print_result(values: object, lines: Iterable[str], as_json: bool, status: int = 0) -> int:
+    """Print what a verb found, as JSON or as lines for people; return `status`, the exit code."""
+    if as_json:
+        print_json(values)
+    else:
+        print("".join(f"{line}\n" for line in lines), end="")
+    return status

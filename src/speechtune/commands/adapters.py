@@ -1,18 +1,18 @@
 """`speechtune adapters`, `merge` and `push`: what can be done with a finished adapter."""
 
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from speechtune.commands import print_result
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, settings_nearby
 from speechtune.export.find import find_adapters
-from speechtune.export.merge import MAX_SHARD_SIZE, Dtype, merge
+from speechtune.export.merge import merge
 from speechtune.export.push import plan_upload, upload
 from speechtune.export.verify import Verification, verify_adapter
 from speechtune.family import NATIVE
@@ -29,13 +29,13 @@ def run_verify(
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
     folders = find_adapters(path)[0] if find_all else [path]
     reports = [verify_adapter(folder, base) for folder in folders]
-    status = 0 if reports and all(report.valid for report in reports) else 1
-    if as_json:
-        rows = [asdict(report) for report in reports]
-        return _print_json({"valid": status == 0, "adapters": rows} if find_all else rows[0], status)
-    for report in reports:
+    valid = bool(reports) and all(report.valid for report in reports)
+    for report in [] if as_json else reports:
         _print_verification(Console(), report, verbose)
-    return _print_lines([] if reports else [f"no adapter under {path}"], status)
+    rows = [asdict(report) for report in reports]
+    values = {"valid": valid, "adapters": rows} if find_all else rows[0]
+    lines = [] if reports else [f"no adapter under {path}"]
+    return print_result(values, lines, as_json, 0 if valid else 1)
 
 
 def _print_verification(console: Console, report: Verification, verbose: bool) -> None:
@@ -58,31 +58,26 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
     """List every adapter under `root`; 0 when one is there, else 1."""
     folders, checkpoints = find_adapters(root)
     adapters = [verify_adapter(folder, look_up_base=False) for folder in folders]
-    status = 0 if adapters or checkpoints else 1
-    if as_json:
-        rows = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": [str(path) for path in checkpoints]}
-        return _print_json(rows, status)
     paths = [Column(name, overflow="fold") for name in ("adapter", "base")]
     table = Table(*paths, "rank", "step", "valid", "bytes", "date", title=f"adapters under {root}")
-    lines = []
+    lines = [] if adapters or checkpoints else [f"no adapter under {root}"]
     for one in adapters:
         valid = "[green]yes[/]" if one.valid else "[red]no[/]"
         cells = (escape(one.path), escape(one.base or "?"), str(one.rank or "?"), str(one.step or "?"), valid)
         table.add_row(*cells, f"{one.bytes:,}", (one.modified or "?").replace("T", " ").removesuffix("+00:00"))
         shown = one.checks if verbose else [check for check in one.checks if check.status == "issue"]
         lines += [f"{one.path}: {check.name}: {check.status}: {check.detail}" for check in shown]
-    if adapters:
+    if adapters and not as_json:
         Console().print(table)
     extract_it = "a full checkpoint with LoRA weights inside: `speechtune adapters extract`"
     lines += [f"{path}: {extract_it}" for path in checkpoints]
-    return _print_lines(lines if status == 0 else [f"no adapter under {root}"], status)
+    values = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": checkpoints}
+    return print_result(values, lines, as_json, 0 if adapters or checkpoints else 1)
 
 
 def run_convert(adapter: Path, output: Path, to: str, *, base: str | None = None, as_json: bool = False) -> int:
     """Convert an adapter and print what was done; 0."""
     report = convert(adapter, output, to, base=base)
-    if as_json:
-        return _print_json(asdict(report))
     lines = [
         f"{adapter} ({report.source_layout}) -> {output} ({to})",
         f"{report.tensors} tensors, {report.renamed} renamed, values unchanged",
@@ -94,23 +89,12 @@ def run_convert(adapter: Path, output: Path, to: str, *, base: str | None = None
     else:
         lines.append(f"logits of both layouts differ by {report.logit_difference:.1e}")
         lines.append(f"the adapter moves them by {report.adapter_effect:.3g}")
-    return _print_lines(lines)
+    return print_result(asdict(report), lines, as_json)
 
 
-def run_extract(
-    checkpoint: Path,
-    output: Path,
-    *,
-    alpha: float | None = None,
-    base: str | None = None,
-    rslora: bool | None = None,
-    adapter_name: str | None = None,
-    as_json: bool = False,
-) -> int:
-    """Extract an adapter, and print what it holds and what could not be known; 0."""
-    report = extract(checkpoint, output, alpha=alpha, base=base, rslora=rslora, adapter_name=adapter_name)
-    if as_json:
-        return _print_json(asdict(report))
+def run_extract(checkpoint: Path, output: Path, *, as_json: bool = False, **known: Any) -> int:
+    """Extract an adapter, with what is `known` of its training; print what it holds and what could not be known; 0."""
+    report = extract(checkpoint, output, **known)
     lines = [
         f"{report.tensors} tensors of {report.modules} modules -> {output}",
         f"rank {report.rank} (from the shapes{'; other ranks in rank_pattern' if report.rank_pattern else ''})",
@@ -122,7 +106,7 @@ def run_extract(
     if report.layout not in (None, NATIVE):
         command = f"speechtune adapters convert {output} OUTPUT --to {NATIVE}"
         lines.append(f"keys are in the {report.layout} layout: next, `{command}`")
-    return _print_lines(lines)
+    return print_result(asdict(report), lines, as_json)
 
 
 def run_merge(
@@ -131,28 +115,19 @@ def run_merge(
     *,
     base: str | None = None,
     codec: str | None = None,
-    dtype: Dtype | None = None,
-    save_tokenizer: bool = True,
     compare_models: bool = False,
     test_input: str = TEST_INPUT,
-    max_shard_size: str = MAX_SHARD_SIZE,
     as_json: bool = False,
+    **storage: Any,
 ) -> int:
-    """Merge an adapter into the base it names, or into `base`, and print what was measured; 0."""
+    """Merge an adapter into the base it names, or into `base`, and print what was measured; 0.
+
+    `storage` says how the merged model is stored: dtype, save_tokenizer and max_shard_size of `export.merge`.
+    """
     stored = open_adapter(adapter)
     named = (nearby.codec for level in settings_nearby(stored.directory) for nearby in level if nearby.codec)
     config = model_config(base, codec or next(named, None), stored)
-    report = merge(
-        config,
-        stored,
-        output,
-        dtype=dtype,
-        save_tokenizer=save_tokenizer,
-        compare_on=test_input if compare_models else None,
-        max_shard_size=max_shard_size,
-    )
-    if as_json:
-        return _print_json(asdict(report) | {"output": str(output)})
+    report = merge(config, stored, output, compare_on=test_input if compare_models else None, **storage)
     lines = [
         f"{adapter} + {config.model.path} -> {output}",
         f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}",
@@ -164,40 +139,17 @@ def run_merge(
             f"  another first choice at {text.changed_positions} of {text.positions} positions;",
             f"  merged and adapter on differ by up to {text.merged_difference:.1e}",
         ]
-    return _print_lines(lines)
+    return print_result(asdict(report) | {"output": output}, lines, as_json)
 
 
-def run_push(
-    path: Path,
-    repository: str,
-    *,
-    private: bool = False,
-    no_samples: bool = False,
-    dry_run: bool = False,
-    as_json: bool,
-) -> int:
+def run_push(path: Path, repository: str, *, private: bool, no_samples: bool, dry_run: bool, as_json: bool) -> int:
     """Upload, or with `dry_run` only show what would be; 0."""
     plan = plan_upload(path, repository, private=private, samples=not no_samples)
     address = None if dry_run else upload(plan)
-    if as_json:
-        return _print_json(asdict(plan) | {"url": address, "dry_run": dry_run})
     kind = "private" if plan.private else "public"
-    return _print_lines(
-        [
-            f"{plan.repository} ({kind}, if new): {len(plan.files)} files, {plan.bytes / 1e6:.1f} MB",
-            *(f"  {name}" for name in plan.files),
-            f"uploaded: {address}" if address else "dry run: nothing was sent",
-        ]
-    )
-
-
-def _print_json(values: Mapping[str, object], status: int = 0) -> int:
-    print(json.dumps(values, ensure_ascii=False))
-    return status
-
-
-def _print_lines(lines: Iterable[str], status: int = 0) -> int:
-    """Print lines as they are: neither wrapped nor taken for markup."""
-    for line in lines:
-        Console(highlight=False).print(line, markup=False, soft_wrap=True)
-    return status
+    lines = [
+        f"{plan.repository} ({kind}, if new): {len(plan.files)} files, {plan.bytes / 1e6:.1f} MB",
+        *(f"  {name}" for name in plan.files),
+        f"uploaded: {address}" if address else "dry run: nothing was sent",
+    ]
+    return print_result(asdict(plan) | {"url": address, "dry_run": dry_run}, lines, as_json)

@@ -57,19 +57,14 @@ def run_demo(what: str, directory: Path) -> int:
         ("time", f"{time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads"),
     ]
     table = Table("measured in this run", "value", title=f"speechtune demo {what}")
-    for name, value in rows:
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     return 0
 
 
 def prove_saved(outcome: Outcome, merged: Path) -> list[tuple[str, str]]:
-    """Verify the saved adapter, merge it into `merged`, and compare trained, reloaded and merged model.
-
-    Args:
-        outcome: the finished run.
-        merged: folder to write the merged model to.
-    """
+    """Verify the saved adapter, merge it into the folder `merged`, and compare trained, reloaded and merged model."""
     config, family = outcome.job.config, outcome.job.family
     adapter = config.output_dir / FOLDER_NAME
     stored = open_adapter(adapter)

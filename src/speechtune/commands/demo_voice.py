@@ -22,6 +22,7 @@ CLIPS_PER_SPEAKER = 2
 LONGEST_SECONDS = 3.2
 SYSTEM = "Generate audio following instruction."
 INSTRUCTION = "Please generate speech for given text in reference audio's voice: "
+SCORERS = {"asr": "pocketsphinx", "speaker": "resemblyzer", "mos": "distillmos"}  # packages with weights inside
 SPOKEN = 0  # index of the training sample that is spoken at the end
 
 
@@ -64,6 +65,7 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
     """The demo's recipe, on the family's embedded base."""
     speech = [AudioRef(str(path)) for path in sorted(VOICES.rglob("*.flac"))[::3]]
     batch_size = len(SPEAKERS) * CLIPS_PER_SPEAKER
+    scorers = {name: package for name, package in SCORERS.items() if importlib.util.find_spec(package) is not None}
     return build_config(
         {
             "family": family,
@@ -72,18 +74,12 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
             "data": {"train": manifest, "cache_dir": directory / "cache"},
             "lora": {"rank": 32, "alpha": 64, "dropout": 0.0, "targets": "all"},
             "train": {"max_steps": 240, "batch_size": batch_size, "learning_rate": 4e-3, "warmup_steps": 20},
-            "evaluate": {"every_steps": 80, "prompts": 2, "temperature": 0, **installed_scorers()},
+            "evaluate": {"every_steps": 80, "prompts": 2, "temperature": 0, **scorers},
             "checkpoint": {"every_steps": 80, "keep_last": 2},
             "tracking": {"log_every_steps": 20},
         },
         "demo",
     )
-
-
-def installed_scorers() -> dict[str, str]:
-    """Scorers that carry their weights in their packages, as far as they are installed."""
-    known = {"asr": "pocketsphinx", "speaker": "resemblyzer", "mos": "distillmos"}
-    return {kind: name for kind, name in known.items() if importlib.util.find_spec(name) is not None}
 
 
 def measure(outcome: Outcome, manifest: Path, merged: Path, console: Console) -> list[tuple[str, str]]:

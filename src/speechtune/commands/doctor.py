@@ -1,6 +1,5 @@
 """Checks before a run: the machine, the files, the data, and one real training step; each with its cure."""
 
-import json
 import platform
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from torch import nn
 
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
+from speechtune.commands import print_json
 from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
@@ -49,11 +49,11 @@ class Result:
     cure: str = ""
 
 
-def run_doctor(recipe: Path | None, overrides: Sequence[str], *, as_json: bool = False) -> int:
+def run_doctor(recipe: Path | None, overrides: Sequence[str], *, as_json: bool) -> int:
     """Check the machine, and a recipe if one is given; print the results; 2 when a check failed, else 0."""
     results = list(examine(load_config(recipe, overrides) if recipe else None))
     if as_json:
-        print(json.dumps([asdict(result) for result in results], ensure_ascii=False))
+        print_json([asdict(result) for result in results])
     else:
         table = Table("check", "", "result", "cure")
         colours = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -71,7 +71,7 @@ def examine(config: RunConfig | None) -> Iterator[Result]:
     trial = Trial(config)
     yield attempt("output folder", trial.output_folder)
     yield from model_folders(trial)
-    steps: dict[str, Callable[[], str]] = {
+    steps = {
         "LoRA targets": trial.targets,
         "data": trial.data,
         "training step": trial.training_step,
@@ -109,8 +109,7 @@ def environment() -> Iterator[Result]:
         detail = f"{name}, {memory:.0f} GB, compute capability {capability}, CUDA {torch.version.cuda}"
         yield Result("device", "pass", detail)
     else:
-        cure = "a CUDA build of torch, a GPU"
-        yield Result("device", "warn", "no CUDA device: a CPU trains small models only", cure)
+        yield Result("device", "warn", "no CUDA device: a CPU trains small models only", "a CUDA build of torch, a GPU")
     yield Result("precision", "pass", plan_precision().describe())
 
 
@@ -154,25 +153,22 @@ class Trial:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model with its adapter, without memory for weights."""
+        """Without memory for weights."""
         return self._with_lora(self.family.skeleton())
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model with its adapter."""
         return self._with_lora(self.family.load(self.plan))
 
     @cached_property
     def samples(self) -> tuple[list[Any], list[Any]]:
-        """Training and evaluation samples."""
         return load_sets(self.config, self.family)
 
     @cached_property
     def encoded(self) -> EncodedSet:
         """The few samples tried."""
-        settings, cache = self.config.data, self.config.cache_dir
-        chosen = self.samples[0][:TRIED_SAMPLES]
-        return encode_samples(self.family, chosen, cache, allow_urls=settings.allow_urls, quiet=True)
+        chosen, cache = self.samples[0][:TRIED_SAMPLES], self.config.cache_dir
+        return encode_samples(self.family, chosen, cache, allow_urls=self.config.data.allow_urls, quiet=True)
 
     def output_folder(self) -> str:
         """Permission by writing, and space for what the run will keep."""

@@ -1,15 +1,15 @@
 """The verb `encode`: encode a recipe's clips into its cache, in one process, in shards, or on a Ray cluster."""
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodeReport
+from speechtune.commands import print_result
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError, SpeechtuneError
 from speechtune.families import create_family, load_config
@@ -23,13 +23,14 @@ _ERRORS = {kind.__name__: kind for kind in (ConfigError, ManifestError, AudioErr
 def run_encode(
     recipe: Path,
     overrides: Sequence[str],
-    shard: str | None = None,
-    engine: str = "local",
-    shards: int | None = None,
-    verify: bool = False,
-    as_json: bool = False,
+    *,
+    shard: str | None,
+    engine: str,
+    shards: int | None,
+    verify: bool,
+    as_json: bool,
 ) -> int:
-    """Encode and print what was done; see `speechtune encode --help` for the arguments."""
+    """Encode and print what was done; 0."""
     config = load_config(recipe, overrides)
     if engine == "ray":
         if shard is not None or verify:
@@ -40,12 +41,13 @@ def run_encode(
     parsed = None if shard is None else parse_shard(shard)
     report = encode_shard(config, parsed, verify=verify, quiet=as_json)
     values = asdict(report) | {"cache_dir": str(config.cache_dir)}
-    if as_json:
-        print(json.dumps(values))
-        return 0
     lines = [f"{name}: {value}" for name, value in values.items() if name != "shards_left"]
-    print("\n".join([*lines, *(describe_left(report, parsed[1]) if parsed else ())]))
-    return 0
+    if parsed and not report.shards_left:
+        lines.append(f"the set is complete: {report.num_clips} clips")
+    elif parsed:
+        left = [(f"{index}/{parsed[1]}", count) for index, count in sorted(report.shards_left.items())]
+        lines += [f"shard {one} is not done: {count} clip(s) left; run it with --shard {one}" for one, count in left]
+    return print_result(values, lines, as_json)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -64,14 +66,6 @@ def encode_shard(
     samples = [sample for part in load_sets(config, family) for sample in part]
     settings = {"allow_urls": config.data.allow_urls, "verify": verify, "quiet": quiet}
     return encode_samples(family, samples, config.cache_dir, shard=shard, **settings).report
-
-
-def describe_left(report: EncodeReport, num_shards: int) -> Iterator[str]:
-    """Sentences on the shards that are not done yet, or that the set is complete."""
-    if not report.shards_left:
-        yield f"the set is complete: {report.num_clips} clips"
-    for index, count in sorted(report.shards_left.items()):
-        yield f"shard {index}/{num_shards} is not done: {count} clip(s) left; run it with --shard {index}/{num_shards}"
 
 
 def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
@@ -98,7 +92,7 @@ def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
         context.enable_progress_bars = False
         settings = {"values": config.model_dump(mode="json"), "count": count, "folder": os.getcwd()}
         rows = ray.data.range(count, override_num_blocks=count).map(_encode_row, fn_kwargs=settings, **needs)
-        for done, row in enumerate(_rows(rows, ray.exceptions.RayError), 1):
+        for done, row in enumerate(rows.iter_rows(), 1):
             if row["error"]:
                 kind = _ERRORS.get(row["kind"], SpeechtuneError)
                 raise kind(f"shard {row['shard']}/{count}: {row['error']}")
@@ -106,16 +100,11 @@ def encode_on_ray(config: RunConfig, num_shards: int | None = None) -> None:
                 "shard %d/%d: %d clips encoded in %.0f s; %d of %d shards done",
                 *(row["shard"], count, row["encoded"], row["seconds"], done, count),
             )
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"--engine ray: a task died: {str(error).strip().splitlines()[-1]}") from error
     finally:
         if owned:
             ray.shutdown()
-
-
-def _rows(dataset: Any, failure: type[Exception]) -> Iterator[dict[str, Any]]:
-    try:
-        yield from dataset.iter_rows()
-    except failure as error:
-        raise ConfigError(f"--engine ray: a task died: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _encode_row(row: dict[str, Any], values: dict[str, Any], count: int, folder: str) -> dict[str, Any]:

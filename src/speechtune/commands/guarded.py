@@ -37,9 +37,6 @@ def guarded(run: Callable[[], int]) -> int:
     limit_kernel_caches()
     try:
         return run()
-    except SpeechtuneError as error:
-        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
@@ -48,9 +45,9 @@ def guarded(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 128 + signal.SIGPIPE
-    except OSError as error:  # a disk that fills up or turns read-only under a log file, a record, a wav
+    except (SpeechtuneError, OSError) as error:  # OSError: a disk that fills up or turns read-only under a log, a wav
         print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
-        return CheckpointError.exit_code
+        return error.exit_code if isinstance(error, SpeechtuneError) else CheckpointError.exit_code
     except KeyboardInterrupt:
         print("speechtune: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,6 +1,5 @@
 """`speechtune lint`: find issues in training scripts, and with `--fix` fix the clear ones."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from speechtune.commands import print_json
 from speechtune.lint.lint import FixReport, lint, lint_paths, scripts_in
 from speechtune.lint.lint import fix as fix_script
 
@@ -26,7 +26,7 @@ def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) ->
             "fixed": [asdict(issue) for report in reports for issue in report.fixed],
             "backups": {report.path: report.backup for report in reports if report.fixed},
         }
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
         return 1 if errors else 0
     console = Console()
     for report in [report for report in reports if report.fixed]:

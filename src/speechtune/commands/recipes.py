@@ -1,8 +1,8 @@
 """`speechtune recipes`: the recipes that come with the package, listed, printed, or copied to be changed."""
 
-import json
 from pathlib import Path
 
+from speechtune.commands import print_result
 from speechtune.config import shipped_recipes
 from speechtune.errors import ConfigError
 
@@ -22,14 +22,11 @@ def run_recipes(name: str | None = None, out: Path | None = None, *, as_json: bo
             raise ConfigError(f"{out}: exists already; name a new file") from None
     about = {recipe: text.partition("\n")[0].removeprefix("# ") for recipe, text in recipes.items()}
     chosen = list(recipes) if name is None else [name]
-    if as_json:
-        rows = [{"name": recipe, "about": about[recipe], "text": recipes[recipe]} for recipe in chosen]
-        print(json.dumps(rows, ensure_ascii=False))
-    elif out is not None:
-        print(f"{out}: written; change what is yours, and start `speechtune doctor {out}`")
+    rows = [{"name": recipe, "about": about[recipe], "text": recipes[recipe]} for recipe in chosen]
+    width = max(map(len, recipes))
+    lines = [f"{recipe:{width}}  {about[recipe]}" for recipe in chosen]
+    if out is not None:
+        lines = [f"{out}: written; change what is yours, and start `speechtune doctor {out}`"]
     elif name is not None:
-        print(recipes[name], end="")
-    else:
-        width = max(map(len, recipes))
-        print("\n".join(f"{recipe:{width}}  {about[recipe]}" for recipe in chosen))
-    return 0
+        lines = recipes[name].splitlines()
+    return print_result(rows, lines, as_json)

@@ -1,9 +1,9 @@
 """`speechtune report`: write the report of one run or several, and name the files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechtune.commands import print_result
 from speechtune.errors import ConfigError
 from speechtune.report.facts import to_json
 from speechtune.report.html import page
@@ -16,15 +16,9 @@ def run_report(runs: Sequence[Path], out: Path | None = None, as_json: bool = Fa
     """Write the report of one run or several, and name the files or, with `as_json`, print the facts; 0."""
     reports, path = write_report(runs, out)
     text_path = path.with_suffix(".md")
-    if as_json:
-        facts = {"html": str(path), "markdown": str(text_path), "runs": [to_json(report) for report in reports]}
-        print(json.dumps(facts, ensure_ascii=True, allow_nan=False, default=str))
-    else:
-        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)\n{text_path}")
-        for report in reports:
-            for line in report.missing:
-                print(f"{report.name}: {line}")
-    return 0
+    facts = {"html": path, "markdown": text_path, "runs": [to_json(report) for report in reports]}
+    missing = [f"{report.name}: {line}" for report in reports for line in report.missing]
+    return print_result(facts, [f"{path} ({path.stat().st_size / 1e6:.1f} MB)", str(text_path), *missing], as_json)
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> tuple[list[RunReport], Path]:

@@ -1,12 +1,13 @@
 """The verb `validate`: all issues of a manifest and what it holds, as tables or JSON."""
 
-import json
 import math
 import unicodedata
+from bisect import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from speechtune.commands import print_json
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import Progress, check_audio
 from speechtune.data.manifest import read_samples
@@ -41,10 +43,6 @@ class Report:
     statistics: dict[str, Any]
     notes: list[str]
 
-    def to_json(self) -> str:
-        """The report as one JSON object with all issues."""
-        return json.dumps(asdict(self) | {"path": str(self.path)}, ensure_ascii=False, indent=2)
-
 
 def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progress | None = None) -> Report:
     """Read data of any kind and check its audio: headers, or with `deep` every decoded sample.
@@ -53,9 +51,9 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
     hub's copy of Speechocean762 needs, is not installed.
     """
     source = find_source(path)
-    results: dict[Split | None, ReadResult] = {}
+    results: dict[Split | None, ReadResult]
     if source is None:
-        results[None] = read_samples(path, config)
+        results = {None: read_samples(path, config)}
     else:  # a parquet file that names no split is read as training data
         splits: tuple[Split | None, ...] = source.splits or (None if source.format == "jsonl" else "train",)
         results = {split: read_source(source, split, config) for split in splits}
@@ -74,8 +72,7 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
     def valid(samples: Sequence[Sample]) -> list[Sample]:
         return [sample for sample in samples if (sample.source, sample.id, sample.row) not in bad]
 
-    num_rows = sum(result.num_rows for result in results.values())
-    values = statistics(valid(samples), check.durations) | {"num_rows": num_rows}
+    values = statistics(valid(samples), check.durations) | {"num_rows": sum(one.num_rows for one in results.values())}
     if source is not None and source.format == "jsonl":
         values["tasks"] = dict(Counter(sample.pronunciation.task for sample in valid(samples) if sample.pronunciation))
     elif source is not None:
@@ -89,7 +86,8 @@ def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -
     `durations` in seconds, from `check_audio`; a target that is not in it counts as unknown.
     """
     seconds = [durations[s.audio] for s in samples if s.audio is not None and s.audio in durations]
-    histogram = Counter(max(edge for edge in DURATION_EDGES_SECONDS if edge <= value) for value in seconds)
+    histogram = Counter(bisect(DURATION_EDGES_SECONDS, value) - 1 for value in seconds)
+    bins = [f"{low}-{high}" for low, high in pairwise(DURATION_EDGES_SECONDS)] + [f"{DURATION_EDGES_SECONDS[-1]}+"]
     return {
         "num_samples": len(samples),
         "hours": round(sum(seconds) / 3600, 4),
@@ -98,7 +96,7 @@ def statistics(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -
         "without_reference": sum(not sample.references for sample in samples),
         "speakers": dict(Counter(sample.speaker or "(not given)" for sample in samples).most_common()),
         "languages": dict(Counter(sample.language or guess_script(sample.text) for sample in samples).most_common()),
-        "duration_histogram": {_bin_name(edge): histogram[edge] for edge in DURATION_EDGES_SECONDS},
+        "duration_histogram": {name: histogram[index] for index, name in enumerate(bins)},
     }
 
 
@@ -200,11 +198,6 @@ def _label_lines(values: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _bin_name(edge: int) -> str:
-    index = DURATION_EDGES_SECONDS.index(edge) + 1
-    return f"{edge}-{DURATION_EDGES_SECONDS[index]}" if index < len(DURATION_EDGES_SECONDS) else f"{edge}+"
-
-
 @lru_cache(maxsize=65536)
 def _script(character: str) -> str:
     if not character.isalpha():
@@ -213,18 +206,14 @@ def _script(character: str) -> str:
     return _SCRIPT_NAMES.get(word, f"{word.title()} script" if word else "")
 
 
-def run_validate(manifest: Path, *, metadata_only: bool = False, as_json: bool = False, **limits: Any) -> int:
+def run_validate(manifest: Path, *, metadata_only: bool, as_json: bool, **limits: Any) -> int:
     """Validate a data file, and print what was found; 0, or 2 where a row is invalid.
 
-    Args:
-        manifest: file or folder.
-        metadata_only: do not decode the audio.
-        as_json: print one JSON object instead of tables.
-        limits: fields of `DataConfig`: audio_root, allow_urls, min_seconds, max_seconds.
+    `limits` are fields of `DataConfig`: audio_root, allow_urls, min_seconds, max_seconds.
     """
     report = validate(manifest, DataConfig(**limits), deep=not metadata_only)
     if as_json:
-        print(report.to_json())
+        print_json(asdict(report), indent=2)
     else:
         print_report(report, Console())
     return 2 if report.issues else 0

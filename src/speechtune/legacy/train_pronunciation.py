@@ -15,15 +15,13 @@ from pathlib import Path
 from speechtune.config import RunConfig, shipped_recipes
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.families import load_config
-from speechtune.legacy.flags import Flag, flags_in_messages
+from speechtune.legacy import Flag, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
 CONFIGS = ("pretrained_r320", "paper_r64")
 GPUS = "0"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SPLITS = ("train", "test")
-
 
 FLAGS = (
     Flag("--train-data", "data.train", "data/speechocean762/train", "Speechocean762 folder, parquet or JSONL"),
@@ -60,18 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         kind = str if flag.default is None else type(flag.default)
         shown = flag.help if flag.default is None else f"{flag.help} (default: {flag.default})"
         parser.add_argument(flag.name, type=kind, help=shown)
-    parser.add_argument(
-        "--gpus",
-        type=_gpu_list,
-        help=f"numbers for {VISIBLE}; several start torchrun, '' means the CPU (default: {GPUS}, or what {VISIBLE} "
-        "already says)",
-    )
+    gpus = f"numbers for {VISIBLE}; several start torchrun, '' means the CPU (default: {GPUS}, or what it says already)"
+    parser.add_argument("--gpus", type=_gpu_list, help=gpus)
     parser.add_argument("--fp16", action="store_true", help="float16 base for GPUs without bfloat16; adapters: float32")
     for name in UNSUPPORTED:
         parser.add_argument(name, nargs="?", const="", help="not supported; says what to use instead")
-    parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on from the newest checkpoint, or this one"
-    )
+    resume = "go on from the newest checkpoint, or this one"
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
     more = "any other option of a recipe; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help=more)
@@ -134,12 +127,12 @@ def configure(options: argparse.Namespace) -> RunConfig:
 def require_data(config: RunConfig) -> None:
     """Refuse data that is not there, before the model is loaded or processes are started."""
     for option, path in (("--train-data", config.data.train), ("--eval-data", config.data.eval)):
-        if path is None or path.exists() or (path.name in SPLITS and path.parent.exists()):  # DIR/test may be in files
-            continue
-        raise ManifestError(
-            f"{option} {path}: no such file or folder; expected is a Speechocean762 folder or its train or test, the "
-            "hub copy's parquet files, or JSONL"
-        )
+        is_split = path is not None and path.name in ("train", "test") and path.parent.exists()  # it may be in files
+        if path is not None and not path.exists() and not is_split:
+            raise ManifestError(
+                f"{option} {path}: no such file or folder; expected is a Speechocean762 folder or its train or test, "
+                "the hub copy's parquet files, or JSONL"
+            )
 
 
 def processes_to_start(gpus: str | None) -> int:
@@ -157,10 +150,8 @@ def processes_to_start(gpus: str | None) -> int:
         )
     if "RANK" not in os.environ:
         return wanted
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > wanted:
-        raise ConfigError(
-            f"--gpus {gpus}: torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for {wanted} GPU(s)"
-        )
+    if (started := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > wanted:
+        raise ConfigError(f"--gpus {gpus}: torchrun started {started} processes for {wanted} GPU(s)")
     return 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from speechtune.config import RunConfig
 from speechtune.families import build_config
-from speechtune.legacy.flags import Flag, flags_in_messages
+from speechtune.legacy import Flag, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
@@ -54,10 +54,7 @@ LLM_PARAMETERS = r"model\.(embed_tokens|layers|norm)\..*"
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
-    """Turn an original command line into a configuration.
-
-    Raises ConfigError: a value that cannot be used.
-    """
+    """Turn an original command line into a configuration."""
     parser = argparse.ArgumentParser(description="Higgs Audio v2 training with the original pipeline's flags.")
     for flag in FLAGS:
         if flag.default is REQUIRED:
@@ -87,8 +84,8 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     values["train.precision"] = "bf16" if given["bf16"] else "auto"
     values["evaluate.enabled"] = not given["disable_eval"]
     values["tracking.trackers"] = [] if given["report_to"] == "none" else [given["report_to"]]
-    every = given["strategic_logging_steps"] if given["enable_strategic_logging"] else None
-    values["tracking.detail_every_steps"] = every
+    detailed = given["enable_strategic_logging"]
+    values["tracking.detail_every_steps"] = given["strategic_logging_steps"] if detailed else None
     values["train.freeze"] = LLM_PARAMETERS if given["freeze_llm"] and not given["use_lora"] else None
     if given["freeze_llm"] and given["use_lora"]:
         log.warning("--freeze_llm: LoRA freezes all of the base anyway; the flag changes nothing beside --use_lora")

@@ -6,27 +6,11 @@ from dataclasses import dataclass, replace
 import libcst as cst
 
 from speechtune.lint.fixes import NotFixable, plan_inner_save, plan_save, plan_wrap
-from speechtune.lint.script import (
-    Fix,
-    Match,
-    Script,
-    Training,
-    Variable,
-    argument,
-    callee,
-    calls_in,
-    inside,
-    is_name,
-    keywords,
-    literal,
-    receiver,
-)
+from speechtune.lint.script import Fix, Match, Script, Training, Variable
+from speechtune.lint.syntax import argument, callee, calls_in, inside, is_name, keywords, literal, receiver
 
 _SHOWS = {"print", "pprint", "repr", "str", "type", "isinstance", "len", "debug", "info", "warning", "error", "log"}
-_UNKNOWN_READERS = {"locals", "globals", "vars"}
 _EXPECTS_ERROR = {"raises", "assertRaises", "assertRaisesRegex", "warns"}
-_MERGES = {"merge_and_unload", "unload", "merge_adapter"}
-_HALF = {"float16", "half"}
 
 
 def _planned(code: str, node: cst.CSTNode, message: str, plan: Callable[[], Fix]) -> Match:
@@ -38,10 +22,10 @@ def _planned(code: str, node: cst.CSTNode, message: str, plan: Callable[[], Fix]
 
 def unapplied_configs(script: Script) -> Iterator[Match]:
     """L1: a LoraConfig that reaches no model."""
-    if any(is_name(call.func, *_UNKNOWN_READERS) and not call.args for call in script.calls):
+    if any(is_name(call.func, "locals", "globals", "vars") and not call.args for call in script.all(cst.Call)):
         return
-    trains = bool(script.trainings) or any(callee(call) == "backward" for call in script.calls)
-    for call in script.calls:
+    trains = bool(script.trainings) or any(callee(call) == "backward" for call in script.all(cst.Call))
+    for call in script.all(cst.Call):
         if not script.is_lora_config(call) or _escapes(script, call, set()):
             continue
         function = script.function(call)
@@ -97,7 +81,7 @@ def wrong_saves(script: Script) -> Iterator[Match]:
     """L2: save_pretrained of a model that is not the trained one, or that has no such method."""
     targets = [target.target for target in script.all(cst.AssignTarget)]
     delegated = any(isinstance(node, cst.Attribute) and node.attr.value == "save_pretrained" for node in targets)
-    for call in script.calls:
+    for call in script.all(cst.Call):
         owner = receiver(call)
         if callee(call) != "save_pretrained" or owner is None or "state_dict" in keywords(call):
             continue
@@ -122,7 +106,7 @@ def _wrapper_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> 
         f"{script.code(owner)} is a {class_.name.value}, an nn.Module without save_pretrained: this line raises "
         "AttributeError after the training, and nothing is saved. Save the PEFT model inside it"
     )
-    return _planned("L2", save, message, lambda: plan_inner_save(script, save, call, class_))
+    return _planned("L2", save, message, lambda: plan_inner_save(script, owner, call, class_))
 
 
 def _is_bare_module(script: Script, class_: cst.ClassDef) -> bool:
@@ -131,7 +115,7 @@ def _is_bare_module(script: Script, class_: cst.ClassDef) -> bool:
         return False
     for base in class_.bases:
         above = script.find_class(base.value)
-        known = script.comes_from(base.value, {"torch"}, {"Module"})
+        known = script.comes_from(base.value, "torch", "Module")
         if not known and (above is None or above is class_ or not _is_bare_module(script, above)):
             return False
     return bool(class_.bases)
@@ -140,7 +124,7 @@ def _is_bare_module(script: Script, class_: cst.ClassDef) -> bool:
 def _base_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Match | None:
     """The model that went into get_peft_model or into a trainer that wraps it itself, or whose copy is trained."""
     saved = script.variable(owner)
-    merged = [call for call in script.calls if callee(call) in _MERGES]
+    merged = [call for call in script.all(cst.Call) if callee(call) in {"merge_and_unload", "unload", "merge_adapter"}]
     if saved is None or any(
         script.function(c) is not script.function(save) or script.end(c) <= script.start(save) for c in merged
     ):
@@ -154,7 +138,7 @@ def _base_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Mat
             source, how = training.model, "it is the base inside the PEFT model that the trainer made of it"
         elif made is not None and script.is_wrap(made):
             source, how = argument(made, "model", 0), "it is the base inside the PEFT model that was trained"
-        elif made is not None and script.comes_from(made.func, {"copy"}, {"deepcopy"}):
+        elif made is not None and script.comes_from(made.func, "copy", "deepcopy"):
             source, how = argument(made, "x", 0), "a copy of it was trained"
             if _is_saved(script, training, script.module):
                 continue  # both are, on purpose
@@ -168,7 +152,7 @@ def _base_save(script: Script, save: cst.Call, owner: cst.BaseExpression) -> Mat
             f"{script.code(owner)} is not what was trained: {how}, so no loadable adapter is saved. "
             "Save the trained model: trainer.save_model(folder), or save_pretrained of the PEFT model"
         )
-        return _planned("L2", save, message, lambda training=training: plan_save(script, save, training))
+        return _planned("L2", save, message, lambda training=training: plan_save(script, save, owner, training))
     return None
 
 
@@ -185,8 +169,7 @@ def _same_object(
     script: Script, owner: cst.BaseExpression, saved: Variable, source: cst.BaseExpression, save: cst.Call
 ) -> bool:
     """Whether the saved variable still holds at `save` what `source` held when it was wrapped."""
-    local = script.function(source) is script.function(save)
-    limit = save if local else None
+    limit = save if script.function(source) is script.function(save) else None
     if saved == script.variable(source):
         return not script.rebound(saved, source, limit)
     given = script.value_at(source)  # model = base; peft_model = get_peft_model(model, ...)
@@ -201,7 +184,7 @@ def _same_object(
 
 def _is_saved(script: Script, training: Training, until: cst.CSTNode) -> bool:
     """Whether the trained model is saved somewhere between its training and a place."""
-    saves = [call for call in script.calls if callee(call) in {"save_model", "save_pretrained"}]
+    saves = [call for call in script.all(cst.Call) if callee(call) in {"save_model", "save_pretrained"}]
     saves = [c for c in saves if script.start(c) >= script.end(training.call) and script.end(c) <= script.end(until)]
     models = [receiver(call) for call in saves if callee(call) == "save_pretrained"]
     trained = script.variable(training.model)
@@ -229,7 +212,7 @@ def _reloaded_save(script: Script, save: cst.Call, owner: cst.BaseExpression) ->
                 f"{script.code(owner)} was loaded anew from {script.code(again.args[0].value)} after the training: "
                 "these are the untrained weights. Save the trained model: trainer.save_model(folder)"
             )
-            return _planned("L2", save, message, lambda training=training: plan_save(script, save, training))
+            return _planned("L2", save, message, lambda training=training: plan_save(script, save, owner, training))
     return None
 
 
@@ -268,15 +251,14 @@ def _may_be_scaled(script: Script, training: Training) -> bool:
         if made is None:
             return args is not None
         fp16, optim = argument(made, "fp16"), argument(made, "optim")
-        usual = (fp16 is None or is_name(fp16, "False")) and (literal(optim) or "").startswith(
-            "adamw_torch" if optim else ""
-        )
+        adamw = optim is None or (literal(optim) or "").startswith("adamw_torch")
+        usual = adamw and (fp16 is None or is_name(fp16, "False"))
         return not usual or bool(keywords(made) & {"**", "adam_epsilon", "deepspeed", "fsdp"})
     if callee(call) not in {"Adam", "AdamW"} or keywords(call) & {"eps", "**"}:
         return True
-    accelerators = [made for made in script.calls if callee(made) == "Accelerator"]
+    accelerators = [made for made in script.all(cst.Call) if callee(made) == "Accelerator"]
     scaled = any(literal(argument(made, "mixed_precision")) not in {"no", "bf16"} for made in accelerators)
-    names = {callee(other) for other in script.calls}
+    names = {callee(other) for other in script.all(cst.Call)}
     return scaled or "backward" not in names or bool(names & {"GradScaler", "initialize"})
 
 
@@ -332,4 +314,7 @@ def _after_method(script: Script, state: _Precision, call: cst.Call) -> _Precisi
 
 def _is_half(script: Script, node: cst.BaseExpression | None) -> bool:
     values = [value for value in (node, script.value_at(node)) if value is not None]
-    return any(script.comes_from(value, {"torch"}, _HALF) or literal(value) == "float16" for value in values)
+    return any(script.comes_from(value, "torch", "float16", "half") or literal(value) == "float16" for value in values)
+
+
+RULES = (unapplied_configs, wrong_saves, half_adapters)

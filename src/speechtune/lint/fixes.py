@@ -11,7 +11,8 @@ from typing import Any
 import libcst as cst
 
 from speechtune.errors import ConfigError
-from speechtune.lint.script import Binding, Fix, Script, Training, argument, callee, is_name, keywords, receiver
+from speechtune.lint.script import Binding, Fix, Script, Training
+from speechtune.lint.syntax import argument, callee, is_name, keywords, receiver
 
 _LINES = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
@@ -34,7 +35,7 @@ def plan_wrap(script: Script, config: cst.Call) -> Fix:
         raise NotFixable("no Trainer or optimizer in reach takes a model from a variable")
     if len({script.variable(t.model) for t in trained}) > 1:
         raise NotFixable("several models are trained here, and which one is meant is not certain")
-    if len([c for c in script.calls if script.is_lora_config(c)]) > 1:
+    if len([c for c in script.all(cst.Call) if script.is_lora_config(c)]) > 1:
         raise NotFixable("the script makes several LoraConfigs, and which one is meant is not certain")
     first = trained[0]
     _check_model(script, first)
@@ -60,7 +61,7 @@ def _check_model(script: Script, training: Training) -> None:
         raise NotFixable("the trainer gets the model by name; give it as peft_config=")
     if {"peft_config", "**"} & keywords(training.call):
         raise NotFixable("the trainer may apply a configuration by itself")
-    for call in script.calls:
+    for call in script.all(cst.Call):
         added = callee(call) in {"add_adapter", "load_adapter"}
         if added and script.variable(receiver(call)) == script.variable(training.model):
             raise NotFixable("the model has an adapter already, made with another configuration")
@@ -108,8 +109,7 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
         raise NotFixable("the script uses the name get_peft_model for something else")
     home = None
     for node in script.all(cst.ImportFrom):
-        names = [] if isinstance(node.names, cst.ImportStar) else node.names
-        for alias in names:
+        for alias in () if isinstance(node.names, cst.ImportStar) else node.names:
             local = alias.asname.name if alias.asname else alias.name
             reachable = script.function(node) in (None, script.function(config))
             if is_name(alias.name, "get_peft_model") and isinstance(local, cst.Name) and reachable:
@@ -121,10 +121,8 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
     return "get_peft_model", [(script.statement(home), "from peft import get_peft_model")]
 
 
-def plan_save(script: Script, save: cst.Call, training: Training) -> Fix:
-    """Save what was trained instead: the PEFT variable, or else by the trainer."""
-    owner = receiver(save)
-    assert owner is not None, "save_pretrained of nothing"
+def plan_save(script: Script, save: cst.Call, owner: cst.BaseExpression, training: Training) -> Fix:
+    """Save what was trained instead of `owner`: the PEFT variable, or else by the trainer."""
     trained = script.variable(training.model)
     binding = script.binding_at(save, trained) if trained else None
     if binding and script.is_wrap(script.call_at(binding.value)):
@@ -135,15 +133,15 @@ def plan_save(script: Script, save: cst.Call, training: Training) -> Fix:
         if accelerator is not None:
             code = f"{script.code(accelerator)}.unwrap_model({script.code(training.model)})"
             return Fix(replace=((owner, code),))
-    return _by_trainer(script, save, training)
+    return _by_trainer(script, save, owner, training)
 
 
-def _by_trainer(script: Script, save: cst.Call, training: Training) -> Fix:
-    owner, holder = receiver(save), script.parent(training.call)
+def _by_trainer(script: Script, save: cst.Call, owner: cst.BaseExpression, training: Training) -> Fix:
+    holder = script.parent(training.call)
     target = holder.targets[0].target if isinstance(holder, cst.Assign) else None
     variable = script.variable(target)
     binding = script.binding_at(save, variable) if variable else None
-    if not training.trainer or target is None or owner is None or not binding or binding.value is not training.call:
+    if not training.trainer or target is None or not binding or binding.value is not training.call:
         raise NotFixable("the trained model is not in reach of this line; save it where it was trained")
     if len(save.args) != 1 or save.args[0].star or not keywords(save) <= {"save_directory"}:
         return Fix(replace=((owner, f"{script.code(target)}.model"),))
@@ -151,15 +149,13 @@ def _by_trainer(script: Script, save: cst.Call, training: Training) -> Fix:
     return Fix(replace=((save.func, f"{script.code(target)}.save_model"), *renamed))
 
 
-def plan_inner_save(script: Script, save: cst.Call, made: cst.Call, class_: cst.ClassDef) -> Fix:
+def plan_inner_save(script: Script, owner: cst.BaseExpression, made: cst.Call, class_: cst.ClassDef) -> Fix:
     """Save the PEFT model inside a wrapper class of the script, by its variable or by the wrapper's attribute."""
-    owner = receiver(save)
-    assert owner is not None, "save_pretrained of nothing"
     for attribute, value in _inner_models(script, made, class_):
         if not script.is_wrap(script.call_at(value)):
             continue
         variable = script.variable(value)
-        binding = script.binding_at(save, variable) if variable else None
+        binding = script.binding_at(owner, variable) if variable else None
         if binding and script.is_wrap(script.call_at(binding.value)):
             return Fix(replace=((owner, script.code(value)),))
         if attribute:
@@ -184,7 +180,9 @@ def _inner_models(script: Script, made: cst.Call, class_: cst.ClassDef) -> Itera
     yield from (("", arg.value) for arg in made.args)
 
 
-class _Edit(cst.CSTTransformer):
+class Edit(cst.CSTTransformer):
+    """Applies one fix and leaves everything else as it was; the caller checks that the result still parses."""
+
     def __init__(self, fix: Fix) -> None:
         super().__init__()
         self.fix = fix
@@ -196,11 +194,6 @@ class _Edit(cst.CSTTransformer):
                 updated = cst.parse_expression(code)
         added = [cst.parse_statement(code) for node, code in self.fix.insert if node is original_node]
         return cst.FlattenSentinel([updated, *added]) if added else updated
-
-
-def fixed_source(script: Script, fix: Fix) -> bytes:
-    """The script with one fix applied, everything else as it was; the caller checks that it still parses."""
-    return script.module.visit(_Edit(fix)).bytes
 
 
 def write_with_backup(path: Path, original: bytes, source: bytes) -> Path:

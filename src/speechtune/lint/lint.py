@@ -19,20 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechtune.errors import ConfigError, Issue
-from speechtune.lint.adapter_rules import half_adapters, unapplied_configs, wrong_saves
-from speechtune.lint.fixes import fixed_source, write_with_backup
+from speechtune.lint import adapter_rules, step_rules
+from speechtune.lint.fixes import Edit, write_with_backup
 from speechtune.lint.script import Match, Script
-from speechtune.lint.step_rules import hidden_nan, steps_without_backward, swallowed_errors, unmasked_labels
 
-RULES = (
-    unapplied_configs,
-    wrong_saves,
-    half_adapters,
-    steps_without_backward,
-    unmasked_labels,
-    hidden_nan,
-    swallowed_errors,
-)
+RULES = (*adapter_rules.RULES, *step_rules.RULES)
 # A file with none of these words has nothing that a rule looks for: it is only parsed, which is ten times as fast.
 _CONCERNED = (b"LoraConfig", b"save_pretrained", b"save_model", b"backward", b"Trainer", b"input_ids", b"training_step")
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "node_modules"}
@@ -122,15 +113,12 @@ def scripts_in(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder; name Python scripts, or folders with *.py in them")
         below = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        below = [script for script in below if script == path or not _is_skipped(script.relative_to(path))]
+        parts = {script: script.relative_to(path).parts for script in below}
+        below = [s for s in below if not any(part in _SKIPPED_FOLDERS or part.startswith(".") for part in parts[s])]
         if not below:
             raise ConfigError(f"{path}: no *.py in this folder; name the folder of the training scripts")
         scripts += below
     return list(dict.fromkeys(scripts))
-
-
-def _is_skipped(path: Path) -> bool:
-    return any(part in _SKIPPED_FOLDERS or part.startswith(".") for part in path.parts)
 
 
 def _read(path: Path) -> bytes:
@@ -164,7 +152,7 @@ def _without(script: Script, match: Match, matches: Sequence[Match]) -> bytes | 
     if match.fix is None:
         return None
     try:
-        source = fixed_source(script, match.fix)
+        source = script.module.visit(Edit(match.fix)).bytes
         _, left = _check(script.path, source)
     except ConfigError:
         return None

@@ -2,31 +2,22 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import libcst as cst
-from libcst.metadata import (
-    ExpressionContext,
-    ExpressionContextProvider,
-    MetadataWrapper,
-    PositionProvider,
-    ScopeProvider,
-)
+from libcst import metadata
 
 from speechtune.errors import ConfigError
+from speechtune.lint.syntax import Node, argument, callee, calls_in, inside, is_name, receiver
 
 Variable = tuple[int, str]
 """Identity of the owning scope (or of the class, for `self.x`) and the dotted name."""
 
-Node = TypeVar("Node", bound=cst.CSTNode)
-
-HF_ROOTS = {"transformers", "trl"}
 OPTIMIZERS = ("Adam", "SGD", "Adafactor", "Lion", "Lamb", "RMSprop", "Muon", "Prodigy", "Optimizer")
-_LIGHTNING = {"pytorch_lightning", "lightning", "pl"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,68 +57,8 @@ class Match:
     note: bool = False
 
 
-def callee(call: cst.Call) -> str:
-    """Last part of the name that is called, "" for anything else."""
-    if isinstance(call.func, cst.Attribute):
-        return call.func.attr.value
-    return call.func.value if isinstance(call.func, cst.Name) else ""
-
-
-def receiver(call: cst.Call) -> cst.BaseExpression | None:
-    """`x` of `x.method(...)`."""
-    return call.func.value if isinstance(call.func, cst.Attribute) else None
-
-
-def argument(call: cst.Call, keyword: str, index: int | None = None) -> cst.BaseExpression | None:
-    """Value of an argument, by its keyword or else its position."""
-    for arg in call.args:
-        if arg.keyword is not None and arg.keyword.value == keyword:
-            return arg.value
-    plain = [arg for arg in call.args if arg.keyword is None]
-    if index is None or index >= len(plain) or any(arg.star for arg in plain[: index + 1]):
-        return None
-    return plain[index].value
-
-
-def keywords(call: cst.Call) -> set[str]:
-    """Names of the keyword arguments; "**" stands for keywords that cannot be known."""
-    return {arg.keyword.value if arg.keyword else arg.star for arg in call.args} - {""}
-
-
-def is_name(node: cst.CSTNode | None, *names: str) -> bool:
-    """A plain name (`None`, `True` and `False` are names, too) among `names`."""
-    return isinstance(node, cst.Name) and node.value in names
-
-
-def literal(node: cst.CSTNode | None) -> str | None:
-    """Text of a plain string."""
-    value = node.evaluated_value if isinstance(node, cst.SimpleString) else None
-    return value if isinstance(value, str) else None
-
-
-def inside(node: cst.CSTNode, kind: type[Node]) -> list[Node]:
-    """Nodes of one kind in a subtree, in source order, the root included."""
-    nodes, waiting = [], [node]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, kind):
-            nodes.append(node)
-        waiting.extend(reversed(node.children))
-    return nodes
-
-
-def calls_in(nodes: Iterable[cst.CSTNode], *names: str) -> Iterator[cst.Call]:
-    """Calls in some subtrees; with `names` only those whose last name is among them."""
-    for node in nodes:
-        yield from (call for call in inside(node, cst.Call) if not names or callee(call) in names)
-
-
 class Script:
-    """A parsed file with positions, parents, scopes and qualified names.
-
-    Raises:
-        ConfigError: this Python cannot parse the file.
-    """
+    """A parsed file with positions, parents, scopes and qualified names; ConfigError if it cannot be parsed."""
 
     def __init__(self, path: Path, source: bytes) -> None:
         self.path = path
@@ -137,7 +68,7 @@ class Script:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 compile(source, str(path), "exec", dont_inherit=True)
-            self._wrapper = MetadataWrapper(cst.parse_module(source))
+            self._wrapper = metadata.MetadataWrapper(cst.parse_module(source))
         except (SyntaxError, ValueError, cst.ParserSyntaxError) as error:
             line = getattr(error, "lineno", None) or getattr(error, "raw_line", None) or 1
             reason = getattr(error, "msg", None) or str(error).splitlines()[0]
@@ -147,8 +78,8 @@ class Script:
 
     @cached_property
     def _facts(self) -> dict[Any, dict[cst.CSTNode, Any]]:
-        facts = self._wrapper.resolve_many((PositionProvider, ScopeProvider, ExpressionContextProvider))
-        return cast(dict[Any, dict[cst.CSTNode, Any]], facts)
+        providers = (metadata.PositionProvider, metadata.ScopeProvider, metadata.ExpressionContextProvider)
+        return cast(Any, self._wrapper.resolve_many(providers))
 
     @cached_property
     def _parents(self) -> dict[cst.CSTNode, cst.CSTNode]:
@@ -165,27 +96,20 @@ class Script:
         """All nodes of one kind, in source order."""
         return self._nodes[kind]
 
-    @property
-    def calls(self) -> list[cst.Call]:
-        """All calls, in source order."""
-        return self.all(cst.Call)
-
     def code(self, node: cst.CSTNode) -> str:
-        """Source text of a node."""
         return self.module.code_for_node(node)
 
     def start(self, node: cst.CSTNode) -> tuple[int, int]:
         """Line from 1, column from 0."""
-        position = self._facts[PositionProvider][node].start
+        position = self._facts[metadata.PositionProvider][node].start
         return position.line, position.column
 
     def end(self, node: cst.CSTNode) -> tuple[int, int]:
         """Line from 1 and column from 0 of the end."""
-        position = self._facts[PositionProvider][node].end
+        position = self._facts[metadata.PositionProvider][node].end
         return position.line, position.column
 
     def parent(self, node: cst.CSTNode) -> cst.CSTNode:
-        """The node that holds this one."""
         return self._parents[node]
 
     def ancestors(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
@@ -204,8 +128,7 @@ class Script:
 
     def statement(self, node: cst.CSTNode) -> cst.CSTNode:
         """The statement, simple or compound, whose parent is a block."""
-        blocks = cst.Module | cst.IndentedBlock | cst.SimpleStatementSuite
-        while not isinstance(self.parent(node), blocks):
+        while not isinstance(self.parent(node), cst.Module | cst.IndentedBlock | cst.SimpleStatementSuite):
             node = self.parent(node)
         return node
 
@@ -218,26 +141,26 @@ class Script:
 
     def names(self, node: cst.CSTNode) -> set[str]:
         """Qualified names a name or attribute may stand for."""
-        scope = self._facts[ScopeProvider].get(node)
+        scope = self._facts[metadata.ScopeProvider].get(node)
         return {name.name for name in scope.get_qualified_names_for(node)} if scope else set()
 
-    def comes_from(self, node: cst.CSTNode, roots: Collection[str], names: Collection[str]) -> bool:
-        """Whether a name was imported from one of the packages `roots` and is called one of `names` there."""
+    def comes_from(self, node: cst.CSTNode, package: str, *names: str) -> bool:
+        """Whether a name was imported from a package and is called one of `names` there."""
         known = self.names(node)
         if not known and isinstance(node, cst.Name):
-            known = {f"{root}.{node.value}" for root in self._star_imports}
-        return any(name.partition(".")[0] in roots and name.rpartition(".")[2] in names for name in known)
+            stars = [found.module for found in self.all(cst.ImportFrom) if isinstance(found.names, cst.ImportStar)]
+            known = {f"{self.code(module)}.{node.value}" for module in stars if module is not None}
+        return any(name.partition(".")[0] == package and name.rpartition(".")[2] in names for name in known)
 
-    @cached_property
-    def _star_imports(self) -> set[str]:
-        imports = [node for node in self.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar)]
-        return {self.code(node.module) for node in imports if node.module is not None}
+    def is_hf(self, node: cst.CSTNode, suffix: str) -> bool:
+        """Whether a name comes from transformers or trl and ends with `suffix` there."""
+        names = [name for name in self.names(node) if name.endswith(suffix)]
+        return any(name.partition(".")[0] in {"transformers", "trl"} for name in names)
 
     def variable(self, expression: cst.CSTNode | None) -> Variable | None:
         """Identity of the variable that a name, or an attribute of a name, stands for."""
         if isinstance(expression, cst.Name):
-            scope = self._facts[ScopeProvider].get(expression)
-            if scope is None:
+            if (scope := self._facts[metadata.ScopeProvider].get(expression)) is None:
                 return None
             owner = next((assignment.scope for assignment in scope[expression.value]), scope.globals)
             return id(owner), expression.value
@@ -253,7 +176,7 @@ class Script:
     def bindings(self) -> dict[Variable, list[Binding]]:
         """All places that bind a variable, in source order."""
         bindings: dict[Variable, list[Binding]] = defaultdict(list)
-        for node, variable in self._used(ExpressionContext.STORE):
+        for node, variable in self._used(metadata.ExpressionContext.STORE):
             holder = self.parent(node)
             holder = self.parent(holder) if isinstance(holder, cst.AssignTarget) else holder
             if isinstance(holder, cst.Assign | cst.AnnAssign | cst.NamedExpr):
@@ -268,12 +191,12 @@ class Script:
     def reads(self) -> dict[Variable, list[cst.BaseExpression]]:
         """All places that read a variable, in source order."""
         reads: dict[Variable, list[cst.BaseExpression]] = defaultdict(list)
-        for node, variable in self._used(ExpressionContext.LOAD):
+        for node, variable in self._used(metadata.ExpressionContext.LOAD):
             reads[variable].append(node)
         return reads
 
-    def _used(self, context: ExpressionContext) -> Iterator[tuple[cst.BaseExpression, Variable]]:
-        contexts = self._facts[ExpressionContextProvider]
+    def _used(self, context: metadata.ExpressionContext) -> Iterator[tuple[cst.BaseExpression, Variable]]:
+        contexts = self._facts[metadata.ExpressionContextProvider]
         for node in [*self.all(cst.Name), *self.all(cst.Attribute)]:
             variable = self.variable(node) if contexts.get(node) is context else None
             if variable is not None:
@@ -297,7 +220,7 @@ class Script:
         if expression is None or self.variable(expression) is None:
             return expression
         binding = self.binding_at(expression)
-        return binding.value if binding else None
+        return binding and binding.value
 
     def call_at(self, expression: cst.BaseExpression | None) -> cst.Call | None:
         """The call that made the value of an expression, where it is certain."""
@@ -306,10 +229,8 @@ class Script:
 
     def rebound(self, variable: Variable, after: cst.CSTNode, before: cst.CSTNode | None = None) -> bool:
         """Whether a variable gets another value after one place (and before another)."""
-        places = self.bindings.get(variable, [])
-        return any(
-            self.end(after) < place.end and (before is None or place.end <= self.start(before)) for place in places
-        )
+        later = [place.end for place in self.bindings.get(variable, []) if place.end > self.end(after)]
+        return any(before is None or end <= self.start(before) for end in later)
 
     def class_of(self, expression: cst.BaseExpression | None) -> cst.ClassDef | None:
         """The class of this file whose instance an expression certainly is."""
@@ -321,26 +242,24 @@ class Script:
         classes = [class_ for class_ in self.all(cst.ClassDef) if is_name(node, class_.name.value)]
         return classes[0] if len(classes) == 1 else None
 
-    def derives(self, class_: cst.ClassDef, roots: Collection[str], suffix: str) -> bool:
-        """Whether a class has a base from one of some packages whose name ends with `suffix`, directly or not."""
+    def extends_hf_trainer(self, class_: cst.ClassDef) -> bool:
+        """Whether a class of this file has a Trainer class of transformers or trl above it."""
         for base in class_.bases:
-            if any(n.partition(".")[0] in roots and n.endswith(suffix) for n in self.names(base.value)):
-                return True
             above = self.find_class(base.value)
-            if above is not None and above is not class_ and self.derives(above, roots, suffix):
+            if self.is_hf(base.value, "Trainer"):
+                return True
+            if above is not None and above is not class_ and self.extends_hf_trainer(above):
                 return True
         return False
 
     def is_hf_trainer(self, node: cst.CSTNode) -> bool:
         """A Trainer class of transformers or trl, or one of this file that derives from it."""
         class_ = self.find_class(node)
-        if class_ is not None:
-            return self.derives(class_, HF_ROOTS, "Trainer")
-        return any(n.partition(".")[0] in HF_ROOTS and n.endswith("Trainer") for n in self.names(node))
+        return self.extends_hf_trainer(class_) if class_ else self.is_hf(node, "Trainer")
 
     def is_lora_config(self, call: cst.Call) -> bool:
         """A call that makes peft's LoraConfig."""
-        return self.comes_from(call.func, {"peft"}, {"LoraConfig"})
+        return self.comes_from(call.func, "peft", "LoraConfig")
 
     def is_wrap(self, call: cst.Call | None) -> bool:
         """A call that makes a PEFT model of its first argument."""
@@ -354,12 +273,12 @@ class Script:
     def trainings(self) -> list[Training]:
         """All trainers and optimizers whose model can be seen, in source order."""
         trainings = []
-        for call in self.calls:
+        for call in self.all(cst.Call):
             name = callee(call)
             if name.endswith("Trainer"):
-                lightning = any(n.partition(".")[0] in _LIGHTNING for n in self.names(call.func))
+                roots = {name.partition(".")[0] for name in self.names(call.func)}
                 model = argument(call, "model", 0 if self.is_hf_trainer(call.func) else None)
-                if model is not None and not lightning:
+                if model is not None and not roots & {"pytorch_lightning", "lightning", "pl"}:
                     trainings.append(Training(call, model, True))
             elif any(part in name for part in OPTIMIZERS):
                 sources = [arg.value for arg in call.args]

@@ -4,28 +4,13 @@ from collections.abc import Iterable, Iterator
 
 import libcst as cst
 
-from speechtune.lint.script import (
-    HF_ROOTS,
-    Match,
-    Script,
-    argument,
-    callee,
-    calls_in,
-    inside,
-    is_name,
-    keywords,
-    literal,
-    receiver,
-)
+from speechtune.lint.script import Match, Script
+from speechtune.lint.syntax import argument, callee, calls_in, inside, is_name, keywords, literal, receiver
 
 _LABELS = {"labels", "label_ids", "lm_labels"}
 _COPIES = {"clone", "copy", "deepcopy", "detach", "to", "long", "cuda", "contiguous", "tolist", "list"}
-_MASKING_COLLATORS = {
-    "DataCollatorForLanguageModeling",
-    "DataCollatorForCompletionOnlyLM",
-    "DataCollatorWithFlattening",
-}
-_PADDING_COLLATORS = {"DataCollatorForSeq2Seq", "DataCollatorForTokenClassification"}
+_MASKING = {"DataCollatorForLanguageModeling", "DataCollatorForCompletionOnlyLM", "DataCollatorWithFlattening"}
+_PADDING = {"DataCollatorForSeq2Seq", "DataCollatorForTokenClassification"}
 _NOT_TRAINING = ("eval", "test", "valid", "perplex", "ppl", "infer", "generat", "score", "dummy")
 _UNPADDED = ("pack", "group", "chunk", "block", "stream")
 _IGNORE_NAMES = ("ignore_index", "ignore_id", "ignore_token", "label_pad", "loss_mask", "labels_mask")
@@ -40,7 +25,7 @@ def steps_without_backward(script: Script) -> Iterator[Match]:
     """L4: training_step of a Trainer subclass that never reaches a backward()."""
     for class_ in script.all(cst.ClassDef):
         step = _method(class_, "training_step")
-        if step is None or not script.derives(class_, HF_ROOTS, "Trainer") or not inside(step.body, cst.Return):
+        if step is None or not script.extends_hf_trainer(class_) or not inside(step.body, cst.Return):
             continue
         if not _reaches_backward(script, class_, step, {step}):
             yield Match(
@@ -82,11 +67,11 @@ def _reaches_backward(
 
 def unmasked_labels(script: Script) -> Iterator[Match]:
     """L5: labels that are a plain copy of input_ids, so that padding and prompt are trained."""
-    names = {callee(call) for call in script.calls}
-    if names & _MASKING_COLLATORS or any(name.startswith("SFT") for name in names) or _masks_somewhere(script):
+    names = {callee(call) for call in script.all(cst.Call)}
+    if names & _MASKING or any(name.startswith("SFT") for name in names) or _masks_somewhere(script):
         return
-    padded = any(_pads(call) for call in script.calls)
-    if names & _PADDING_COLLATORS and not padded:
+    padded = any(_pads(call) for call in script.all(cst.Call))
+    if names & _PADDING and not padded:
         return  # the collator pads labels with -100
     for node, value in _label_values(script):
         source = _copied_input_ids(value)
@@ -107,10 +92,9 @@ def unmasked_labels(script: Script) -> Iterator[Match]:
 def _masks_somewhere(script: Script) -> bool:
     """Whether the file writes -100, or names an index that the loss ignores."""
     for minus in script.all(cst.UnaryOperation):
-        if isinstance(minus.operator, cst.Minus) and isinstance(minus.expression, cst.Integer):
-            compared = script.enclosing(minus, cst.Comparison) is not None
-            if minus.expression.value == "100" and not compared:
-                return True
+        hundred = isinstance(minus.expression, cst.Integer) and minus.expression.value == "100"
+        if hundred and isinstance(minus.operator, cst.Minus) and script.enclosing(minus, cst.Comparison) is None:
+            return True
     return any(part in name.value.lower() for name in script.all(cst.Name) for part in _IGNORE_NAMES)
 
 
@@ -122,7 +106,7 @@ def _pads(call: cst.Call) -> bool:
 
 def _label_values(script: Script) -> Iterator[tuple[cst.CSTNode, cst.BaseExpression]]:
     for assign in script.all(cst.Assign):
-        if any(_is_labels(target.target) for target in assign.targets):
+        if any(is_name(target.target, *_LABELS) or _key(target.target) in _LABELS for target in assign.targets):
             yield assign, assign.value
     for element in script.all(cst.DictElement):
         if literal(element.key) in _LABELS:
@@ -130,10 +114,6 @@ def _label_values(script: Script) -> Iterator[tuple[cst.CSTNode, cst.BaseExpress
     for arg in script.all(cst.Arg):
         if arg.keyword is not None and arg.keyword.value in _LABELS:
             yield arg, arg.value
-
-
-def _is_labels(node: cst.CSTNode) -> bool:
-    return is_name(node, *_LABELS) or (isinstance(node, cst.Subscript) and _key(node) in _LABELS)
 
 
 def _key(node: cst.CSTNode) -> str | None:
@@ -224,9 +204,8 @@ def _changed_later(script: Script, node: cst.CSTNode, region: cst.CSTNode) -> bo
 
 def hidden_nan(script: Script) -> Iterator[Match]:
     """L6, a note: fp16 training in which the Trainer prints a NaN loss as 0.0."""
-    for call in script.calls:
-        names = script.names(call.func)
-        if not any(name.partition(".")[0] in HF_ROOTS and name.endswith("TrainingArguments") for name in names):
+    for call in script.all(cst.Call):
+        if not script.is_hf(call.func, "TrainingArguments"):
             continue
         if is_name(argument(call, "fp16"), "True") and not keywords(call) & {"logging_nan_inf_filter", "**"}:
             message = (
@@ -292,8 +271,10 @@ def _goes_on(handler: cst.ExceptHandler, noise: Iterable[str]) -> bool:
     """Whether a handler holds nothing but pass, continue, and calls that only report."""
     for statement in [small for line in handler.body.body for small in getattr(line, "body", [line])]:
         value = statement.value if isinstance(statement, cst.Expr) else None
-        if isinstance(value, cst.Call) and callee(value) not in noise:
-            return False
-        if not isinstance(statement, cst.Pass | cst.Continue | cst.Expr):
+        silent = isinstance(statement, cst.Pass | cst.Continue | cst.Expr)
+        if not silent or (isinstance(value, cst.Call) and callee(value) not in noise):
             return False
     return True
+
+
+RULES = (steps_without_backward, unmasked_labels, hidden_nan, swallowed_errors)
