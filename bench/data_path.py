@@ -24,8 +24,7 @@ from speechtune.cache.encoded_set import EncodedSet
 from speechtune.families import build_config, create_family
 from speechtune.families.higgs_audio_v2.tiny import make_base
 from speechtune.family import Family
-from speechtune.training.batching import BatchPlan
-from speechtune.training.loader import StepBatches, make_loader
+from speechtune.training.batching import BatchPlan, StepBatches, make_loader
 from speechtune.types import AudioRef, Batch, Clip, Encoded, Sample
 
 BATCH_SIZE = 8

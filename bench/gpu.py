@@ -35,7 +35,7 @@ from speechtune.config import TrainConfig
 from speechtune.lora.apply import trainable
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.training.job import Objective
-from speechtune.training.optimizer import make_optimizer
+from speechtune.training.loop import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 SIDES: dict[str, dict[str, Any]] = {

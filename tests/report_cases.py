@@ -12,7 +12,7 @@ import yaml
 
 from helpers import DemoClip
 from speechtune.audio import read_audio, write_wav
-from speechtune.storage.hashing import file_blake3
+from speechtune.storage.files import file_blake3
 from speechtune.types import Audio, AudioRef
 
 HIGGS = {

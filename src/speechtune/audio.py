@@ -5,13 +5,12 @@ import io
 import json
 import os
 import stat
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib import request
 
 import numpy as np
 import soundfile
@@ -21,22 +20,14 @@ from speechtune import __version__
 from speechtune.errors import AudioError
 from speechtune.types import Audio, AudioRef
 
-MAX_FILE_BYTES = 4 * 2**30
-"""Largest audio file opened, 4 GiB."""
-MAX_INLINE_BYTES = 128 * 2**20
-"""Largest clip held in memory as bytes (inline base64 or a download), 128 MiB."""
-MAX_DECODED_VALUES = 2**28
-"""Most values (samples x channels) decoded at once: 1 GiB of float32, 93 minutes of mono at 48 kHz."""
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
-"""Longest wait for a server to connect or to send the next bytes."""
-DURATION_TOLERANCE_SECONDS = 0.5
-"""By how much a declared duration or the end of a segment may miss the file's end."""
-SILENCE_PEAK = 1e-3
-"""Audio whose deviation from its mean never exceeds this (-60 dBFS) is silent."""
-CLIPPING_LEVEL = 0.999
-"""Absolute value from which a sample counts as full scale."""
-CLIPPING_SHARE = 1e-3
-"""Share of samples equal to their neighbour at full scale from which audio counts as clipped."""
+MAX_FILE_BYTES = 4 * 2**30  # largest audio file opened
+MAX_INLINE_BYTES = 128 * 2**20  # largest clip held in memory as bytes (inline base64 or a download)
+MAX_DECODED_VALUES = 2**28  # samples x channels decoded at once: 1 GiB of float32, 93 minutes of mono at 48 kHz
+DOWNLOAD_TIMEOUT_SECONDS = 30.0  # longest wait for a server to connect or to send the next bytes
+DURATION_TOLERANCE_SECONDS = 0.5  # by how much a declared duration or the end of a segment may miss the file's end
+SILENCE_PEAK = 1e-3  # -60 dBFS: audio whose deviation from its mean never exceeds this is silent
+CLIPPING_LEVEL = 0.999  # absolute value from which a sample counts as full scale
+CLIPPING_SHARE = 1e-3  # of samples equal to their neighbour at full scale: from there on audio counts as clipped
 
 
 class InvalidAudioError(AudioError):
@@ -263,18 +254,12 @@ def _download(ref: AudioRef, url: str) -> bytes:
     return data
 
 
-def _opener() -> urllib.request.OpenerDirector:
+def _opener() -> request.OpenerDirector:
     # build_opener would add file:, ftp: and data: handlers, and a redirect may lead to ftp:
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
+    opener = request.OpenerDirector()
+    handlers: list[type[request.BaseHandler]] = [request.HTTPHandler, request.HTTPSHandler, request.HTTPRedirectHandler]
+    handlers += [request.ProxyHandler, request.UnknownHandler]
+    for handler in (*handlers, request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor):
         opener.add_handler(handler())
     return opener
 

@@ -252,11 +252,7 @@ def shipped_recipes() -> dict[str, Path]:
 def build_config(values: dict[str, Any], where: str, kind: type[ConfigT], issues: Sequence[str] = ()) -> ConfigT:
     """Validate nested `values`; every issue is listed in one ConfigError that starts with `where`.
 
-    Args:
-        values: the sections of a recipe.
-        where: file or command line they come from.
-        kind: the family's class of options, see `speechtune.families.config_class`.
-        issues: what is known to be wrong already.
+    `kind` is the family's class of options, see `speechtune.families.config_class`; `issues` are known already.
     """
     lines = list(issues)
     try:
@@ -270,13 +266,9 @@ def build_config(values: dict[str, Any], where: str, kind: type[ConfigT], issues
 
 
 def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[RunConfig]]) -> RunConfig:
-    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+    """Read a YAML recipe, or the shipped one of that name, and apply `section.key=value` overrides (values are YAML).
 
-    Args:
-        recipe: the file, or the name of a shipped recipe.
-        overrides: each replaces one option.
-        kind_of: the recipe's `family` -> the class of its options.
-
+    `kind_of` gives the class of options for the recipe's `family`.
     Raises ConfigError: the file, an override or a value cannot be used; names each one.
     """
     shipped = shipped_recipes()

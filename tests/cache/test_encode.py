@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechtune.cache import clip_hashes
+from speechtune.cache import encode as encoding
 from speechtune.cache import store as feature_store
-from speechtune.cache.clip_hashes import ClipHasher
-from speechtune.cache.encode import encode_samples
+from speechtune.cache.encode import ClipHasher, encode_samples
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.cache.store import FeatureStore
 from speechtune.errors import AudioError, ConfigError, ManifestError
@@ -94,7 +93,7 @@ def test_features_belong_to_their_samples(samples: list[Sample], tmp_path: Path)
         assert item.sample_id == f"s{i}"
         assert codes.shape == (800 + 160 * i, 1) and codes.dtype == np.int16
         assert np.all(codes == round(100 * (i + 1)))
-        assert encoded.num_tokens(i) == 800 + 160 * i + 1
+        assert encoded.lengths[i] == 800 + 160 * i + 1
     assert encoded.lengths.tolist() == [801, 961, 1121, 1281, 1441]
     assert encoded.audio_seconds == pytest.approx(2.5)
     report = encoded.report
@@ -427,13 +426,13 @@ def test_concurrent_processes_lose_nothing(tmp_path: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[AudioRef]:
     """Every clip whose bytes were really hashed."""
     calls: list[AudioRef] = []
-    real = clip_hashes.content_hash
+    real = encoding.content_hash
 
     def counted(ref: AudioRef, *, allow_urls: bool = False) -> str:
         calls.append(ref)
         return real(ref, allow_urls=allow_urls)
 
-    monkeypatch.setattr(clip_hashes, "content_hash", counted)
+    monkeypatch.setattr(encoding, "content_hash", counted)
     return calls
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from speechtune.cache import packed_map
-from speechtune.cache.clip_hashes import ClipHasher
+from speechtune.cache.encode import ClipHasher
 from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys, Numbered, PackedMap
 from speechtune.cache.store import FeatureStore
 

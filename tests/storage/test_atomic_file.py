@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from speechtune.storage.atomic_file import write_atomically
+from speechtune.storage.files import write_atomically
 
 
 def test_content_and_folder_are_made(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from speechtune.family import Family
-from speechtune.training.batching import BatchPlan, cut_by_tokens, evaluation_batches
-from speechtune.training.loader import StepBatches
+from speechtune.training.batching import BatchPlan, StepBatches, cut_by_tokens, evaluation_batches
 from speechtune.types import Batch, Encoded
 
 CUTS = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 2, 4)]

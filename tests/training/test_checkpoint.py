@@ -23,7 +23,7 @@ from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import verify_folder
 from speechtune.tensors import rng_state
 from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, choose_checkpoint, restore
-from speechtune.training.signals import Interruption
+from speechtune.training.loop import Interruption
 
 IDENTITY = {"dataset": "d1", "base": "b1", "lora": {"rank": 4, "targets": "x"}, "seed": 42, "global_batch": 8}
 ADAPTERS: dict[str, dict[str, Any]] = {

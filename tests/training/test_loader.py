@@ -12,8 +12,7 @@ import torch
 
 from speechtune.errors import ConfigError, TrainingError
 from speechtune.families import build_config
-from speechtune.training.batching import BatchPlan
-from speechtune.training.loader import BatchLoader
+from speechtune.training.batching import BatchLoader, BatchPlan
 from speechtune.types import Batch, Encoded
 
 SIZES = [300, 120, 80, 500, 220, 90, 400, 60]

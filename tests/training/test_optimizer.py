@@ -10,7 +10,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from speechtune.config import TrainConfig
-from speechtune.training.optimizer import learning_rate
+from speechtune.training.loop import learning_rate
 
 PEAK = 3e-4
 

@@ -4,6 +4,7 @@ A clip is known by the content of its audio, so text, file names and order of th
 """
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -11,27 +12,80 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from speechtune.audio import read_audio
-from speechtune.cache.clip_hashes import ClipHasher
+from speechtune.audio import content_hash, read_audio
 from speechtune.cache.encoded_set import EncodedSet, EncodeReport
-from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys
-from speechtune.cache.store import FeatureStore
+from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys, PackedMap, short_key
+from speechtune.cache.store import FeatureStore, read_json_lines
 from speechtune.errors import AudioError, Issue, ManifestError, some
 from speechtune.family import Family
 from speechtune.types import Audio, AudioRef, Sample
 
 LOG_SECONDS = 10.0
+SETTLE_SECONDS = 2.0  # coarsest modification time in use (FAT): a younger file may change and keep its stamp
 READERS = 2  # decoding a clip takes a fraction of the time that encoding it takes
 
 logger = logging.getLogger("speechtune")
+
+
+class ClipHasher:
+    """Content hash of a clip; that of a file is remembered in the cache folder by path, size and times."""
+
+    def __init__(self, root: Path, *, allow_urls: bool = False) -> None:
+        self._path = Path(root) / "hashes.jsonl"
+        self._allow_urls = allow_urls
+
+    def __call__(self, ref: AudioRef) -> str:
+        """The content hash of `ref`, 64 hex digits."""
+        now = time.time()
+        try:
+            stat = os.stat(ref.path) if ref.path is not None else None
+        except OSError:
+            stat = None  # content_hash reports it
+        if stat is None:
+            return content_hash(ref, allow_urls=self._allow_urls)
+        # With the change time, because rsync and cp -p give a new file the modification time of the old one.
+        times = (stat.st_mtime_ns, stat.st_ctime_ns)
+        file = (os.path.abspath(ref.path or ""), stat.st_size, *times, ref.offset_seconds, ref.duration_seconds)
+        place = self._known.place(key := _short(file))
+        if place is not None:
+            return self._known.values[place].tobytes().hex()
+        digest = content_hash(ref, allow_urls=self._allow_urls)
+        if now - stat.st_mtime >= SETTLE_SECONDS:
+            self._known[key] = bytes.fromhex(digest)
+            self._remember({"file": file, "hash": digest})
+        return digest
+
+    @cached_property
+    def _known(self) -> PackedMap:
+        """The remembered hashes, read at the first use: collecting the clips before that takes memory, too."""
+        known = PackedMap(f"V{CLIP_KEY_BYTES}")
+        if self._path.exists():
+            for row, _ in read_json_lines(self._path):
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    if len(digest := bytes.fromhex(row["hash"])) == CLIP_KEY_BYTES:
+                        known[_short(row["file"])] = digest
+        return known
+
+    def _remember(self, row: dict[str, object]) -> None:
+        # The line begins with a newline, so that a line torn by a kill does not swallow it. Failure costs only time.
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                file.write(b"\n" + json.dumps(row).encode() + b"\n")
+
+
+def _short(file: Sequence[Any]) -> bytes:
+    """Key of a file's path, size, times and segment."""
+    return short_key(json.dumps(file))
 
 
 class _Clip(NamedTuple):
@@ -108,7 +162,7 @@ def encode_samples(
         raise ManifestError(f"{len(issues)} clip(s) cannot be encoded; repair or remove them:\n{lines}", issues)
     elapsed = time.monotonic() - started
     report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
-    return EncodedSet(family, samples, store, keys, report)
+    return EncodedSet(family, tuple(samples), store, keys, report)
 
 
 def _shard_of(key: str, num_shards: int) -> int:
@@ -220,24 +274,17 @@ def _defect(array: np.ndarray) -> str:
     return "" if np.isfinite(array).all() else "encodes to NaN or infinity"
 
 
-class _Meter:
+class _Meter(Progress):
     """Progress of encoding: a bar on a terminal, else a log line every 10 seconds."""
 
     def __init__(self, num_clips: int, quiet: bool) -> None:
         console = Console(stderr=True)
-        self._bar = not quiet and console.is_terminal and num_clips > 0
         columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._bar)
-        self._task = self._progress.add_task("encode", total=num_clips, rate="")
+        hidden = quiet or not console.is_terminal or num_clips == 0
+        super().__init__(*columns, TimeRemainingColumn(), console=console, disable=hidden)
+        self._clips = self.add_task("encode", total=num_clips, rate="")
         self._num_clips, self._done, self._seconds = num_clips, 0, 0.0
         self._started = self._logged = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def add(self, num_clips: int, audio_seconds: float) -> None:
         """Count a finished group."""
@@ -245,12 +292,10 @@ class _Meter:
         self._done += num_clips
         self._seconds += audio_seconds
         rate = self._seconds / max(now - self._started, 1e-9)
-        self._progress.update(self._task, advance=num_clips, rate=f"{rate:.1f}x real time")
+        self.update(self._clips, advance=num_clips, rate=f"{rate:.1f}x real time")
         finished = self._done == self._num_clips
-        if not self._bar and (finished or now - self._logged >= LOG_SECONDS):
+        if self.disable and (finished or now - self._logged >= LOG_SECONDS):
             left = (self._num_clips - self._done) * (now - self._started) / self._done
-            logger.info(
-                "encoded %d of %d clips, %.1f seconds of audio per second, %.0f s left",
-                *(self._done, self._num_clips, rate, left),
-            )
+            message = "encoded %d of %d clips, %.1f seconds of audio per second, %.0f s left"
+            logger.info(message, self._done, self._num_clips, rate, left)
             self._logged = now

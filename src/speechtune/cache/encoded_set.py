@@ -29,22 +29,15 @@ class EncodeReport:
     shards_left: Mapping[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class EncodedSet(Sequence[Encoded]):
     """Samples with their features, in the order of the samples; assembled on access, picklable for workers."""
 
-    def __init__(
-        self,
-        family: Family,
-        samples: Sequence[Sample],
-        store: FeatureStore,
-        keys: Sequence[tuple[str, ...]],
-        report: EncodeReport,
-    ) -> None:
-        self.family = family
-        self.samples = tuple(samples)
-        self.store = store
-        self.keys = keys
-        self.report = report
+    family: Family
+    samples: Sequence[Sample]
+    store: FeatureStore
+    keys: Sequence[tuple[str, ...]]
+    report: EncodeReport
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -64,10 +57,6 @@ class EncodedSet(Sequence[Encoded]):
                 f"sample {self.samples[index].id}: clip {error.args[0]} is not in {self.store.folder}; "
                 "encode the set again, and let every rank finish its share before training"
             ) from None
-
-    def num_tokens(self, index: int) -> int:
-        """Sequence positions of a sample."""
-        return int(self._sizes[0][index])
 
     @property
     def lengths(self) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from speechtune.cache.packed_map import Numbered, PackedMap, short_key
 from speechtune.errors import AudioError, ConfigError
-from speechtune.storage.atomic_file import write_atomically
+from speechtune.storage.files import write_atomically
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for any dtype
 SYNC_ARRAYS = 256
@@ -47,12 +47,7 @@ class _Entry(NamedTuple):
 
 
 class FeatureStore:
-    """Arrays by key for one way of encoding; several processes may read and write at once.
-
-    Args:
-        root: cache folder; the store is a folder in it, named after `encode_key`.
-        encode_key: identity of the encoding; another key is another store.
-    """
+    """Arrays by key for one encoding (`encode_key`), in a folder of its own; many processes may read and write it."""
 
     def __init__(self, root: Path, encode_key: str) -> None:
         self.root = Path(root)

@@ -9,7 +9,7 @@ from speechtune.report.facts import to_json
 from speechtune.report.html import page
 from speechtune.report.markdown import markdown
 from speechtune.report.read_run import RunReport, read_run, short_names
-from speechtune.storage.atomic_file import write_atomically
+from speechtune.storage.files import write_atomically
 
 
 def run_report(runs: Sequence[Path], out: Path | None = None, as_json: bool = False) -> int:

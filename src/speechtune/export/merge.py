@@ -26,7 +26,7 @@ from speechtune.lora.base_identity import check_base
 from speechtune.lora.files import StoredAdapter
 from speechtune.lora.layouts import in_layout
 from speechtune.precision import PrecisionPlan
-from speechtune.storage.hashing import folder_fingerprint
+from speechtune.storage.files import folder_fingerprint
 from speechtune.storage.model_folder import load_tokenizer
 from speechtune.storage.verified_folder import check_writable, write_verified
 

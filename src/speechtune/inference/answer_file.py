@@ -8,8 +8,7 @@ from typing import Any
 from speechtune.config import RunConfig
 from speechtune.family import Family
 from speechtune.lora.files import StoredAdapter
-from speechtune.storage.atomic_file import write_atomically
-from speechtune.storage.hashing import folder_fingerprint
+from speechtune.storage.files import folder_fingerprint, write_atomically
 
 log = logging.getLogger("speechtune")
 

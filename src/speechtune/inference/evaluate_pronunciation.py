@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from speechtune.cache.clip_hashes import ClipHasher
+from speechtune.cache.encode import ClipHasher
 from speechtune.config import DataConfig
 from speechtune.data.sources import Source, find_source, load_samples, read_source
 from speechtune.errors import ConfigError, ManifestError

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from speechtune.errors import AdapterError, Issue
 from speechtune.family import NATIVE, AdapterLayout
 from speechtune.lora.base_identity import BaseRecipe, read_recipe
-from speechtune.storage.hashing import file_sha256
+from speechtune.storage.files import file_sha256
 from speechtune.storage.model_folder import not_downloaded
 from speechtune.storage.verified_folder import MANIFEST_NAME, verify_folder
 

@@ -18,8 +18,7 @@ from speechtune.errors import ConfigError, Issue
 
 HEAD_BYTES = 256
 INDEX_SUFFIX = ".index.json"
-OBJECTS = ("config.json", "tokenizer.json", INDEX_SUFFIX)
-"""Ends of names of files that hold a JSON object; what else lies in the folder may hold anything."""
+OBJECTS = ("config.json", "tokenizer.json", INDEX_SUFFIX)  # ends of names; any other file may hold any JSON
 
 
 def inspect_folder(directory: Path) -> list[Issue]:
@@ -40,10 +39,7 @@ def inspect_folder(directory: Path) -> list[Issue]:
 
 
 def require_sound(place: str, option: str) -> None:
-    """Refuse a local model folder that does not exist or has corrupt files; a hub id passes.
-
-    Raises ConfigError: names every file and its issue.
-    """
+    """Refuse a local model folder that is missing or has corrupt files (ConfigError names each); a hub id passes."""
     directory = Path(place)
     if not directory.is_dir() and place.startswith(("/", ".", "~")):
         raise ConfigError(f"{option}={place}: no such folder")
@@ -67,10 +63,7 @@ def copy_files(place: str, revision: str | None, patterns: Sequence[str], direct
 def load_pretrained(
     model_class: Any, settings: ModelConfig, revision: str | None, dtype: torch.dtype, **options: Any
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Load a native model; returns it with transformers' list of missing, unexpected and mismatched weights.
-
-    Raises ConfigError: it does not load.
-    """
+    """Load a native model, or raise ConfigError; also returns what weights are missing, unexpected and mismatched."""
     try:
         return model_class.from_pretrained(
             settings.path,
@@ -86,10 +79,7 @@ def load_pretrained(
 
 
 def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -> None:
-    """Refuse weights that do not fit the model.
-
-    Raises ConfigError: names the first of them.
-    """
+    """Refuse weights that do not fit the model: ConfigError names the first of them."""
     lost, other = sorted(missing), list(mismatched)
     if lost or other:
         raise ConfigError(
@@ -98,10 +88,7 @@ def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -
 
 
 def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base.
-
-    Raises ConfigError: there is none, or it does not load.
-    """
+    """Load the tokenizer of a base; ConfigError where there is none, or it does not load."""
     require_sound(settings.path, "model.path")
     try:
         # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
@@ -111,10 +98,7 @@ def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTok
 
 
 def hub_commit(repository: str, revision: str | None) -> str:
-    """Commit that a hub id stands at: a branch may move under the same name.
-
-    Raises ConfigError: the hub does not answer, and nothing is cached.
-    """
+    """Commit that a hub id stands at (a branch may move); ConfigError where neither hub nor cache has an answer."""
     try:
         file = cached_file(repository, "config.json", revision=revision)
     except (OSError, ValueError) as error:

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from speechtune.errors import CheckpointError, Issue
-from speechtune.storage.atomic_file import write_atomically
-from speechtune.storage.hashing import file_blake3, map_file
+from speechtune.storage.files import file_blake3, map_file, write_atomically
 
 log = logging.getLogger("speechtune")
 
@@ -36,20 +35,12 @@ PIECE_BYTES = 1 << 20
 
 
 def write_verified(
-    directory: Path,
-    write: Callable[[Path], None],
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    replace: bool = False,
+    directory: Path, write: Callable[[Path], None], tensors: Mapping[str, torch.Tensor], *, replace: bool = False
 ) -> Path:
     """Publish a folder only once all of it is on disk and reads back equal to what is in memory.
 
-    Args:
-        directory: its place.
-        write: fills the empty folder it is given.
-        tensors: what the folder's safetensors files must hold, bit for bit.
-        replace: put the new folder in the place of an older one.
-
+    `write` fills the empty folder it is given, whose safetensors files must then hold `tensors`, bit for bit; with
+    `replace` the new folder takes the place of an older one.
     Raises CheckpointError: with what went wrong, where, and what to do; an older folder is untouched then.
     """
     if directory.exists() and not replace:
@@ -84,10 +75,7 @@ def write_verified(
 def verify_folder(directory: Path, names: Collection[str] | None = None, *, sizes_only: bool = False) -> list[Issue]:
     """Compare a folder with its MANIFEST.json; an empty list means every byte is as it was written.
 
-    Args:
-        directory: the published folder.
-        names: files to look at, which must all be listed; None takes all that are.
-        sizes_only: do not hash the files.
+    `names` are the files to look at, which must all be listed (None: all that are); `sizes_only` hashes none.
     """
     try:
         listed = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
@@ -149,10 +137,7 @@ def clear_leftovers(output_dir: Path) -> None:
 
 
 def check_writable(output_dir: Path, bytes_needed: int) -> None:
-    """Prove by writing that a folder takes files, and that the disk has room.
-
-    Raises CheckpointError: no permission, no space, or no folder can be there.
-    """
+    """Prove by writing that a folder takes files, and that the disk has room; CheckpointError says what is not so."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".write-test-") as file:
@@ -170,10 +155,7 @@ def check_writable(output_dir: Path, bytes_needed: int) -> None:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The trainer state of a checkpoint.
-
-    Raises CheckpointError: it is not readable.
-    """
+    """The trainer state of a checkpoint; CheckpointError where it is not readable."""
     try:
         return json.loads((directory / STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

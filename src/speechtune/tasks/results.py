@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechtune.errors import CheckpointError
-from speechtune.storage.atomic_file import write_atomically
+from speechtune.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -1,15 +1,25 @@
-"""Batches: which samples make up each step's global batch, and how that is cut into micro-batches and ranks."""
+"""Batches: which samples make up each step's global batch, how it is cut into micro-batches and ranks, and collated."""
 
 import heapq
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import RunConfig
+from speechtune.errors import ConfigError, TrainingError, some
+from speechtune.family import Family
+from speechtune.types import Batch, Encoded
+
+log = logging.getLogger("speechtune")
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,10 @@ class BatchPlan:
 def cut_by_tokens(
     indices: Sequence[int], lengths: np.ndarray, tokens: int, ranks: int, *, packed: bool
 ) -> list[list[int]]:
-    """Cut samples into as few parts as fit a budget, a multiple of `ranks`, the largest first.
+    """Cut samples, a multiple of `ranks`, into as few parts as fit a budget, a multiple of `ranks` too, largest first.
 
-    Args:
-        indices: the samples, a multiple of `ranks`; an index may stand more than once.
-        lengths: positions of each.
-        tokens: most positions of a part; a longer sample makes a part alone.
-        ranks: the number of parts is divisible by it.
-        packed: positions of a part add up; else each sample takes those of the longest.
+    `lengths` are the positions of each; an index may stand more than once. A sample of more than `tokens` makes a part
+    alone. In `packed` parts positions add up; else each sample takes those of the longest.
     """
     order = sorted(range(len(indices)), key=lambda place: (-int(lengths[place]), indices[place]))
     sizes = [int(lengths[place]) for place in order]
@@ -143,3 +149,100 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_si
 @lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave a signal to the process group to the main process; called in worker processes."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class BatchLoader:
+    """Micro-batches of one rank, step by step."""
+
+    def __init__(
+        self, config: RunConfig, plan: BatchPlan, encoded: EncodedSet, rank: int, device: torch.device
+    ) -> None:
+        self.config, self.plan, self.encoded, self.rank, self.device = config, plan, encoded, rank, device
+        self._loader: Iterator[list[Batch]] | None = None
+        self._next = -1
+        longest = int(plan.lengths.argmax())
+        if plan.tokens is not None and plan.lengths[longest] > plan.tokens:
+            raise ConfigError(
+                f"batch.tokens={plan.tokens}: sample {encoded[longest].sample_id} alone takes {plan.lengths[longest]} "
+                "positions: give a larger budget, or leave such samples out with data.max_seconds"
+            )
+        if config.batch.on_oom == "halve" and plan.world_size > 1:
+            raise ConfigError(
+                "batch.on_oom=halve is for one rank: with several the others wait for the one that ran out. Set "
+                "batch.tokens lower instead; what is learnt does not depend on it"
+            )
+
+    def take(self, step: int) -> list[Batch]:
+        """The micro-batches of a step, collated ahead where there are workers."""
+        if self._loader is None or step != self._next:
+            workers, on_gpu = self.config.train.workers, self.device.type == "cuda"
+            workers = (2 if on_gpu else 0) if workers is None else workers
+            batches = StepBatches(self.plan, self.encoded, self.encoded.family, self.rank)
+            self._loader = make_loader(batches, range(step, 2**62), workers=workers, pin_memory=on_gpu)
+        self._next = step + 1
+        return next(self._loader)
+
+    def close(self) -> None:
+        """End the worker processes: they ignore SIGTERM, so the interpreter would wait for them for ever at its end."""
+        self._loader = None
+
+    def cut_finer(self, step: int, batches: Sequence[Batch], error: torch.OutOfMemoryError) -> list[Batch]:
+        """The step's samples in micro-batches of half the size; all later steps are cut as finely."""
+        largest = max(sum(batch.lengths) for batch in batches)
+        ids = [sample_id for batch in batches if sum(batch.lengths) == largest for sample_id in batch.sample_ids]
+        issue = (
+            f"step {step + 1}: out of memory on {self.device} with a micro-batch of up to {largest} positions "
+            f"(samples {some(ids)}): {str(error).splitlines()[0]}"
+        )
+        if self.config.batch.on_oom == "fail":
+            raise TrainingError(
+                f"{issue}\nSet batch.tokens={largest // 2} (or batch.on_oom=halve; `speechtune fit` measures "
+                "what fits) and go on from the last checkpoint with checkpoint.resume=auto: the samples of each step, "
+                "and so what is learnt, stay the same. train.gradient_checkpointing=true saves memory too"
+            ) from error
+        if all(len(batch.sample_ids) == 1 for batch in batches):
+            raise TrainingError(
+                f"{issue}\nEvery micro-batch is one sample already: set train.gradient_checkpointing=true, or leave "
+                "long samples out with data.max_seconds"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.plan = replace(self.plan, tokens=largest // 2)
+        self._loader = None
+        log.warning("%s\nbatch.tokens is %d from here on; the step is taken again", issue, largest // 2)
+        return self.take(step)
+
+
+@dataclass
+class StepBatches(Dataset[list[Batch]]):
+    """The run's micro-batches of one rank, collated on demand; item s holds those of step s."""
+
+    plan: BatchPlan
+    encoded: Sequence[Encoded]
+    family: Family
+    rank: int
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        parts = self.plan.micro_batches(step, self.rank)
+        return [self.family.collate([self.encoded[i] for i in part]) for part in parts]
+
+
+def make_loader(batches: StepBatches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """The micro-batches of each of `steps`, collated ahead in `workers` processes."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        # A generator of its own: the loader would draw from the global one and change dropout on resume.
+        generator=torch.Generator(),
+        pin_memory=pin_memory,
+    )
+    return iter(loader)

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ log = logging.getLogger("speechtune")
 OPTIMIZER_NAME = "optimizer.pt"
 RNG_NAME = "rng_state.pt"
 ADAM_MOMENTS = 2
-RETRY_SECONDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +76,10 @@ def checkpoint_writer(
     copy: bool,
     keep: bool = True,
 ) -> Callable[[], Path]:
-    """Return the function that writes one checkpoint and verifies it.
+    """Return the function that writes one checkpoint, with the random states of every rank, and verifies it.
 
-    Shards are gathered here, so every rank must call this.
-
-    Args:
-        directory: the checkpoint's folder.
-        parts: what is saved.
-        state: where the run stands.
-        rng_states: of every rank.
-        copy: copy what is trained now, so that training may go on while the function returned runs.
-        keep: whether this rank will call the function returned.
+    Shards are gathered here, so every rank must call this; `keep` says whether this one will call the function.
+    With `copy`, what is trained is copied now, so that training may go on while the function runs.
     """
     model, optimizer = parts.model, parts.optimizer
     copy = copy or is_sharded(model)
@@ -99,7 +90,7 @@ def checkpoint_writer(
     scaler_state = parts.scaler.state_dict()
     tensors = model_tensors(model, weights)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    bytes_needed = bytes_of(tensors.values()) + ADAM_MOMENTS * bytes_of(trained)
+    bytes_needed = sum(t.nbytes for t in tensors.values()) + ADAM_MOMENTS * sum(p.nbytes for p in trained)
 
     def write(aside: Path) -> None:
         save_weights(model, aside, parts.notes, weights)
@@ -121,10 +112,7 @@ def checkpoint_writer(
 def save_weights(
     model: nn.Module, directory: Path, notes: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a model's adapter with its notes (texts by file name), or the full model, into an existing folder.
-
-    `state` as for `model_tensors`.
-    """
+    """Write a model's adapter with its notes, or the full model, into a folder; `state` as for `model_tensors`."""
     if isinstance(model, PeftModel):
         model.save_pretrained(
             str(directory), save_embedding_layers=False, state_dict=state, selected_adapters=[ADAPTER]
@@ -155,11 +143,6 @@ def cpu_copy(value: Any, *, keep: bool = True) -> Any:
     if isinstance(value, Mapping):
         return {key: cpu_copy(item, keep=keep) for key, item in value.items()}
     return [cpu_copy(item, keep=keep) for item in value] if isinstance(value, list) else value
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes that tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Saver:
@@ -194,18 +177,8 @@ class Saver:
             pending.result()
 
 
-def save_with_retry(save: Callable[[], Path]) -> Path:
-    """Call `save`, and once more if it fails: a network disk may be slow to show what was written."""
-    try:
-        return save()
-    except CheckpointError as error:
-        log.error("%s; trying once more in %d s", error, RETRY_SECONDS, exc_info=error)
-        time.sleep(RETRY_SECONDS)
-        return save()
-
-
 def write_state(path: Path, state: RunState) -> None:
-    """Write the run state as JSON."""
+    """Write where a run stands, as JSON."""
     path.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
 
 

@@ -105,21 +105,10 @@ def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None
 
 
 class Engine:
-    """Model and loss as the loop calls them on this rank.
+    """Model and loss as one module: `objective` for the passes of training on this rank, `plain` for evaluation.
 
-    Args:
-        objective: model and loss as one module, on this rank's device.
-        accelerator: knows the ranks.
-        parallel: what several ranks do; `fsdp` shards `objective` in place.
-        defer: with `fsdp`, add up unsharded gradients until a step's last micro-batch: right for an adapter, whose
-            gradients are small; those of a full model would fill the memory that sharding frees.
-
-    Raises:
-        TrainingError: the model has no blocks to shard, or is not sharded afterwards.
-
-    Attributes:
-        objective: for forward and backward passes of training.
-        plain: for evaluation.
+    With `fsdp` it is sharded in place; `defer` then adds up unsharded gradients until a step's last micro-batch: right
+    for an adapter, whose gradients are small; those of a full model would fill the memory that sharding frees.
     """
 
     def __init__(
@@ -146,10 +135,7 @@ class Engine:
 
 
 def shard(objective: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shard every repeated block of a model, then what is left, over all ranks, and check that it happened.
-
-    Raises TrainingError: no blocks, or tensors that are not sharded.
-    """
+    """Shard every repeated block of a model, then what is left, over all ranks, and check that it happened."""
     ranks = accelerator.num_processes
     mesh = init_device_mesh(accelerator.device.type, (ranks,), mesh_dim_names=("shard",))
     layers = blocks(objective)
@@ -216,11 +202,3 @@ def sum_over_ranks(
         total = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
         local = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
     return dict(zip(names, local, strict=True))
-
-
-def least_over_ranks(accelerator: Accelerator, value: float) -> float:
-    """The least of a number over all ranks."""
-    if accelerator.num_processes == 1:
-        return value
-    every = accelerator.gather(torch.tensor([value], dtype=torch.float64, device=accelerator.device))
-    return float(cast(torch.Tensor, every).min())

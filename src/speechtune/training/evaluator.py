@@ -2,8 +2,7 @@
 
 import json
 import logging
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -21,67 +20,57 @@ from speechtune.training.tracking import EvaluationRecord, Stopwatch, Tracker, a
 
 log = logging.getLogger("speechtune")
 
-T = TypeVar("T")
 
-
+@dataclass
 class Evaluator:
     """Evaluates on all ranks together; samples are generated on the main process.
 
-    Args:
-        job: what is trained, with its evaluation set and sample generator (either may be None).
-        accelerator: knows the ranks.
-        objective: model and loss, unwrapped.
-        tracker: where records go.
-        watch: of the run; its part "evaluation" grows.
+    `objective` is model and loss, unwrapped; of the run's `watch` the part "evaluation" grows.
     """
 
-    def __init__(
-        self, job: Job, accelerator: Accelerator, objective: nn.Module, tracker: Tracker, watch: Stopwatch
-    ) -> None:
-        self.job, self.accelerator, self.objective = job, accelerator, objective
-        self.tracker, self.watch = tracker, watch
-        self.main = accelerator.is_main_process
-        self.base_scores: dict[str, float] = {}
-        self.scores: dict[int, dict[str, float]] = {}
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is anything to evaluate."""
-        return self.job.eval_set is not None or self.job.sample_generator is not None
+    job: Job
+    accelerator: Accelerator
+    objective: nn.Module
+    tracker: Tracker
+    watch: Stopwatch
+    base_scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def evaluate_base(self, first_step: int, total_steps: int) -> None:
         """Generate samples before the first step, and score them: what training must improve on.
 
         A fresh adapter changes nothing yet, and one that goes on from another starts with what that one knows.
         """
-        generator = self.job.sample_generator
+        generator, main = self.job.sample_generator, self.accelerator.is_main_process
         if generator is None:
             return
         file = self.job.config.output_dir / "samples" / "base_scores.json"
         # The main process decides for all: the others may not see its disk.
-        known = self._from_main(json.loads(file.read_text(encoding="utf-8")) if self.main and file.is_file() else None)
+        known = json.loads(file.read_text(encoding="utf-8")) if main and file.is_file() else None
+        known = broadcast_object_list([known])[0]
         if known is not None:  # a resumed run
             self.base_scores = known
             return
-        if self.main:
+        if main:
             log_samples(self.accelerator, generator.write_references(), BASE_STEP, "recordings")
         if first_step > 0:
             log.warning("no samples were generated before the first step of this run: there are no base scores")
             return
         record = self._record(BASE_STEP)
         self.base_scores = dict(record.scores)
-        if self.main:
+        if main:
             file.write_text(json.dumps(self.base_scores) + "\n", encoding="utf-8")
         self.tracker.write(record, total_steps)
 
     def evaluate(self, state: RunState, total_steps: int) -> RunState:
-        """Evaluate after a step; the state returned knows whether it is the best so far.
-
-        Raises TrainingError: an evaluation loss is not finite.
-        """
+        """Evaluate after a step; the state returned knows whether it is the best so far."""
         record = self._record(state.step)
         self.tracker.write(record, total_steps)
-        self._warn(record)
+        messages = self.job.family.score_warnings(record.scores, self.base_scores)
+        if self.accelerator.is_main_process and messages:
+            for message in messages:
+                log.warning("step %d: %s", record.step, message)
+            add_warnings(self.job.config.output_dir, record.step, "evaluation", messages)
         name = self.job.config.evaluate.best_metric
         loss = {} if record.eval_loss is None else {"eval_loss": record.eval_loss}
         self.scores[record.step] = {**loss, **record.scores}
@@ -94,39 +83,23 @@ class Evaluator:
         return replace(state, rounds_without_better=state.rounds_without_better + 1)
 
     def _record(self, step: int) -> EvaluationRecord:
-        losses: dict[str, float] = {}
+        generator, plan = self.job.sample_generator, self.job.precision
+        losses, scores = dict[str, float](), dict[str, float]()
         with self.watch.measure("evaluation"):
             if self.job.eval_set is not None:
                 size = self.job.config.evaluate.batch_size
                 losses = evaluation_losses(self.objective, self.job.eval_set, size, self.accelerator)
                 ids = [sample.id for sample in self.job.eval_set.samples]
                 guards.check_losses(losses, f"evaluation after step {step}", ids)
-            scores = self._from_main(self._generate(step) if self.main else {})
+            if generator is not None and self.accelerator.is_main_process:
+                with torch.autocast(plan.device.type, plan.autocast, enabled=plan.autocast is not None):
+                    scores, outputs = generator.generate(self.job.model, step)
+                log_samples(self.accelerator, outputs, step)
+            scores = broadcast_object_list([scores])[0]
         seconds = self.watch.seconds()
         share = seconds["evaluation_seconds"] / max(seconds["total_seconds"], 1e-9)
         loss = self.job.weighted(losses) if losses else None
         return EvaluationRecord(step, loss, losses, scores, self.watch.last["evaluation"], share)
-
-    def _generate(self, step: int) -> dict[str, float]:
-        """Generate and score samples; without a generator there are no scores."""
-        if self.job.sample_generator is None:
-            return {}
-        precision = self.job.precision
-        with torch.autocast(precision.device.type, precision.autocast, enabled=precision.autocast is not None):
-            scores, outputs = self.job.sample_generator.generate(self.job.model, step)
-        log_samples(self.accelerator, outputs, step)
-        return scores
-
-    def _from_main(self, value: T) -> T:
-        """The main process's value, on every rank."""
-        return broadcast_object_list([value])[0] if self.accelerator.num_processes > 1 else value
-
-    def _warn(self, record: EvaluationRecord) -> None:
-        messages = self.job.family.score_warnings(record.scores, self.base_scores)
-        if self.main and messages:
-            for message in messages:
-                log.warning("step %d: %s", record.step, message)
-            add_warnings(self.job.config.output_dir, record.step, "evaluation", messages)
 
 
 @torch.no_grad()
@@ -135,11 +108,7 @@ def evaluation_losses(
 ) -> dict[str, float]:
     """Mean loss per head: sums over all samples and ranks, divided by target counts, so that batch sizes do not matter.
 
-    Args:
-        objective: returns a loss and the summed losses per head; put into evaluation mode meanwhile.
-        eval_set: each sample is taken once.
-        batch_size: samples per rank and forward pass.
-        accelerator: knows the ranks and the device.
+    `batch_size` are samples per rank and forward pass; `objective` is put into evaluation mode meanwhile.
     """
     family = eval_set.family
     was_training = objective.training

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,27 +29,22 @@ SCORES_NAME = "scores.jsonl"
 
 @dataclass(frozen=True)
 class SampleGenerator:
-    """Answers a fixed set of prompts, scores the answers, and keeps both.
-
-    Attributes:
-        chosen: indices of the prompts in `encoded`.
-        directory: where samples are written.
-    """
+    """Answers a fixed set of prompts (`chosen` are their indices in `encoded`), scores the answers, and keeps both."""
 
     config: RunConfig
     family: Family
     encoded: EncodedSet
     chosen: tuple[int, ...]
     scorers: Scorers
-    directory: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.config.output_dir / "samples"
 
     def generate(self, model: nn.Module, step: int) -> tuple[dict[str, float], list[Output]]:
-        """Answer all prompts with a model, score the answers, and write them to `samples/step-N`.
+        """Answer all prompts with a model, and write the answers to `samples/step-N`; returns scores by name, and them.
 
         The random state is left as it was: generating samples must not change what is trained.
-
-        Returns:
-            scores by name, and the answers in the order of the prompts.
         """
         states, was_training = rng_state(), model.training
         model.eval()
@@ -66,7 +62,7 @@ class SampleGenerator:
     def _answer(self, model: nn.Module) -> list[Output]:
         options = GenerationOptions(
             temperature=self.config.evaluate.temperature,
-            max_new_tokens=round(LONGEST_ANSWER * max(self.encoded.num_tokens(index) for index in self.chosen)),
+            max_new_tokens=round(LONGEST_ANSWER * int(self.encoded.lengths[list(self.chosen)].max())),
             seed=self.config.train.seed,
         )
         outputs = []
@@ -83,13 +79,13 @@ class SampleGenerator:
     def _token_accuracy(self, model: nn.Module) -> dict[str, float]:
         """Share of targets a model finds when given all that comes before them."""
         device = next(model.parameters()).device
-        totals: dict[str, tuple[int, int]] = {}
+        right, targets = Counter[str](), Counter[str]()
         for index in self.chosen:
             batch = self.family.collate([self.encoded[index]]).to(device)
             for name, (correct, count) in self.family.count_correct(model, batch).items():
-                correct_before, count_before = totals.get(name, (0, 0))
-                totals[name] = correct_before + correct, count_before + count
-        return {name: correct / count for name, (correct, count) in totals.items() if count}
+                right[name] += correct
+                targets[name] += count
+        return {name: right[name] / count for name, count in targets.items() if count}
 
     def write_references(self) -> list[Output]:
         """Write the prompts, and the recordings that answers are compared with; the latter are returned."""
@@ -142,7 +138,7 @@ def make_sample_generator(
         range(len(source)), key=lambda i: hashlib.sha256(f"{seed}:{source.samples[i].id}".encode()).digest()
     )
     chosen = tuple(sorted(ranked[: num_prompts(config)]))
-    return SampleGenerator(config, family, source, chosen, scorers, config.output_dir / "samples")
+    return SampleGenerator(config, family, source, chosen, scorers)
 
 
 def _check_best_metric(config: RunConfig, family: Family) -> None:

@@ -8,38 +8,73 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from speechtune.config import TrainConfig
+from speechtune.errors import CheckpointError
 from speechtune.lora.apply import trainable
 from speechtune.storage.verified_folder import prune
 from speechtune.tensors import checksums, gather, rng_state, set_rng_state
 from speechtune.training import guards
-from speechtune.training.batching import BatchPlan
-from speechtune.training.checkpoint import (
-    RunParts,
-    RunState,
-    Saver,
-    checkpoint_writer,
-    choose_checkpoint,
-    restore,
-    save_with_retry,
-)
+from speechtune.training.batching import BatchLoader, BatchPlan
+from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, choose_checkpoint, restore
 from speechtune.training.distributed import Engine, check_same_checkpoint, sum_heads, sum_over_ranks
 from speechtune.training.evaluator import Evaluator
 from speechtune.training.job import Job, Objective, TrainResult
-from speechtune.training.loader import BatchLoader
-from speechtune.training.optimizer import learning_rate, make_optimizer
-from speechtune.training.signals import Interruption
 from speechtune.training.tracking import Record, Stopwatch, Tracker, log_details
 from speechtune.types import Batch
 
 log = logging.getLogger("speechtune")
 
+RETRY_SECONDS = 2
 MAX_SKIPPED_STEPS = 20  # a float16 scaler that halves this often in a row has met real infinities
+
+
+class Interruption:
+    """Catches SIGTERM and SIGINT while a run trains; the loop finishes its step, saves and leaves."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> Self:
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal:  # the second signal: stop at once
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: finishing this step, then saving and stopping", signal.Signals(number).name)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over what is trained, fused where the device has such a kernel."""
+    return torch.optim.AdamW(
+        parameters, config.learning_rate, config.betas, config.eps, config.weight_decay, fused=device.type == "cuda"
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up that starts above zero, then the schedule's decay.
+
+    A pure function, so that there is nothing to save or restore.
+    """
+    warmup = min(config.warmup_steps, math.ceil(total_steps / 10))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return config.learning_rate * shape[config.schedule]
 
 
 class Run:
@@ -75,6 +110,7 @@ class Run:
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
         evaluator = Evaluator(self.job, self.accelerator, self.engine.plain, tracker, self.watch)
         evaluator.evaluate_base(self.state.step, self.total_steps)
+        wanted = self.job.eval_set is not None or self.job.sample_generator is not None
         self.job.model.train()
         self.first_step, self.loop_started = self.state.step, time.monotonic()
         first_losses: Mapping[str, float] = {}
@@ -90,19 +126,23 @@ class Run:
                 interruption.signal = interruption.signal or (signal.SIGTERM if stop else 0)  # another rank's
                 last = stop or step + 1 == self.total_steps
                 due = last or (step + 1) % config.evaluate.every_steps == 0
-                if evaluator.wanted and due and not stop:  # after a SIGTERM a launcher soon kills: saving comes first
+                if wanted and due and not stop:  # after a SIGTERM a launcher soon kills: saving comes first
                     self.state = evaluator.evaluate(self.state, self.total_steps)
                 early = self.state.rounds_without_better >= (config.evaluate.patience or math.inf)
-                best = self.state.best_step == self.state.step
+                improved = self.state.best_step == self.state.step
                 with self.watch.measure("checkpoint"):
-                    if last or early or best or (step + 1) % config.checkpoint.every_steps == 0:
+                    if last or early or improved or (step + 1) % config.checkpoint.every_steps == 0:
                         self._save()
                     self.saver.poll()
                 if stop or early:
                     break
             self.saver.wait()
         self.accelerator.wait_for_everyone()
-        return self._result(evaluator, first_losses, interruption.signal or None)
+        best = None if self.state.best_step is None else self._checkpoint(self.state.best_step)
+        best = best if best is not None and best.is_dir() else None
+        final = self.state.best_step if config.checkpoint.final == "best" and best else self.state.step
+        scores = evaluator.scores.get(final or 0, {})
+        return TrainResult(self.state, first_losses, interruption.signal or None, best, scores, self.watch.seconds())
 
     def _resume(self) -> None:
         """Go on from the checkpoint that the recipe asks for, if any."""
@@ -114,15 +154,6 @@ class Run:
         state = restore(resumed, self.parts, identity, self.accelerator.process_index, force=force)
         self.state = replace(state, total_steps=self.total_steps, identity=identity)
         self.unproven = False  # its first step lies in the run before
-
-    def _result(
-        self, evaluator: Evaluator, first_losses: Mapping[str, float], signal_number: int | None
-    ) -> TrainResult:
-        best = None if self.state.best_step is None else self._checkpoint(self.state.best_step)
-        best = best if best is not None and best.is_dir() else None
-        final = self.state.best_step if self.config.checkpoint.final == "best" and best else self.state.step
-        scores = evaluator.scores.get(final or 0, {})
-        return TrainResult(self.state, first_losses, signal_number, best, scores, self.watch.seconds())
 
     def _step(self, step: int, batches: Sequence[Batch]) -> Record:
         started, heads = time.monotonic() - self.watch.last["data"], self.job.family.heads
@@ -218,7 +249,12 @@ class Run:
             return
 
         def save() -> None:
-            save_with_retry(publish)
+            try:
+                publish()
+            except CheckpointError as error:  # a network disk may be slow to show what was written
+                log.error("%s; trying once more in %d s", error, RETRY_SECONDS, exc_info=error)
+                time.sleep(RETRY_SECONDS)
+                publish()
             protected = [] if best is None else [self._checkpoint(best)]
             prune(self.config.output_dir, self.config.checkpoint.keep_last, protected, up_to=step)
             log.info("saved and verified %s", directory)

@@ -17,7 +17,7 @@ from speechtune.errors import TrainingError
 from speechtune.lora.apply import trainable
 from speechtune.tensors import rng_state, set_rng_state
 from speechtune.training.batching import BatchPlan
-from speechtune.training.checkpoint import ADAM_MOMENTS, bytes_of
+from speechtune.training.checkpoint import ADAM_MOMENTS
 from speechtune.training.job import Job, Objective, checkpoint_activations
 from speechtune.types import Batch
 
@@ -86,12 +86,7 @@ class Memory:
 def measure_budgets(job: Job, ranks: int = 1, on_result: Callable[[Fit], None] = lambda fit: None) -> list[Fit]:
     """Try growing budgets until one does not fit or takes a rank's entire step; weights and random state stay.
 
-    Args:
-        job: a prepared run; its base, adapter and samples are what is measured.
-        ranks: processes of the run.
-        on_result: called with each measurement.
-
-    Raises TrainingError: not even the longest sample fits.
+    `on_result` is called with each measurement. Raises TrainingError: not even the longest sample fits.
     """
     plan = BatchPlan.of(job.config, job.train_set.lengths, ranks)
     memory = Memory(job.precision.device)
@@ -100,7 +95,7 @@ def measure_budgets(job: Job, ranks: int = 1, on_result: Callable[[Fit], None] =
     results: list[Fit] = []
 
     def try_budget(tokens: int) -> bool:
-        fit = _measure(job, replace(plan, tokens=tokens), memory, _moments(job))
+        fit = _measure(job, replace(plan, tokens=tokens), memory)
         if fit.peak_bytes is not None and fit.peak_bytes > limit:
             fit = replace(fit, peak_bytes=None)
         results.append(fit)
@@ -158,13 +153,13 @@ def _fits(job: Job, ranks: int) -> bool:
     needed = plan.tokens or (longest if batch.tokens == "auto" else longest * plan.batch_size)
     memory = Memory(job.precision.device)
     tokens = max(longest, min(needed, _greatest_share(plan)))
-    fit = _measure(job, replace(plan, tokens=tokens), memory, _moments(job))
+    fit = _measure(job, replace(plan, tokens=tokens), memory)
     return fit.peak_bytes is not None and fit.peak_bytes <= memory.limit()
 
 
 def _moments(job: Job) -> int:
     """Bytes that Adam will take."""
-    return ADAM_MOMENTS * bytes_of(trainable(job.model).values())
+    return ADAM_MOMENTS * sum(p.nbytes for p in trainable(job.model).values())
 
 
 def _rounded(tokens: int) -> int:
@@ -174,8 +169,7 @@ def _rounded(tokens: int) -> int:
 def _greatest_share(plan: BatchPlan) -> int:
     """Positions of the fullest share of a step that a rank can get, whatever the order of samples."""
     share = plan.global_batch_size // plan.world_size
-    longest_first = sorted(plan.lengths.tolist(), reverse=True)
-    taken = longest_first[:share]
+    taken = sorted(plan.lengths.tolist(), reverse=True)[:share]
     return sum(taken) if plan.packed else taken[0] * share
 
 
@@ -192,7 +186,7 @@ def _between(fitting: list[Fit], limit: int, too_large: int) -> int | None:
     return guess if guess > last.tokens else None
 
 
-def _measure(job: Job, plan: BatchPlan, memory: Memory, moments: int) -> Fit:
+def _measure(job: Job, plan: BatchPlan, memory: Memory) -> Fit:
     """Time and memory of forward and backward passes of a micro-batch that fills the budget."""
     batch = job.family.collate([job.train_set[i] for i in _fullest(plan)])
     objective = Objective(job.model, job.family, job.precision, job.config.train.head_weights).train()
@@ -201,7 +195,7 @@ def _measure(job: Job, plan: BatchPlan, memory: Memory, moments: int) -> Fit:
     try:
         for _ in range(1 + TIMED_PASSES):
             seconds.append(_one_pass(objective, batch, memory.device))
-        peak = memory.peak() + moments
+        peak = memory.peak() + _moments(job)
     except torch.OutOfMemoryError:
         peak = None
     objective.zero_grad(set_to_none=True)

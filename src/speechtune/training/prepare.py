@@ -1,16 +1,30 @@
-"""Preparation of a run: options checked, data read and encoded, the model loaded, the adapter attached."""
+"""Preparation of a run: options checked, data encoded, the model loaded, the adapter attached, and all written down."""
 
+import importlib.metadata
 import json
 import logging
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
+from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from speechtune import __version__
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
-from speechtune.config import RunConfig
+from speechtune.config import RunConfig, world_size
 from speechtune.data.sources import load_samples
 from speechtune.data.splits import split_validation
 from speechtune.errors import ConfigError
@@ -31,14 +45,16 @@ from speechtune.lora.files import CARD_NAME
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints
 from speechtune.tensors import tensors_fingerprint
-from speechtune.training.checkpoint import ADAM_MOMENTS, bytes_of
+from speechtune.training.checkpoint import ADAM_MOMENTS
 from speechtune.training.generated_samples import make_sample_generator, prepare_scorers
 from speechtune.training.job import Job, checkpoint_activations
-from speechtune.training.run_info import INFO_NAME, model_card, run_info
 from speechtune.training.tracking import WARNINGS_NAME, flatten
 from speechtune.types import Sample
 
 log = logging.getLogger("speechtune")
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "soundfile", "soxr")
+INFO_NAME = "run_info.json"
 
 
 def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None = None) -> Job:
@@ -71,15 +87,15 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
         freeze(model, config.train.freeze)
     if config.train.gradient_checkpointing is True:
         checkpoint_activations(model)
+    generator = None if scorers is None else make_sample_generator(config, family, train_set, eval_set, scorers)
+    job = Job(config, family, model, plan, train_set, eval_set, identity, notes, generator)
     if accelerator.is_main_process:
         log.info("precision: %s", plan.describe())
         show_counts(model, family)
-        check_writable(config.output_dir, bytes_of(trainable(model).values()) * (1 + ADAM_MOMENTS))
-        info = run_info(config, plan, identity["base"], count_by_component(model, family), train_set, eval_set)
-        (config.output_dir / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+        check_writable(config.output_dir, sum(p.nbytes for p in trainable(model).values()) * (1 + ADAM_MOMENTS))
+        (config.output_dir / INFO_NAME).write_text(json.dumps(run_info(job), indent=1) + "\n", encoding="utf-8")
         accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
-    generator = None if scorers is None else make_sample_generator(config, family, train_set, eval_set, scorers)
-    return Job(config, family, model, plan, train_set, eval_set, identity, notes, generator)
+    return job
 
 
 def _open_output(config: RunConfig) -> None:
@@ -162,3 +178,104 @@ def show_counts(model: nn.Module, family: Family, console: Console | None = None
     table.add_section()
     table.add_row("all", f"{total:,}", f"{trained:,} ({trained / total:.2%})")
     (console or Console(stderr=True)).print(table)
+
+
+def run_info(job: Job) -> dict[str, Any]:
+    """The content of run_info.json."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    base = {"path": job.config.model.path, "revision": job.config.model.revision, "fingerprint": job.identity["base"]}
+    return {
+        "speechtune": __version__,
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": hardware(job.precision.device),
+        "precision": job.precision.describe(),
+        "base": base,
+        "data": describe_data(job.train_set, job.eval_set),
+        "parameters": [asdict(row) for row in count_by_component(job.model, job.family)],
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "world_size": world_size(),
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The device a run takes place on, and the machine around it; memory in bytes."""
+    on_gpu = device.type == "cuda"
+    memory, cpu = psutil.virtual_memory().total, platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "count": torch.cuda.device_count() if on_gpu else 1,
+        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else memory,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+    }
+
+
+def describe_data(train_set: EncodedSet, eval_set: EncodedSet | None) -> dict[str, Any]:
+    """Counts of the training set, its hours by target audio, and how many samples are held back for evaluation."""
+    samples = train_set.samples
+    return {
+        "fingerprint": train_set.fingerprint,
+        "samples": len(samples),
+        "hours": round(train_set.audio_seconds / 3600, 4),
+        "positions": int(train_set.lengths.sum()),
+        "speakers": len({sample.speaker for sample in samples}),
+        "languages": dict(Counter(sample.language or "(not given)" for sample in samples).most_common()),
+        "eval_samples": len(eval_set) if eval_set is not None else 0,
+    }
+
+
+def model_card(
+    config: RunConfig, family: Family, train_set: EncodedSet, scores: Mapping[str, float] | None = None
+) -> str:
+    """The text of README.md; `scores` are those of the run's last (or best) evaluation by name."""
+    base, lora, data = config.model.path, config.lora, describe_data(train_set, None)
+    rows = [f"| {name} | {value:.4g} |" for name, value in (scores or {}).items()]
+    table = "\n".join(["| figure | value |", "|---|---|", *rows])
+    return f"""---
+{_metadata(config, family, scores or {}).to_yaml()}
+---
+# LoRA adapter for {Path(base).name if Path(base).exists() else base}
+
+Trained with speechtune {__version__} on {data["samples"]} samples ({data["hours"]:.2f} h, \
+{data["speakers"]} speakers): rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, \
+targets `{lora.targets}`, learning rate {config.train.learning_rate:g}, seed {config.train.seed}.
+
+Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}
+
+## Evaluation
+
+{table if rows else "No evaluation was made in this run."}
+
+## Use
+
+{family.card_use} The licence of the base model holds for this adapter too.
+"""
+
+
+def _metadata(config: RunConfig, family: Family, scores: Mapping[str, float]) -> ModelCardData:
+    """The metadata block; a base in a local folder is not named, for nobody else could find it."""
+    base, data = config.model.path, config.data
+    name = data.eval.name if data.eval else "held out from the training data"
+    results = [
+        EvalResult(
+            task_type=family.pipeline_tag,
+            dataset_type="custom",
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=round(value, 6),
+        )
+        for metric, value in scores.items()
+    ]
+    return ModelCardData(
+        base_model=None if Path(base).exists() else base,
+        library_name="peft",
+        license=family.base_license,
+        pipeline_tag=family.pipeline_tag,
+        tags=["lora", "speechtune"],
+        model_name=config.output_dir.name,
+        eval_results=results or None,
+        ignore_metadata_errors=False,
+    )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
@@ -20,12 +21,11 @@ from speechtune.lora.save import save_lora_adapters
 from speechtune.storage.verified_folder import STATE_NAME
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
 from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
-from speechtune.training.distributed import least_over_ranks, start_accelerator
+from speechtune.training.distributed import start_accelerator
 from speechtune.training.job import Job, TrainResult
 from speechtune.training.loop import Run
 from speechtune.training.memory_budget import settle_budget, settle_checkpointing
-from speechtune.training.prepare import prepare
-from speechtune.training.run_info import model_card
+from speechtune.training.prepare import model_card, prepare
 from speechtune.training.tracking import add_warnings
 from speechtune.training.watchdog import LOST_SECONDS, Watchdog
 
@@ -54,11 +54,7 @@ class Outcome:
 def run_training(config: RunConfig, family: Family | None = None, *, lost_seconds: float = LOST_SECONDS) -> Outcome:
     """Train as configured, then save the adapter, prove it, and write the run's summary.
 
-    Args:
-        config: the recipe.
-        family: the recipe's own where None.
-        lost_seconds: silence after which another rank counts as lost.
-
+    `family` None takes the recipe's own; another rank counts as lost after `lost_seconds` of silence.
     Raises SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
@@ -73,7 +69,7 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
     main = accelerator.is_main_process
     job = prepare(config, accelerator, family)
     for settle in (settle_checkpointing, settle_budget):
-        job = settle(job, accelerator.num_processes, lambda value: least_over_ranks(accelerator, value))
+        job = settle(job, accelerator.num_processes, lambda value: min(gather_object([value])))
     frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
     run = Run(job, accelerator)
     watchdog.step = lambda: run.state.step
@@ -98,10 +94,7 @@ def lora_b_checksums(model: nn.Module) -> dict[str, str]:
 
 
 def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: bool) -> Proof:
-    """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step.
-
-    Raises TrainingError: the frozen base changed, or no lora_B moved.
-    """
+    """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step."""
     after = lora_b_checksums(model)
     moved = sum(adapter_before[name] != now for name, now in after.items())
     if after and not moved:

@@ -100,8 +100,12 @@ class Tracker:
         """Write one record everywhere it goes."""
         if not self.accelerator.is_main_process:
             return
+        if not self.path.exists():
+            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         values = asdict(record)
-        self._append(json.dumps(values) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
         self.accelerator.log(flatten(values), step=record.step)
         if isinstance(record, EvaluationRecord):
             loss = "" if record.eval_loss is None else f"  loss {record.eval_loss:.4f} ({heads(record.eval_losses)})"
@@ -109,24 +113,10 @@ class Tracker:
             cost = f"{record.eval_seconds:.1f} s, {record.time_share:.0%} of the run's time so far"
             log.info("step %d evaluation:%s%s  (%s)", record.step, loss, scores, cost)
         elif record.step % self.log_every_steps == 0 or record.step in (1, total_steps):
-            log.info(
-                "step %d/%d  loss %.4f (%s)  lr %.2e  grad %.3g  %.0f audio s/s  %s left",
-                record.step,
-                total_steps,
-                record.loss,
-                heads(record.losses),
-                record.learning_rate,
-                record.grad_norm,
-                record.audio_seconds_per_second,
-                duration(record.eta_seconds),
-            )
-
-    def _append(self, line: str) -> None:
-        if not self.path.exists():
-            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+            loss = f"loss {record.loss:.4f} ({heads(record.losses)})"
+            update = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}"
+            speed = f"{record.audio_seconds_per_second:.0f} audio s/s  {duration(record.eta_seconds)} left"
+            log.info("step %d/%d  %s  %s  %s", record.step, total_steps, loss, update, speed)
 
 
 def log_samples(accelerator: Accelerator, outputs: Sequence[Output], step: int, group: str = "answers") -> None:

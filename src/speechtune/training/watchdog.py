@@ -58,18 +58,9 @@ def connect(timeout_seconds: float) -> Store:
 class Watchdog:
     """Context manager around a run: shows that this rank is alive, and watches the others; does nothing on one rank.
 
-    Args:
-        accelerator: has joined the ranks.
-        output_dir: holds the checkpoints that the error names.
-        lost_seconds: silence after which a rank, or the launch's store, counts as lost.
-        connect: opens the store, given the timeout of its calls.
-
-    Raises:
-        LostRankError: a collective failed in the `with` block because another rank is gone. Where the main thread
-            hangs, the process prints the same message and ends with the same exit code.
-
-    Attributes:
-        step: where this rank is; called at every beat.
+    A rank, or the launch's store, counts as lost after `lost_seconds` of silence. The `with` block then raises
+    LostRankError where a collective failed; where the main thread hangs, the process prints the same message and ends
+    with the same exit code. `step` says where this rank is, at every beat.
     """
 
     def __init__(

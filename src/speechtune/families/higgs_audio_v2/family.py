@@ -49,7 +49,7 @@ from speechtune.families.layers.ops import IGNORE, head_loss
 from speechtune.family import Family, Scorers
 from speechtune.lora.apply import plain_model
 from speechtune.precision import PrecisionPlan
-from speechtune.storage.hashing import folder_fingerprint
+from speechtune.storage.files import folder_fingerprint
 from speechtune.storage.model_folder import (
     copy_files,
     hub_commit,

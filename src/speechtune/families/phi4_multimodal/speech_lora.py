@@ -18,7 +18,7 @@ from speechtune.errors import AdapterError, ConfigError
 from speechtune.families.phi4_multimodal.options import Phi4ModelConfig
 from speechtune.lora.base_identity import check_weights
 from speechtune.lora.files import lora_module, read_adapter, weights_file
-from speechtune.storage.hashing import file_sha256
+from speechtune.storage.files import file_sha256
 
 log = logging.getLogger("speechtune")
 

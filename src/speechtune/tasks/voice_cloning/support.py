@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from speechtune.audio import resample
 from speechtune.errors import ConfigError
-from speechtune.storage.hashing import file_sha256, folder_fingerprint
+from speechtune.storage.files import file_sha256, folder_fingerprint
 from speechtune.types import Audio
 
 RATE = 16_000
