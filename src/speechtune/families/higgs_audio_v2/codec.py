@@ -1,4 +1,4 @@
-"""The native Higgs Audio v2 codec, loaded with or without torchaudio."""
+"""The audio codecs of Higgs Audio v2: what each of them offers, and the native one, with or without torchaudio."""
 
 import importlib.util
 import math
@@ -7,12 +7,14 @@ import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from transformers import AutoConfig  # before the stand-in below: transformers looks for torchaudio when imported
+from transformers.configuration_utils import PretrainedConfig
 
+from speechtune.families.higgs_audio_v2 import codec_world
 from speechtune.families.higgs_audio_v2.codec_cpu import fold_weight_norms, is_available, use_clip_layers
 from speechtune.types import Audio
 
@@ -76,6 +78,49 @@ def codec_class() -> Any:
     finally:
         if absent:
             del sys.modules["torchaudio"]
+
+
+class Codec(Protocol):
+    """Audio to codes (F, K) at 25 frames a second, and back; each clip by itself, whatever else is encoded with it."""
+
+    sampling_rate: int
+    codebook_size: int
+    num_codebooks: int
+
+    def encode(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Codes of each clip, int16."""
+        ...
+
+    def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
+        """Audio of each clip's codes."""
+        ...
+
+
+def load_codec(path: str, revision: str | None, device: torch.device | str) -> Codec:
+    """The codec in a folder or under a hub id, of the class that its configuration names.
+
+    Raises:
+        OSError, ValueError, SafetensorError: no codec there, or not all of one.
+        ConfigError: a package that it needs is not installed.
+    """
+    if model_type_of(path, revision) == codec_world.MODEL_TYPE:
+        return codec_world.WorldCodec(path, revision)
+    return HiggsCodec(path, revision, device)
+
+
+def model_type_of(path: str, revision: str | None) -> str | None:
+    """What the configuration of a codec calls it."""
+    config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    return config.get("model_type")
+
+
+def layers_of(path: str, revision: str | None, device: torch.device | str) -> str:
+    """Whose code computes the codes: part of what they are known by. A codec that is not there has no type yet."""
+    try:
+        is_world = model_type_of(path, revision) == codec_world.MODEL_TYPE
+    except (OSError, ValueError):
+        is_world = False
+    return "WORLD" if is_world else implementation_on(device)
 
 
 def implementation_on(device: torch.device | str) -> Literal["native", "cpu"]:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, HiggsAudioV2Config, HiggsAudioV2ForConditio
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
-from speechtune.families.higgs_audio_v2.codec import HiggsCodec, implementation_on
+from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.higgs_audio_v2.layout import (
     AUDIO,
@@ -132,12 +132,12 @@ class HiggsAudioV2Family(Family):
         return tokenizer
 
     @cached_property
-    def codec(self) -> HiggsCodec:
+    def codec(self) -> Codec:
         """The audio codec, on the GPU where there is one."""
         model = self.config.model
         require_sound(self.codec_path, "model.codec_path")
         try:
-            codec = HiggsCodec(self.codec_path, model.codec_revision, self._codec_device)
+            codec = load_codec(self.codec_path, model.codec_revision, self._codec_device)
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.codec_path={self.codec_path}: no usable codec there: {error}") from None
         if codec.num_codebooks != self.model_config.num_codebooks:
@@ -166,8 +166,9 @@ class HiggsAudioV2Family(Family):
     @property
     def encode_key(self) -> str:
         """Identity of the codes: class, weights (by content where local), rate, and whose layers compute them."""
-        layers = implementation_on(self._codec_device)
-        return f"higgs_audio_v2 codes v1 {self._codec_identity} {self.sampling_rate} Hz {layers} layers"
+        identity = self._codec_identity
+        layers = layers_of(self.codec_path, self.config.model.codec_revision, self._codec_device)
+        return f"higgs_audio_v2 codes v1 {identity} {self.sampling_rate} Hz {layers} layers"
 
     @property
     def _codec_device(self) -> str:
