@@ -19,8 +19,7 @@ from ours import prepare, train_ours
 from torch.nn import functional
 
 from speechtune.families.layers import ops as fast
-from speechtune.families.layers.cpu_attention import causal_attention
-from speechtune.families.layers.cpu_matmul import product
+from speechtune.families.layers.cpu import causal_attention, product
 from training import SAMPLES, TIMED_STEPS
 
 POSITIONS, WIDTHS = 3_000, ((256, 512), (512, 256))

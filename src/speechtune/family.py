@@ -69,6 +69,8 @@ class Family(Protocol):
     """Preset name -> regex over module names; the key "default" names the one used when none is given."""
     adapter_layouts: Mapping[str, AdapterLayout] = MappingProxyType({})
     """Layouts other than NATIVE that its adapters may have, by name."""
+    components: Mapping[str, str] = MappingProxyType({})
+    """Part of a parameter's name -> component of the model; the first that fits counts, what fits none is a norm."""
 
     @property
     def encode_key(self) -> str:
@@ -85,7 +87,7 @@ class Family(Protocol):
 
     def component(self, parameter_name: str) -> str:
         """Name the component of the model a parameter belongs to, for tables."""
-        ...
+        return next((component for part, component in self.components.items() if part in parameter_name), "norms")
 
     @property
     def parts(self) -> Mapping[str, tuple[str, str | None]]:

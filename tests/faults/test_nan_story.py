@@ -27,8 +27,7 @@ import speechtune.training.prepare
 from speechtune.audio import read_audio
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
-from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
-from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
+from speechtune.families.phi4_multimodal.family import LANGUAGE_MODEL, Phi4MultimodalFamily
 from speechtune.family import Family
 from speechtune.lora.apply import apply_lora, trainable
 from speechtune.storage.verified_folder import find_checkpoints

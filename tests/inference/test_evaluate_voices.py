@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import speechtune.families.higgs_audio_v2.family as higgs_audio_v2
 import speechtune.families.higgs_audio_v2.layout as layout
 from helpers import DemoClip, read_records
 from speechtune.audio import read_provenance
@@ -152,7 +151,7 @@ def test_planted_issues_of_a_training_are_seen(
         labels_RK = labels(rows_RK, num_frames)
         return np.where(labels_RK == rows_RK.max(), layout.IGNORE, labels_RK)
 
-    sound_targets = higgs_audio_v2.target_arrays
+    sound_targets = layout.target_arrays
 
     def with_references(ids_S: np.ndarray, rows_RK: np.ndarray, *rest: int) -> dict[str, np.ndarray]:
         """Every row of every clip becomes a target, as with the native processor's labels."""
@@ -180,7 +179,7 @@ def test_planted_issues_of_a_training_are_seen(
     monkeypatch.setattr(layout, "row_labels", without_end)
     endless = train("endless", 2e-3)
     monkeypatch.setattr(layout, "row_labels", labels)
-    monkeypatch.setattr(higgs_audio_v2, "target_arrays", with_references)
+    monkeypatch.setattr(layout, "target_arrays", with_references)
     mixed = train("mixed", 2e-3)
     assert good[120]["stop_rate"] == good[120]["end_accuracy"] == 1.0 and good[120]["codebook_accuracy_0"] > 0.9
     assert not warnings("sound", since=120)

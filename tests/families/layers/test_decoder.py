@@ -21,7 +21,7 @@ from helpers import WAYS
 from higgs_cases import FP32, Case
 from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
-from speechtune.families.layers.decoder import FastLayer, block_causal_mask
+from speechtune.families.layers.decoder import FastLayer, native_inputs
 from speechtune.families.layers.ops import IGNORE, Segments, attend, head_loss, linear
 from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
 from speechtune.family import Family
@@ -199,7 +199,7 @@ def test_attention_within_segments(lengths: tuple[int, ...], heads: tuple[int, i
     q, k, v = (torch.randn(sum(lengths), h, 8, dtype=dtype, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     segments = Segments(lengths, torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32))
     places = torch.cat([torch.arange(n) for n in lengths])
-    mask = block_causal_mask(Batch((), {"position_ids": places}, {}, 0, 0.0))[0, 0]
+    mask = native_inputs({"position_ids": places})["attention_mask"][0, 0]
     wide_k, wide_v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
     scores = torch.einsum("nhe,mhe->hnm", q, wide_k) / 8**0.5
     expected = torch.einsum("hnm,mhe->nhe", scores.masked_fill(~mask, -torch.inf).softmax(-1), wide_v)

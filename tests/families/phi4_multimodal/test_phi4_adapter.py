@@ -17,7 +17,7 @@ from phi4_cases import FP32, family_on, native_answer, native_logits, run_config
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.export.merge import merge
-from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
+from speechtune.families.phi4_multimodal.family import LANGUAGE_MODEL
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.apply import apply_lora
 from speechtune.lora.base_identity import RECIPE_NAME, read_recipe

@@ -10,8 +10,7 @@ import pytest
 from speechtune.commands.train import show_plan
 from speechtune.config import LoraSettings, RunConfig
 from speechtune.families import build_config, load_config
-from speechtune.families.phi4_multimodal.family import Phi4MultimodalFamily
-from speechtune.families.phi4_multimodal.released import RELEASED_MODEL
+from speechtune.families.phi4_multimodal.family import RELEASED_MODEL, Phi4MultimodalFamily
 from speechtune.lora.apply import apply_lora, count_by_component, matching_modules, target_pattern
 
 BASE = 4_743_988_032

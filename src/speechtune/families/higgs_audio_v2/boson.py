@@ -28,25 +28,10 @@ BOSON_RENAMES = (
 DROPPED_KEYS = re.compile(r"(^audio_codebook_weights$|rotary_emb\.(original_)?inv_freq$)")
 SPLIT_PARTS = re.compile(r"\.(embedding|linear)_(frozen|trainable)\.weight$")
 REQUIRED = ("skip_audio_tower", "use_delay_pattern")
-UNSUPPORTED = (
-    "use_audio_out_embed_projector",
-    "use_audio_out_self_attention",
-    "audio_embed_avg",
-    "use_rq_transformer",
-    "audio_decoder_proj_num_layers",
-)
-SAME_NAMES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "attention_bias",
-    "mlp_bias",
-)
+AUDIO_OUTPUT = ("use_audio_out_embed_projector", "use_audio_out_self_attention", "audio_embed_avg")
+UNSUPPORTED = (*AUDIO_OUTPUT, "use_rq_transformer", "audio_decoder_proj_num_layers")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SAME_NAMES = (*SIZES, "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias", "mlp_bias")
 STREAM_IDS = 2  # BOS and EOS follow the codes in every codebook
 
 

@@ -20,29 +20,12 @@ from transformers import AutoConfig, HiggsAudioV2Config, HiggsAudioV2ForConditio
 
 from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
+from speechtune.families.higgs_audio_v2 import layout
 from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
 from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
-from speechtune.families.higgs_audio_v2.layout import (
-    AUDIO,
-    cut_rows,
-    delay_rows,
-    lay_out,
-    pad_inputs,
-    refuse_special_tokens,
-    render_prompt,
-    sampling,
-    target_arrays,
-    undelay,
-)
 from speechtune.families.higgs_audio_v2.options import Config
-from speechtune.families.higgs_audio_v2.scores import (
-    SCORE_NAMES,
-    SCORER_NAMES,
-    count_correct_codes,
-    score_speech,
-    speech_warnings,
-)
+from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes, score_speech, speech_warnings
 from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.families.layers.ops import IGNORE, head_loss
@@ -79,7 +62,7 @@ class HiggsAudioV2Family(Family):
     abilities = frozenset({"speak"})
     pipeline_tag = "text-to-speech"
     score_names = SCORE_NAMES
-    scorer_names = SCORER_NAMES
+    scorer_names = frozenset({"wer", "sim", "mos"})
     fast_layers = FAST_LAYERS
     base_license = "other"
     card_note = "Give it text and a few seconds of reference speech; it answers with audio codes of the base's codec."
@@ -90,7 +73,13 @@ class HiggsAudioV2Family(Family):
         "attention+audio_ffn": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
         "all": r".*\.(self_attn\.(q|k|v|o)_proj|(audio_)?mlp\.(gate|up|down)_proj)",
     }
-
+    components: Mapping[str, str] = {
+        "self_attn": "attention",
+        "audio_mlp": "audio FFN",
+        ".mlp.": "text FFN",
+        "embed": "embeddings",
+        "lm_head": "heads",
+    }
     adapter_layouts = MappingProxyType({"boson": BOSON})
 
     def __init__(self, config: RunConfig) -> None:
@@ -122,7 +111,7 @@ class HiggsAudioV2Family(Family):
         """The text tokenizer; its special ids must be those of the model's configuration."""
         model = self.config.model
         tokenizer = load_tokenizer(model, model.revision)
-        for token, field in ((AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
+        for token, field in ((layout.AUDIO, "audio_token_id"), ("<|audio_out_bos|>", "audio_bos_token_id")):
             token_id, wanted = tokenizer.convert_tokens_to_ids(token), getattr(self.model_config, field)
             if token_id != wanted:
                 raise ConfigError(
@@ -159,7 +148,6 @@ class HiggsAudioV2Family(Family):
 
     @property
     def parts(self) -> Mapping[str, tuple[str, str | None]]:
-        """The codec, where one is named."""
         model = self.config.model
         return {"codec": (model.codec_path, model.codec_revision)} if model.codec_path else {}
 
@@ -188,46 +176,26 @@ class HiggsAudioV2Family(Family):
         require_sound(settings.path, "model.path")
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
-            return self._ready(model, plan)
-        classes = HiggsAudioV2ForConditionalGeneration
-        model, info = load_pretrained(classes, settings, settings.revision, plan.base_dtype, use_text_head=True)
-        missing = set(info["missing_keys"])
-        if missing == {"text_lm_head.weight"}:
-            log.warning("%s has no text head: it was saved without one; the text loss is left out", settings.path)
-            cast(Any, model).text_lm_head = None
-            missing.clear()
-        if info["unexpected_keys"]:  # converted folders may carry a head twice, under its old name too
-            log.warning(
-                "%s: weights the model has no place for are left out: %s", settings.path, info["unexpected_keys"]
-            )
-        require_fit(settings.path, missing, info["mismatched_keys"])
-        return self._ready(model, plan)
-
-    def _ready(self, model: nn.Module, plan: PrecisionPlan) -> nn.Module:
+        else:
+            native = HiggsAudioV2ForConditionalGeneration
+            model, info = load_pretrained(native, settings, settings.revision, plan.base_dtype, use_text_head=True)
+            missing, unexpected = set(info["missing_keys"]), info["unexpected_keys"]
+            if missing == {"text_lm_head.weight"}:
+                log.warning("%s has no text head: it was saved without one; the text loss is left out", settings.path)
+                cast(Any, model).text_lm_head = None
+                missing.clear()
+            if unexpected:  # converted folders may carry a head twice, under its old name too
+                log.warning("%s: weights the model has no place for are left out: %s", settings.path, unexpected)
+            require_fit(settings.path, missing, info["mismatched_keys"])
         model = model.to(plan.device)
         speed = self.config.speed
         return make_fast(model, self.fast_layers, choose_kernels(speed, plan.device)) if speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
-        """The base without weights, on the meta device."""
         with torch.device("meta"):
             return HiggsAudioV2ForConditionalGeneration(self.model_config, use_text_head=True)
 
-    def component(self, parameter_name: str) -> str:
-        """Part of the model a parameter belongs to."""
-        for part, component in (
-            ("self_attn", "attention"),
-            ("audio_mlp", "audio FFN"),
-            (".mlp.", "text FFN"),
-            ("embed", "embeddings"),
-            ("lm_head", "heads"),
-        ):
-            if part in parameter_name:
-                return component
-        return "norms"
-
     def prompt(self, sample: Sample) -> Sample:
-        """The sample without its target audio."""
         return replace(sample, audio=None)
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
@@ -246,8 +214,7 @@ class HiggsAudioV2Family(Family):
         self, sample: Sample, features: Sequence[np.ndarray], *, with_target: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (S,) with placeholders expanded, and the delayed rows (R, K) of all clips, in order."""
-        refuse_special_tokens(sample)
-        parts = render_prompt(sample, with_target=with_target).split(AUDIO)
+        parts = layout.render_prompt(sample, with_target=with_target).split(layout.AUDIO)
         if len(parts) != len(features) + 1:
             raise ManifestError(f"sample {sample.id}: {len(features)} clips for {len(parts) - 1} places in the prompt")
         config = self.model_config
@@ -260,7 +227,7 @@ class HiggsAudioV2Family(Family):
         for part, codes_FK in zip(parts, [*features, None], strict=True):
             ids += self._tokenize(part)
             if codes_FK is not None:
-                rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
+                rows_RK = layout.delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
                 fillers = config.num_codebooks - 1
                 ids += [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
                 rows.append(rows_RK)
@@ -275,17 +242,16 @@ class HiggsAudioV2Family(Family):
             raise ManifestError(f"sample {sample.id}: no target audio to train on")
         ids_S, rows_RK = self.prompt_arrays(sample, features, with_target=True)
         num_frames = len(features[-1])
-        arrays = target_arrays(ids_S, rows_RK, num_frames, len(self._tokenize("<|audio_eos|><|eot_id|>")))
+        num_last_tokens = len(self._tokenize("<|audio_eos|><|eot_id|>"))
+        arrays = layout.target_arrays(ids_S, rows_RK, num_frames, num_last_tokens)
         return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
         """Lay samples end to end, or right-pad them; positions of targets become indices into the flattened batch."""
         if not items:
             raise ValueError("an empty batch")
-        config = self.model_config
-        row_ids = (config.audio_token_id, config.audio_delay_token_id)
         arrays = [item.arrays for item in items]
-        inputs, lengths = lay_out(arrays, row_ids, self.pad_id, packed=self.config.batch.packing)
+        inputs, lengths = layout.lay_out(arrays, self.model_config, packed=self.config.batch.packing)
         # Per codebook: the audio loss is the sum over codebooks of mean cross-entropies, as in the native class.
         counts = {
             "audio": int((inputs["audio_targets"][:, 0] != IGNORE).sum()),
@@ -308,8 +274,14 @@ class HiggsAudioV2Family(Family):
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> list[Output]:
         """Speak a batch of prompts; clips and text as in training, rows cut where the stream ended."""
-        rows_BRK = self.generate_rows(model, prompts, options)
-        return self._outputs([sample.id for sample, _ in prompts], rows_BRK)
+        eos = self.model_config.audio_stream_eos_id
+        ended = [layout.cut_rows(rows_RK, eos) for rows_RK in self.generate_rows(model, prompts, options)]
+        codes = [layout.undelay(rows_RK, eos, self.codec.codebook_size) for rows_RK in ended]
+        audios = self.codec.decode([codes_FK for codes_FK, _ in codes])
+        return [
+            Output(sample.id, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
+            for (sample, _), audio, rows_RK, (codes_FK, stopped) in zip(prompts, audios, ended, codes, strict=True)
+        ]
 
     @torch.no_grad()
     def generate_rows(
@@ -317,23 +289,26 @@ class HiggsAudioV2Family(Family):
     ) -> np.ndarray:
         """Generated rows of shape (B, R, K), the prompts' own rows left out; ended samples go on with EOS."""
         encoded = [self.prompt_arrays(sample, features, with_target=False) for sample, features in prompts]
-        inputs = pad_inputs(encoded, self.pad_id, self.model_config.audio_stream_eos_id, left=True)
+        inputs = layout.pad_inputs(encoded, self.pad_id, self.model_config.audio_stream_eos_id, left=True)
         max_rows = inputs["audio_input_ids"].shape[1]
         if not max_rows:  # no reference: the native class wants no rows rather than none of them
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        sampling: dict[str, Any] = {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
+        if options.temperature != 0:
+            names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
+            given = {name: getattr(options, name) for name in names}
+            sampling = {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
         generator = cast(Any, model)
         for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
             vars(cast(Any, plain_model(model)).generation_config).setdefault(name, None)
         torch.manual_seed(options.seed)
         cap = options.max_new_tokens or MAX_NEW_TOKENS
-        rows = generator.generate(
-            **{k: v.to(generator.device) for k, v in inputs.items()}, max_new_tokens=cap, **sampling(options)
-        )
+        on_device = {name: value.to(generator.device) for name, value in inputs.items()}
+        rows = generator.generate(**on_device, max_new_tokens=cap, **sampling)
         return rows[:, max_rows:].cpu().numpy()
 
     @torch.no_grad()
     def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
-        """Right codes and all codes, per codebook."""
         eos = self.model_config.audio_stream_eos_id
         base = cast(Any, plain_model(model))
         logits = base.audio_lm_head(target_states(base.model, batch)[0])
@@ -341,11 +316,9 @@ class HiggsAudioV2Family(Family):
         return count_correct_codes(logits_PKV, batch.inputs["audio_targets"], eos)
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
-        """See `score_speech`."""
         return score_speech(samples, outputs, scorers, self.sampling_rate)
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
-        """See `speech_warnings`."""
         return speech_warnings(scores, base)
 
     @torch.no_grad()
@@ -357,22 +330,12 @@ class HiggsAudioV2Family(Family):
         clip = AudioRef(data=b"probe")
         sample = Sample("probe", "A fixed sentence.", clip, (Clip(clip, "Another fixed sentence."),))
         encoded = self.prompt_arrays(sample, [codes_FK, codes_FK], with_target=True)
-        inputs = pad_inputs([encoded], self.pad_id, config.audio_stream_eos_id, left=False)
+        inputs = layout.pad_inputs([encoded], self.pad_id, config.audio_stream_eos_id, left=False)
         logits = model(**{k: v.to(cast(Any, model).device) for k, v in inputs.items()}).logits.float().cpu()
         if not greedy_steps:
             return logits, np.zeros((1, 0, config.num_codebooks), np.int64)
         options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
         return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK])], options)
-
-    def _outputs(self, ids: Sequence[str], rows_BRK: np.ndarray) -> list[Output]:
-        eos = self.model_config.audio_stream_eos_id
-        ended = [cut_rows(rows_RK, eos) for rows_RK in rows_BRK]
-        codes = [undelay(rows_RK, eos, self.codec.codebook_size) for rows_RK in ended]
-        audios = self.codec.decode([codes_FK for codes_FK, _ in codes])
-        return [
-            Output(name, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
-            for name, audio, rows_RK, (codes_FK, stopped) in zip(ids, audios, ended, codes, strict=True)
-        ]
 
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""

@@ -9,54 +9,28 @@ import torch
 from torch import nn
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
 
-from speechtune.families.layers.decoder import (
-    FastLayer,
-    Routes,
-    Sorting,
-    block_causal_mask,
-    is_fast,
-    norm_by,
-    rotation_of,
-    run_layers,
-)
+from speechtune.families.layers.decoder import FastLayer, Routes, Sorting, is_fast, native_inputs, run_layers
 from speechtune.families.layers.kernels import rope, silu_mul
-from speechtune.families.layers.ops import Segments, attend, linear, reorder
+from speechtune.families.layers.ops import attend, linear, reorder
 from speechtune.types import Batch
 
 
-def target_states(decoder: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def target_states(decoder: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states that predict the targets of a batch: (P, D) for the audio head, (P, D) for the text head.
 
-    Args:
-        decoder: the `model` of the native class, its layers native or fast.
-        batch: of `HiggsAudioV2Family.collate`.
+    `decoder` is the `model` of the native class, its layers native or fast.
     """
     inputs = batch.inputs
-    states_PD = _fast(cast(Any, decoder), batch) if is_fast(decoder) else _native(decoder, batch)
+    if is_fast(decoder):
+        hidden = (decoder.embed_audio_tokens(inputs["audio_rows"]), decoder.embed_tokens(inputs["text_ids"]))
+        sorting = Sorting(*(inputs[name] for name in ("order", "places", "kept_audio", "kept_text")))
+        states_PD = decoder.norm(torch.cat(run_layers(decoder, hidden, batch, sorting)))
+    else:
+        ids = {"input_ids": inputs["input_ids"], "audio_input_ids": inputs["audio_rows"][None]}
+        hidden_BSD = decoder(**ids, use_cache=False, **native_inputs(inputs)).last_hidden_state
+        states_PD = hidden_BSD.flatten(0, 1)[inputs["kept"]]
     audio_PD, text_PD = states_PD.split((len(inputs["audio_targets"]), len(inputs["text_targets"])))
     return audio_PD, text_PD
-
-
-def _native(decoder: nn.Module, batch: Batch) -> torch.Tensor:
-    inputs = batch.inputs
-    if "attention_mask" in inputs:
-        places = {"attention_mask": inputs["attention_mask"]}
-    else:
-        places = {"attention_mask": block_causal_mask(batch), "position_ids": inputs["position_ids"][None]}
-    rows_1AK = inputs["audio_rows"][None]
-    hidden_BSD = decoder(
-        input_ids=inputs["input_ids"], audio_input_ids=rows_1AK, use_cache=False, **places
-    ).last_hidden_state
-    return hidden_BSD.flatten(0, 1)[inputs["kept"]]
-
-
-def _fast(decoder: Any, batch: Batch) -> torch.Tensor:
-    inputs = batch.inputs
-    hidden = (decoder.embed_audio_tokens(inputs["audio_rows"]), decoder.embed_tokens(inputs["text_ids"]))
-    rotation = rotation_of(decoder, hidden[0], inputs["position_ids"])
-    sorting = Sorting(*(inputs[name] for name in ("order", "places", "kept_audio", "kept_text")))
-    routes = Routes(Segments.of(batch), rotation, inputs["kept"], sorting)
-    return decoder.norm(torch.cat(run_layers(decoder, hidden, routes)))
 
 
 class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
@@ -67,9 +41,9 @@ class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
         if routes is None or routes.sorting is None:
             return super().forward(hidden_states, *args, **kwargs)
         (audio_AD, text_TD), sorting = hidden_states, routes.sorting
-        heads, kernels = cast(Any, self.self_attn), self.kernels
+        heads = cast(Any, self.self_attn)
         norms = ((self.audio_input_layernorm, audio_AD), (self.input_layernorm, text_TD))
-        mixed_ND = torch.cat([norm_by(norm, x, kernels) for norm, x in norms])
+        mixed_ND = torch.cat([self.normed(norm, x) for norm, x in norms])
         q, k, v = (
             reorder(linear(projection, mixed_ND), sorting.places, sorting.order).unflatten(-1, (-1, heads.head_dim))
             for projection in (heads.q_proj, heads.k_proj, heads.v_proj)
@@ -88,7 +62,7 @@ class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
         return audio_AD, text_TD
 
     def _feed_forward(self, mlp: Any, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        x = norm_by(norm, x, self.kernels)
+        x = self.normed(norm, x)
         return linear(mlp.down_proj, silu_mul(linear(mlp.gate_proj, x), linear(mlp.up_proj, x), self.kernels))
 
 

@@ -5,16 +5,17 @@ Shapes: F frames of a clip, K codebooks, R = F + K + 1 rows.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import HiggsAudioV2Config
 
 from speechtune.errors import ManifestError
+from speechtune.families.layers.decoder import place_ids
 from speechtune.families.layers.ops import IGNORE
-from speechtune.families.layers.placement import place_ids
-from speechtune.types import GenerationOptions, Sample
+from speechtune.types import Sample
 
 DEFAULT_SYSTEM = "Generate audio following instruction."
 DEFAULT_SCENE = "Audio is recorded from a quiet room."
@@ -22,19 +23,15 @@ AUDIO = "<|AUDIO_OUT|>"
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")
 
 
-def refuse_special_tokens(sample: Sample) -> None:
-    """Refuse texts that would be read as more than text."""
-    for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
-        if text and (token := SPECIAL.search(text)):
-            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {token.group()!r}")
-
-
 def render_prompt(sample: Sample, *, with_target: bool) -> str:
     """The conversation as one string with a placeholder per clip; training and generation both come through here.
 
     Every reference is an earlier user/assistant turn. With `with_target` the target's turn follows in full, else the
-    string ends where the model goes on with audio.
+    string ends where the model goes on with audio. Texts that would be read as more than text are refused.
     """
+    for text in (sample.text, sample.system, sample.scene, *(reference.text for reference in sample.references)):
+        if text and (token := SPECIAL.search(text)):
+            raise ManifestError(f"{sample.source or sample.id}: the text holds the special token {token.group()!r}")
     system = DEFAULT_SYSTEM if sample.system is None else sample.system.strip()
     scene = sample.scene.strip() if sample.scene is not None else DEFAULT_SCENE if sample.system is None else None
     scene_part = "" if scene is None else f"\n\n<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
@@ -52,10 +49,9 @@ def _header(role: str) -> str:
 
 
 def delay_rows(codes_FK: np.ndarray, bos: int, eos: int) -> np.ndarray:
-    """Put [BOS | codes | EOS] into the delay pattern: codebook k is shifted k rows down.
+    """Put [BOS | codes | EOS] into the delay pattern: codebook k is shifted k rows down; int64 of (F + K + 1, K).
 
-    Returns:
-        int64 array of shape (F + K + 1, K), BOS above and EOS below each codebook's shifted column.
+    BOS stands above and EOS below each codebook's shifted column.
     """
     num_frames, num_codebooks = codes_FK.shape
     rows_RK = np.full((num_frames + num_codebooks + 1, num_codebooks), eos, dtype=np.int64)
@@ -84,13 +80,10 @@ def cut_rows(rows_RK: np.ndarray, eos: int) -> np.ndarray:
 
 
 def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarray, bool]:
-    """Recover the codes from generated rows, whose first row is all BOS.
+    """Codes (F, K) of generated rows, whose first is all BOS, and whether an EOS ended them with every frame complete.
 
     The clip ends where codebook 0 says EOS, or at the last complete frame where the length cap cut the rows.
     Stream ids drawn by a later codebook inside the clip are clipped to the last code, as the native decoder does.
-
-    Returns:
-        codes of shape (F, K), and whether an EOS ended them with every frame complete.
     """
     num_rows, num_codebooks = rows_RK.shape
     ends = np.flatnonzero(rows_RK[:, 0] == eos)
@@ -105,13 +98,10 @@ def undelay(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarr
 def pad_inputs(
     prompts: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, eos: int, *, left: bool
 ) -> dict[str, torch.Tensor]:
-    """Stack prompts of unequal length for the native forward pass.
+    """Stack prompts, each of token ids (S,) and rows (R, K), for the native forward pass.
 
-    Args:
-        prompts: per sample token ids (S,) and rows (R, K).
-        pad_id: fills up the ids.
-        eos: fills up the rows, always on their right, as the native class expects.
-        left: put the padding of the ids on the left, where generation must go on at the right edge.
+    The rows are filled up with `eos` always on their right, as the native class expects; the ids on their `left` where
+    generation must go on at the right edge.
     """
     placed, _, _ = place_ids([ids for ids, _ in prompts], pad_id, "left" if left else "right")
     rows = [torch.from_numpy(rows_RK.astype(np.int64)) for _, rows_RK in prompts]
@@ -130,11 +120,8 @@ def target_arrays(
 ) -> dict[str, np.ndarray]:
     """Arrays of a training sample: ids, rows, and the targets with the positions whose hidden states predict them.
 
-    Args:
-        ids_S: token ids of prompt and target.
-        rows_RK: delayed rows of all clips, the target's last.
-        num_frames: codec frames of the target.
-        num_last_tokens: text tokens behind the target's rows.
+    `rows_RK` are the delayed rows of all clips, the target's with `num_frames` frames last; `num_last_tokens` text
+    tokens stand behind them.
     """
     num_rows = num_frames + rows_RK.shape[1] + 1
     after_rows = len(ids_S) - num_last_tokens
@@ -152,25 +139,18 @@ def target_arrays(
 
 
 def lay_out(
-    items: Sequence[Mapping[str, np.ndarray]], row_ids: Sequence[int], pad_id: int, *, packed: bool
+    items: Sequence[Mapping[str, np.ndarray]], config: HiggsAudioV2Config, *, packed: bool
 ) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """A training batch: ids and rows end to end or padded on the right, and where everything stands.
+    """A batch of what `target_arrays` returns, end to end or padded on the right, and the positions each sample takes.
 
-    Args:
-        items: arrays of `target_arrays`.
-        row_ids: token ids that stand for audio rows.
-        pad_id: fills up the ids where they are padded.
-        packed: end to end, without padding.
-
-    Returns:
-        the tensors of the batch, and the positions each sample takes. `input_ids` is (1, N) or (B, S), `audio_rows`
-        (A, K) are all rows in order; the others are described in `layers.decoder.Sorting`. Positions of targets count
-        in the flattened batch; text targets are sorted so that those predicted by audio rows come first.
+    `input_ids` is (1, N) or (B, S), `audio_rows` (A, K) are all rows in order; the others are described in
+    `layers.decoder.Sorting`. Positions of targets count in the flattened batch; text targets are sorted so that those
+    predicted by audio rows come first.
     """
-    layout = "packed" if packed else "right"
-    arrays, starts, lengths = place_ids([item["input_ids"] for item in items], pad_id, layout)
+    pad_id = cast(int, config.pad_token_id)
+    arrays, starts, lengths = place_ids([item["input_ids"] for item in items], pad_id, "packed" if packed else "right")
     ids_N = arrays["input_ids"].ravel()
-    is_audio_N = np.isin(ids_N, row_ids)
+    is_audio_N = np.isin(ids_N, (config.audio_token_id, config.audio_delay_token_id))
     order_N = np.concatenate([np.flatnonzero(is_audio_N), np.flatnonzero(~is_audio_N)])
     places_N = np.empty_like(order_N)
     places_N[order_N] = np.arange(len(order_N))
@@ -195,12 +175,3 @@ def lay_out(
     arrays |= {f"{head}_positions": value for head, value in positions.items()}
     arrays |= {f"{head}_targets": value for head, value in targets.items()}
     return {name: torch.from_numpy(value) for name, value in arrays.items()}, lengths
-
-
-def sampling(options: GenerationOptions) -> dict[str, Any]:
-    """Options of `generate` for transformers."""
-    if options.temperature == 0:
-        return {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
-    names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
-    named = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return {"do_sample": True, **named}

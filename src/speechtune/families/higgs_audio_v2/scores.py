@@ -1,20 +1,15 @@
 """Scores of Higgs Audio v2: generated speech by scorers outside the model, and codes by what was to be predicted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import torch
 
 from speechtune.audio import read_audio
 from speechtune.families.layers.ops import IGNORE
+from speechtune.family import Scorers
+from speechtune.tasks.voice_cloning.measures import measure, summarise, warnings_of
 from speechtune.types import Output, Sample, Scored
-
-if TYPE_CHECKING:
-    from speechtune.family import Scorers
-
 
 NUM_CODEBOOKS = 8
 END_ACCURACY = "end_accuracy"
@@ -27,7 +22,6 @@ SCORE_NAMES = {
     END_ACCURACY: "max",
     **{f"codebook_accuracy_{k}": "max" for k in range(NUM_CODEBOOKS)},
 }
-SCORER_NAMES = frozenset({"wer", "sim", "mos"})
 
 
 def count_correct_codes(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:
@@ -45,8 +39,6 @@ def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: 
 
     A sample without reference is compared with its own recording.
     """
-    from speechtune.tasks.voice_cloning.measures import measure, summarise
-
     voices = [sample.references[0].audio if sample.references else sample.audio for sample in samples]
     references, targets = (
         [None if ref is None else read_audio(ref, sampling_rate) for ref in refs]
@@ -58,6 +50,4 @@ def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: 
 
 def speech_warnings(scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
     """See `measures.warnings_of`; and targets without an end, which no loss shows."""
-    from speechtune.tasks.voice_cloning.measures import warnings_of
-
     return [*([] if END_ACCURACY in scores else [NO_END]), *warnings_of(scores, base)]

@@ -19,29 +19,16 @@ from speechtune.audio import read_audio
 from speechtune.families.higgs_audio_v2.codec import codec_class
 from speechtune.types import Audio, AudioRef
 
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|audio_out_bos|>",
-    "<|reserved_special_token_6|>",
-    "<|AUDIO|>",
-    "<|AUDIO_OUT|>",
-    "<|scene_desc_start|>",
-    "<|scene_desc_end|>",
-)
+TURN_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+STREAM_TOKENS = ("<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|reserved_special_token_6|>")
+SCENE_TOKENS = ("<|scene_desc_start|>", "<|scene_desc_end|>")
+SPECIAL_TOKENS = (*TURN_TOKENS, *STREAM_TOKENS, "<|AUDIO|>", "<|AUDIO_OUT|>", *SCENE_TOKENS)
 
 
 def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
     """Make the demonstration's small model and codec, once; return the recipe's `model` section.
 
-    Args:
-        directory: where to write.
-        speech: some seconds of real speech that the codec's codebooks are drawn from.
+    The codec's codebooks are drawn from `speech`, some seconds of it.
     """
     model, codec = directory / "model", directory / "codec"
     if not (codec / "config.json").is_file():
@@ -82,14 +69,9 @@ def make_model(
 ) -> None:
     """Write a model folder (weights with text head, config, generation config, tokenizer) to `directory`.
 
-    Args:
-        directory: where to write.
-        hidden_size: width; the FFNs are twice as wide.
-        num_layers: decoder layers.
-        codebook_size: codes per codebook, the two stream ids included.
-        output_scale: weight of the last norm. Behind random heads a scale of 1 keeps all logits near zero, and an
-            adapter, which cannot train the heads, could never become sure of anything: 10 lets it learn.
-        seed: of the random weights.
+    `codebook_size` includes the two stream ids. `output_scale` is the weight of the last norm: behind random heads 1
+    keeps all logits near zero, and an adapter, which cannot train the heads, could never become sure of anything; 10
+    lets it learn.
     """
     tokenizer = make_tokenizer()
     ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL_TOKENS}
@@ -129,42 +111,23 @@ def codec_from_config(*, codebook_size: int = 1024, width: int = 1) -> Any:
     Its codebooks are zeros still, so every code would be 0: `draw_codebooks` fills them.
     """
     bits = (codebook_size - 1).bit_length()
+    acoustic: dict[str, Any] = {"downsampling_ratios": [8, 5, 4, 2, 3], "upsampling_ratios": [8, 5, 4, 2, 3]}
+    acoustic |= {"encoder_hidden_size": 4 * width, "decoder_hidden_size": 64 * width, "hidden_size": 32 * width}
+    semantic: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "conv_dim": [16] * 7}
+    semantic |= {"num_hidden_layers": 1, "num_attention_heads": 2, "mask_time_prob": 0.0}
+    semantic |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
     config = HiggsAudioV2TokenizerConfig(
         target_bandwidths=[25 * bits * quantizers / 1000 for quantizers in (2, 4, 6, 8)],
         codebook_size=codebook_size,
         codebook_dim=16,
-        acoustic_model_config={
-            "model_type": "dac",
-            "encoder_hidden_size": 4 * width,
-            "decoder_hidden_size": 64 * width,
-            "hidden_size": 32 * width,
-            "downsampling_ratios": [8, 5, 4, 2, 3],
-            "upsampling_ratios": [8, 5, 4, 2, 3],
-        },
-        semantic_model_config={
-            "model_type": "hubert",
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "conv_dim": [16] * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 2,
-            "mask_time_prob": 0.0,
-        },
+        acoustic_model_config=acoustic | {"model_type": "dac"},
+        semantic_model_config=semantic | {"model_type": "hubert"},
     )
     return codec_class()(config).eval()
 
 
 def make_codec(directory: Path, speech: Sequence[Audio], *, codebook_size: int = 1024, seed: int = 0) -> None:
-    """Write an untrained codec folder whose codes follow the audio.
-
-    Args:
-        directory: where to write.
-        speech: some seconds of real speech at 24 kHz that the codebooks are drawn from.
-        codebook_size: codes per codebook.
-        seed: of the random weights and of the draw.
-    """
+    """Write an untrained codec folder whose codes follow the audio: drawn from `speech`, some seconds at 24 kHz."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = codec_from_config(codebook_size=codebook_size)

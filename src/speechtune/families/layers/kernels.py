@@ -41,12 +41,8 @@ def choose_kernels(speed: SpeedConfig, device: torch.device) -> Kernels:
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, kernels: Kernels = "torch") -> torch.Tensor:
     """Root mean square norm over the last dimension (arXiv 1910.07467), computed in float32, in `hidden`'s dtype.
 
-    Args:
-        hidden: of any shape (..., D).
-        weight: (D,).
-        eps: added to the mean square.
-        kernels: torch's norm, fused where torch has it, which rounds once; or Liger's, which rounds before the weight
-            too, as the native class; compiled is torch's, fused by torch.compile.
+    torch's norm, fused where torch has it or by torch.compile, rounds once; Liger's before the weight too, as the
+    native class does.
     """
     if kernels == "compiled":
         return _compiled(rms_norm)(hidden, weight, eps)
@@ -90,18 +86,14 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = "torch") -
 
 
 def rope(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding (arXiv 2104.09864) of queries and keys, in two passes each.
+    """Rotary position embedding (arXiv 2104.09864) of queries and keys with their heads at dimension 1, in two passes.
 
-    Args:
-        query: (..., D) with heads at `unsqueeze_dim`.
-        key: likewise, with as many heads of its own.
-        cos: (..., R) without the heads, R <= D even, its halves alike; entries from R on pass as they are.
-        sin: likewise. Neither gets a gradient.
-        unsqueeze_dim: where the heads stand.
+    `cos` and `sin` are (..., R) without the heads, R <= D even, their halves alike, and get no gradient; entries from R
+    on pass as they are.
     """
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
 
 

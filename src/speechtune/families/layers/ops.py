@@ -19,9 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional
 
-from speechtune.families.layers.cpu_attention import MOST_POSITIONS, causal_attention
-from speechtune.families.layers.cpu_matmul import product
-from speechtune.types import Batch
+from speechtune.families.layers.cpu import MOST_POSITIONS, causal_attention, product
 
 IGNORE = -100
 LOGITS_PER_CHUNK = 2**20  # of the cross-entropy: 4 MB on a CPU, near its caches
@@ -41,11 +39,6 @@ class Segments:
     lengths: tuple[int, ...]
     offsets: torch.Tensor
     first: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, batch: Batch) -> Self:
-        """The segments of a batch that a family collated."""
-        return cls(batch.lengths, batch.inputs["offsets"])
 
     def needed(self, kept: torch.Tensor) -> Self:
         """The same where only the positions `kept` are needed; on a GPU as they are, since asking would wait for it."""
@@ -229,12 +222,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def head_loss(head: nn.Module, hidden_PD: torch.Tensor, targets_PK: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of K labels a position, each over its own share of the head's outputs; a float32 scalar.
+    """Summed cross-entropy of K labels a position, each over its own V of the head's K * V outputs; a float32 scalar.
 
-    Args:
-        head: a linear layer with K * V outputs.
-        hidden_PD: hidden states where a target is.
-        targets_PK: int64, -100 where there is none; (P,) for K = 1.
+    Targets are int64, -100 where there is none; (P,) for K = 1.
     """
     frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
     if not frozen:

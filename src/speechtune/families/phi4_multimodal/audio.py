@@ -63,13 +63,9 @@ def pad_features(
 def embed_clips(
     audio_embed: nn.Module, features_BTM: torch.Tensor, lengths_B: torch.Tensor, places_N: torch.Tensor
 ) -> torch.Tensor:
-    """Embeddings of all clips of a padded batch, one clip after the other: (sum of E, D).
+    """Embeddings (sum of E, D) of what `pad_features` returns, one clip after the other, whatever the padding holds.
 
-    Args:
-        audio_embed: the native `Phi4MultimodalAudioEmbedding`.
-        features_BTM: log-mel features with anything behind each clip's end.
-        lengths_B: frames of each clip.
-        places_N: real audio positions among all (B * E).
+    `audio_embed` is the native `Phi4MultimodalAudioEmbedding`.
     """
     embed: Any = audio_embed
     encoder, projection = embed.encoder, embed.up_proj_for_speech

@@ -26,32 +26,9 @@ from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.families.layers.ops import head_loss
 from speechtune.families.phi4_multimodal.audio import FRAMES_PER_SECOND, log_mel, num_positions
-from speechtune.families.phi4_multimodal.forward import (
-    FAST_LAYERS,
-    Layout,
-    embed,
-    lay_out,
-    native_states,
-    target_states,
-)
+from speechtune.families.phi4_multimodal.forward import FAST_LAYERS, embed, lay_out, native_states, target_states
 from speechtune.families.phi4_multimodal.options import Config
-from speechtune.families.phi4_multimodal.prompts import (
-    AFTER_ANSWER,
-    AFTER_PROMPT,
-    BEFORE_AUDIO,
-    CONTROL_TOKENS,
-    PROMPT_VERSION,
-    RUBRICS,
-    SPECIAL,
-)
-from speechtune.families.phi4_multimodal.released import (
-    COMPONENTS,
-    NATIVE_REVISION,
-    PRESETS,
-    RELEASED_MODEL,
-    REMOTE_CODE,
-    released_config,
-)
+from speechtune.families.phi4_multimodal.prompts import AFTER_ANSWER, CONTROL_TOKENS, PROMPT_VERSION, PROMPTS, SPECIAL
 from speechtune.families.phi4_multimodal.scores import SCORE_NAMES, score_answers, warnings_of
 from speechtune.families.phi4_multimodal.speech_lora import SpeechLora, read_marker, write_marker
 from speechtune.family import Family, Scorers
@@ -63,6 +40,22 @@ from speechtune.types import Audio, AudioRef, Batch, Encoded, GenerationOptions,
 
 log = logging.getLogger("speechtune")
 
+RELEASED_MODEL = "microsoft/Phi-4-multimodal-instruct"
+NATIVE_REVISION = "refs/pr/70"
+"""Where its native weights stand; the main branch holds the remote-code version and the speech LoRA."""
+REMOTE_CODE = (
+    ": that is the hub's remote-code version, which is never run here; use the native weights (model.revision="
+    f"{NATIVE_REVISION} of {RELEASED_MODEL}), or convert with transformers' convert_phi4_multimodal_weights_to_hf.py"
+)
+LANGUAGE_MODEL = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
+AUDIO_ENCODER = (
+    r"model\.embed_tokens_extend\.audio_embed\.(encoder\.encoders\.\d+\.(self_attn\.(q|k|v|o)_proj|"
+    r"feed_forward_(in|out)\.(gate_up|down)_proj)|(up|down)_proj_for_speech)"
+)
+OTHER_LINEAR = (  # the vision encoder too, which no gradient of speech reaches: the guards refuse to train it
+    r"model\.embed_tokens_extend\..*\.([qkvo]_proj|out_proj|gate_up_proj|down_proj|fc[12]|embed\.out|"
+    r"(up|down)_proj_for(_vision)?_speech|img_projection_(up|down))"
+)
 MAX_NEW_TOKENS = 768  # the longest answers are transcripts: 20 s of speech take about 500
 PROBE_FRAMES = 96
 
@@ -80,22 +73,39 @@ class Phi4MultimodalFamily(Family):
     base_license = "mit"
     card_use = "For practice and research; its scores must not be used to judge people or groups of people."
     card_note = "The base's speech LoRA must be in place as base_recipe.json says; `speechtune score` sees to that."
-    lora_presets = PRESETS
+    lora_presets: Mapping[str, str] = {
+        "default": LANGUAGE_MODEL,
+        "language": LANGUAGE_MODEL,
+        "language+audio": f"{LANGUAGE_MODEL}|{AUDIO_ENCODER}",
+        "all-linear": f"{LANGUAGE_MODEL}|{OTHER_LINEAR}",
+    }
+    components: Mapping[str, str] = {
+        "audio_embed": "audio encoder",
+        "image_embed": "vision encoder",
+        "self_attn": "attention",
+        ".mlp.": "FFN",
+        "embed_tokens": "embeddings",
+        "lm_head": "embeddings",
+    }
 
     def __init__(self, config: RunConfig) -> None:
         if not isinstance(config, Config):
             raise TypeError(f"{type(config).__name__} is no configuration of {self.name}; see families.build_config")
         self.config = config
-        self._prompts: dict[Task, tuple[list[int], list[int]]] = {}
-
-    # -- parts, loaded when first needed ---------------------------------------------------------------------------
+        self._prompts: dict[Task, list[list[int]]] = {}
 
     @cached_property
     def model_config(self) -> Phi4MultimodalConfig:
         """Configuration of the base model; the released one's dimensions are known without asking the hub."""
         model = self.config.model
         if model.path == RELEASED_MODEL and self.revision == NATIVE_REVISION:
-            return released_config()
+            return Phi4MultimodalConfig(  # 4,743,988,032 parameters, the head tied to the embeddings
+                num_attention_heads=24,
+                num_key_value_heads=8,
+                tie_word_embeddings=True,
+                audio_config={"bias_max_distance": 500},
+                dtype="bfloat16",
+            )
         require_sound(model.path, "model.path")
         try:
             values, _ = Phi4MultimodalConfig.get_config_dict(model.path, revision=self.revision)
@@ -169,8 +179,6 @@ class Phi4MultimodalFamily(Family):
         settings = (e.feature_size, e.sampling_rate, e.hop_length, e.n_fft, e.win_length, e.preemphasis)
         return f"phi4_multimodal log-mel v1 {settings} filters {float(np.abs(e.mel_filters).sum()):.6f}"
 
-    # -- model -----------------------------------------------------------------------------------------------------
-
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its speech LoRA merged, stacked, or left out as configured."""
         settings = self.config.model
@@ -187,29 +195,19 @@ class Phi4MultimodalFamily(Family):
         return make_fast(model, self.fast_layers, choose_kernels(speed, plan.device)) if speed.fast_forward else model
 
     def skeleton(self) -> nn.Module:
-        """The base without weights, on the meta device."""
         with torch.device("meta"):
             return Phi4MultimodalForCausalLM(self.model_config)
 
-    def component(self, parameter_name: str) -> str:
-        """Part of the model a parameter belongs to."""
-        return next((component for part, component in COMPONENTS.items() if part in parameter_name), "norms")
-
     @property
     def initial_adapter(self) -> Path | None:
-        """The speech LoRA itself, where it is to be trained further."""
         return self.speech.path if self.speech.mode == "continue" else None
 
     def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
-        """Rows of the embedding that belong to control tokens."""
         ids = [cast(int, self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
         return {"embed_tokens": ids} if ids else {}
 
     def recipe(self) -> dict[str, Any]:
-        """How the base is prepared and asked; an adapter needs the same again."""
         return {"speech_lora": self.speech.describe(), "prompt_version": PROMPT_VERSION}
-
-    # -- data ------------------------------------------------------------------------------------------------------
 
     def expand(self, samples: Sequence[Sample]) -> list[Sample]:
         """One sample per task of each labelled utterance, in the mix of `data.tasks`.
@@ -229,7 +227,6 @@ class Phi4MultimodalFamily(Family):
         return sample
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
-        """The utterance."""
         if sample.audio is None:
             raise ManifestError(f"{sample.source or sample.id}: no audio to assess")
         return (sample.audio,)
@@ -241,8 +238,7 @@ class Phi4MultimodalFamily(Family):
     def prompt_ids(self, task: Task, num_frames: int) -> np.ndarray:
         """Token ids (S,) of a task's prompt, its audio placeholders expanded for T frames."""
         if task not in self._prompts:
-            before, after = BEFORE_AUDIO, CONTROL_TOKENS[task] + RUBRICS[task] + AFTER_PROMPT
-            self._prompts[task] = (self._tokenize(before), self._tokenize(after))
+            self._prompts[task] = [self._tokenize(text) for text in PROMPTS[task]]
         before, after = self._prompts[task]
         places = num_positions(num_frames, cast(Any, self.model_config.audio_config).time_reduction)
         return np.asarray([*before, *[self.audio_id] * places, *after], np.int32)
@@ -270,7 +266,8 @@ class Phi4MultimodalFamily(Family):
         if not items:
             raise ValueError("an empty batch")
         pairs = [(item.arrays["input_ids"], item.arrays["features"]) for item in items]
-        inputs, starts, lengths = self._inputs(pairs, "packed" if self.config.batch.packing else "right")
+        layout = "packed" if self.config.batch.packing else "right"
+        inputs, starts, lengths = lay_out(pairs, layout, self.model_config)
         counts, kept = {}, []
         for head in self.heads:
             rows = [(s, item.arrays) for s, item in zip(starts, items, strict=True) if f"{head}_targets" in item.arrays]
@@ -282,8 +279,6 @@ class Phi4MultimodalFamily(Family):
         ids = tuple(item.sample_id for item in items)
         tokens = sum(item.num_tokens for item in items)
         return Batch(ids, inputs, counts, tokens, sum(item.audio_seconds for item in items), lengths)
-
-    # -- forward passes --------------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per task, with the head (200,064 rows) applied only where a target is."""
@@ -302,13 +297,16 @@ class Phi4MultimodalFamily(Family):
         """Answer a batch of prompts; greedy unless a temperature is given."""
         base = cast(Any, plain_model(model))
         pairs = [(self.prompt_ids(task_of(sample), len(f[0])), f[0]) for sample, f in prompts]
-        inputs = {k: v.to(base.device) for k, v in self._inputs(pairs, "left")[0].items()}
-        ids_BS = self._generate(base, inputs, options)
-        return [self._output(sample.id, ids_S.tolist()) for (sample, _), ids_S in zip(prompts, ids_BS, strict=True)]
+        inputs, _, _ = lay_out(pairs, "left", self.model_config)
+        outputs = []
+        for (sample, _), ids in zip(prompts, self._generate(base, inputs, options).tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids) if token in self.eos_ids), None)
+            text = cast(str, self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+            outputs.append(Output(sample.id, None, text, end is not None, len(ids) if end is None else end + 1))
+        return outputs
 
     @torch.no_grad()
     def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
-        """Right tokens and all tokens of the answers, per task."""
         base = cast(Any, plain_model(model))
         correct = {}
         for head, states_PD in self._target_states(base, batch).items():
@@ -317,11 +315,9 @@ class Phi4MultimodalFamily(Family):
         return correct
 
     def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
-        """See `score_answers`; no scorer is needed."""
         return score_answers(samples, outputs)
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
-        """See `warnings_of`."""
         return warnings_of(scores)
 
     @torch.no_grad()
@@ -331,7 +327,7 @@ class Phi4MultimodalFamily(Family):
         bins = self.extractor.feature_size
         features_TM = 6.0 + 4.0 * np.sin(np.arange(PROBE_FRAMES * bins) * 0.37).reshape(PROBE_FRAMES, bins)
         pair = (self.prompt_ids("APA", PROBE_FRAMES), features_TM.astype(np.float32))
-        inputs = {k: v.to(base.device) for k, v in self._inputs([pair], "right")[0].items()}
+        inputs = {name: value.to(base.device) for name, value in lay_out([pair], "right", self.model_config)[0].items()}
         logits_1SV = base.lm_head(native_states(base, inputs)).float().cpu()
         if not greedy_steps:
             return logits_1SV, np.zeros((1, 0), np.int64)
@@ -347,16 +343,12 @@ class Phi4MultimodalFamily(Family):
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _inputs(
-        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout
-    ) -> tuple[dict[str, torch.Tensor], list[int], tuple[int, ...]]:
-        """See `lay_out`."""
-        config = self.model_config
-        reduction = cast(Any, config.audio_config).time_reduction
-        pad_id = cast(int, config.pad_token_id)
-        return lay_out(pairs, layout, pad_id=pad_id, audio_id=self.audio_id, time_reduction=reduction)
-
     def _generate(self, base: Any, inputs: Mapping[str, torch.Tensor], options: GenerationOptions) -> torch.Tensor:
+        inputs = {name: value.to(base.device) for name, value in inputs.items()}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature:
+            given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+            sampling = {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
         torch.manual_seed(options.seed)
         ids_BS = base.generate(
             inputs_embeds=embed(base, inputs),
@@ -364,22 +356,9 @@ class Phi4MultimodalFamily(Family):
             max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
             eos_token_id=self.eos_ids,
             pad_token_id=self.model_config.pad_token_id,
-            **_sampling(options),
+            **sampling,
         )
         return ids_BS.cpu()
-
-    def _output(self, sample_id: str, ids: list[int]) -> Output:
-        ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
-        kept = ids[: ends[0]] if ends else ids
-        text = cast(str, self.tokenizer.decode(kept, skip_special_tokens=True))
-        return Output(sample_id, None, text, bool(ends), len(kept) + bool(ends))
-
-
-def _sampling(options: GenerationOptions) -> dict[str, Any]:
-    if not options.temperature:
-        return {"do_sample": False}
-    named = {name: getattr(options, name) for name in ("top_k", "top_p") if getattr(options, name) is not None}
-    return {"do_sample": True, "temperature": options.temperature, **named}
 
 
 FAMILY = Phi4MultimodalFamily

@@ -4,48 +4,33 @@ Shapes: B samples, S positions, N positions of a batch laid end to end, P positi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import Phi4MultimodalConfig
 from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalDecoderLayer
 
 from speechtune.errors import ManifestError
-from speechtune.families.layers.decoder import (
-    FastLayer,
-    Routes,
-    block_causal_mask,
-    is_fast,
-    norm_by,
-    rotation_of,
-    run_layers,
-)
+from speechtune.families.layers.decoder import FastLayer, Layout, Routes, is_fast, native_inputs, place_ids, run_layers
 from speechtune.families.layers.kernels import rope, silu_mul
-from speechtune.families.layers.ops import Segments, attend, linear
-from speechtune.families.layers.placement import Layout, place_ids
+from speechtune.families.layers.ops import attend, linear
 from speechtune.families.phi4_multimodal.audio import embed_clips, pad_features
 from speechtune.types import Batch
 
 
 def lay_out(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout, *, pad_id: int, audio_id: int, time_reduction: int
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout, config: Phi4MultimodalConfig
 ) -> tuple[dict[str, torch.Tensor], list[int], tuple[int, ...]]:
-    """Ids, audio and places of a batch.
+    """A batch of pairs, each of token ids (S,), with placeholders where audio goes, and features (T, M).
 
-    Args:
-        pairs: per sample token ids (S,) and features (T, M).
-        layout: end to end, or padded on the right or on the left.
-        pad_id: fills up the ids.
-        audio_id: stands where an audio position goes.
-        time_reduction: frames to an audio position.
-
-    Returns:
-        the tensors, the place of each sample's first id in the flattened batch, and the positions each takes.
+    Returns its tensors, the place of each sample's first id in the flattened batch, and the positions each takes.
     """
-    arrays, starts, lengths = place_ids([ids_S for ids_S, _ in pairs], pad_id, layout)
-    features_BTM, frames_B, rows_N = pad_features([features for _, features in pairs], time_reduction)
-    places_N = np.flatnonzero(arrays["input_ids"] == audio_id)
+    audio = cast(Any, config.audio_config)
+    arrays, starts, lengths = place_ids([ids_S for ids_S, _ in pairs], cast(int, config.pad_token_id), layout)
+    features_BTM, frames_B, rows_N = pad_features([features for _, features in pairs], audio.time_reduction)
+    places_N = np.flatnonzero(arrays["input_ids"] == audio.audio_token_id)
     if len(places_N) != len(rows_N):
         raise ManifestError(f"{len(places_N)} audio placeholders in the prompts, {len(rows_N)} audio positions")
     inputs = {name: torch.from_numpy(value) for name, value in (arrays | {"audio_places": places_N}).items()}
@@ -62,30 +47,18 @@ def embed(base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return flat_ND.view_as(embeds_BSD)
 
 
-def native_states(base: Any, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Hidden states of all positions, (B, S, D) or (1, N, D), by transformers' own forward pass.
-
-    Args:
-        base: the native class.
-        inputs: of `lay_out`.
-        mask: of `block_causal_mask` for a packed batch.
-    """
-    if mask is None:
-        places = {"attention_mask": inputs["attention_mask"]}
-    else:
-        places = {"attention_mask": mask, "position_ids": inputs["position_ids"][None]}
-    return base.model(inputs_embeds=embed(base, inputs), use_cache=False, **places).last_hidden_state
+def native_states(base: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of all positions, (B, S, D) or (1, N, D), by transformers' own forward pass."""
+    embeds_BSD = embed(base, inputs)
+    return base.model(inputs_embeds=embeds_BSD, use_cache=False, **native_inputs(inputs)).last_hidden_state
 
 
 def target_states(base: Any, batch: Batch) -> torch.Tensor:
     """Hidden states (P, D) that predict the targets of a batch, in the order of `kept`."""
     inputs, decoder = batch.inputs, base.model
-    if not is_fast(decoder):
-        mask = None if "attention_mask" in inputs else block_causal_mask(batch)
-        return native_states(base, inputs, mask).flatten(0, 1).index_select(0, inputs["kept"])
-    hidden_ND = embed(base, inputs).flatten(0, 1)
-    rotation = rotation_of(decoder, hidden_ND, inputs["position_ids"])
-    return decoder.norm(run_layers(decoder, hidden_ND, Routes(Segments.of(batch), rotation, inputs["kept"])))
+    if is_fast(decoder):
+        return decoder.norm(run_layers(decoder, embed(base, inputs).flatten(0, 1), batch))
+    return native_states(base, inputs).flatten(0, 1).index_select(0, inputs["kept"])
 
 
 class FastPhi4Layer(FastLayer, Phi4MultimodalDecoderLayer):
@@ -98,7 +71,7 @@ class FastPhi4Layer(FastLayer, Phi4MultimodalDecoderLayer):
         heads: Any = self.self_attn
         groups = heads.num_key_value_heads
         sizes = (groups * heads.num_key_value_groups, groups, groups)
-        mixed_ND = norm_by(self.input_layernorm, hidden_states, self.kernels)
+        mixed_ND = self.normed(self.input_layernorm, hidden_states)
         qkv = linear(heads.qkv_proj, mixed_ND).unflatten(-1, (-1, heads.head_dim))
         q, k, v = qkv.split(sizes, 1)
         q, k = (x.to(v.dtype) for x in rope(q, k, *routes.rotation))
@@ -106,7 +79,7 @@ class FastPhi4Layer(FastLayer, Phi4MultimodalDecoderLayer):
         if routes.kept is not None:
             attended_ND, hidden_states = (x.index_select(0, routes.kept) for x in (attended_ND, hidden_states))
         hidden_states = hidden_states + self.resid_attn_dropout(linear(heads.o_proj, attended_ND))
-        mixed_ND = norm_by(self.post_attention_layernorm, hidden_states, self.kernels)
+        mixed_ND = self.normed(self.post_attention_layernorm, hidden_states)
         gate, up = linear(self.mlp.gate_up_proj, mixed_ND).chunk(2, -1)
         down = linear(self.mlp.down_proj, silu_mul(gate, up, self.kernels))
         return hidden_states + self.resid_mlp_dropout(down)

@@ -25,6 +25,6 @@ RUBRICS: Mapping[Task, str] = {
     ),
 }
 SPECIAL = re.compile(r"<\|[^|<>]+\|>")
-BEFORE_AUDIO = "<|user|>"
-AFTER_PROMPT = "<|end|><|assistant|>"
+PROMPTS = {task: ("<|user|>", f"{CONTROL_TOKENS[task]}{RUBRICS[task]}<|end|><|assistant|>") for task in RUBRICS}
+"""Before and after the audio."""
 AFTER_ANSWER = "<|end|>"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
+from speechtune.tasks.pronunciation.evaluation import evaluate_answers
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, TASKS
 from speechtune.types import Output, Sample, Scored
 
@@ -23,14 +23,11 @@ FEW = 0.5
 
 
 def score_answers(samples: Sequence[Sample], outputs: Sequence[Output]) -> Scored:
-    """Figures over all answers, failures imputed: an answer that cannot be read must cost something."""
+    """Figures over all answers, failures imputed: an answer that cannot be read must cost something.
+
+    Those that are not defined, such as a correlation of constant answers, are left out.
+    """
     report = evaluate_answers(samples, [output.text for output in outputs])
-    stopped = sum(output.stopped for output in outputs) / len(outputs)
-    return Scored(headline(report) | {"stop_rate": stopped}, [asdict(row) for row in report.rows])
-
-
-def headline(report: EvaluationReport) -> dict[str, float]:
-    """The figures of `SCORE_NAMES` that are defined: a correlation of constant answers is not, and is left out."""
     figures: dict[str, float] = {}
     rates = []
     if report.apa is not None:
@@ -44,7 +41,9 @@ def headline(report: EvaluationReport) -> dict[str, float]:
         if report.mdd.detection is not None:
             figures["mdd_f1"] = report.mdd.detection.imputed.f1
     figures["parse_rate"] = sum(rate * count for rate, count in rates) / sum(count for _, count in rates)
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    figures["stop_rate"] = sum(output.stopped for output in outputs) / len(outputs)
+    defined = {name: value for name, value in figures.items() if math.isfinite(value)}
+    return Scored(defined, [asdict(row) for row in report.rows])
 
 
 def warnings_of(scores: Mapping[str, float]) -> list[str]:

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from speechtune.families.phi4_multimodal.family import LANGUAGE_MODEL
 from speechtune.families.phi4_multimodal.prompts import CONTROL_TOKENS, RUBRICS
-from speechtune.families.phi4_multimodal.released import LANGUAGE_MODEL
 from speechtune.families.phi4_multimodal.speech_lora import FOLDER
 from speechtune.tasks.pronunciation.phones import PHONES, UNKNOWN
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
@@ -32,12 +32,7 @@ SPARE_ROWS = 32
 
 
 def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
-    """Make the demonstration's small model with a speech LoRA, once; return the recipe's `model` section.
-
-    Args:
-        directory: where to write.
-        speech: not needed here.
-    """
+    """Make the demonstration's small model with a speech LoRA, once, without `speech`; the recipe's `model` section."""
     if not (directory / "config.json").is_file():
         make_model(directory, hidden_size=96, output_scale=10.0, speech_lora_rank=4)
     return {"path": str(directory), "speech_lora": "merge"}
@@ -56,60 +51,32 @@ def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = NUMBER_OF_TOKENS
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet, min_frequency=2
     )
     tokenizer.train_from_iterator([*CONTROL_TOKENS.values(), *RUBRICS.values(), *answers, *texts] * 2, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **options: Any) -> Phi4MultimodalConfig:
     """Configuration of a small model; `options` replace language-model options, `audio` those of the speech encoder."""
     ids = {name: cast(int, tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL_TOKENS}
-    audio = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_blocks": 2,
-        "num_attention_heads": 4,
-        "nemo_conv_channels": 16,
-        "bias_max_distance": 100,
-        "audio_token_id": ids["<|audio|>"],
-    } | options.pop("audio", {})
+    audio: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_blocks": 2, "num_attention_heads": 4}
+    audio |= {"nemo_conv_channels": 16, "bias_max_distance": 100, "audio_token_id": ids["<|audio|>"]}
+    audio |= options.pop("audio", {})
     audio |= dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel"), audio["hidden_size"])
-    vision = {  # as small as it can be: no picture is ever shown, and None would build 428 million parameters
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "crop_size": 28,
-        "image_token_id": ids["<|image|>"],
-    }
-    language = {
-        "vocab_size": len(tokenizer) + SPARE_ROWS,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "bos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "eos_token_id": [ids["<|endoftext|>"], ids["<|end|>"]],
-        "tie_word_embeddings": True,
-        "initializer_range": 0.05,
-    }
-    return Phi4MultimodalConfig(**(language | options), audio_config=audio, vision_config=vision)
+    # Vision as small as it can be: no picture is ever shown, and None would build 428 million parameters.
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "crop_size": 28, "image_token_id": ids["<|image|>"]}
+    language: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    language |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    language |= {"vocab_size": len(tokenizer) + SPARE_ROWS, "tie_word_embeddings": True, "initializer_range": 0.05}
+    language |= dict.fromkeys(("bos_token_id", "pad_token_id"), ids["<|endoftext|>"])
+    language |= {"eos_token_id": [ids["<|endoftext|>"], ids["<|end|>"]]} | options
+    return Phi4MultimodalConfig(**language, audio_config=audio, vision_config=vision)
 
 
 def make_model(
@@ -121,15 +88,10 @@ def make_model(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """Write a model folder: weights, configuration, tokenizer, feature extractor, and a speech LoRA if asked for.
+    """Write a model folder: weights, configuration, tokenizer learnt from the prompts and `texts`, feature extractor.
 
-    Args:
-        directory: where to write.
-        texts: what the tokenizer learns its words from, besides the prompts.
-        output_scale: weight of the last norm; see `speechtune.families.higgs_audio_v2.tiny.make_model`.
-        speech_lora_rank: rank of a random speech LoRA in the folder `speech-lora`; 0 for none.
-        seed: of the random weights.
-        options: of `tiny_config`.
+    `output_scale` is as in `speechtune.families.higgs_audio_v2.tiny.make_model`, `options` are those of `tiny_config`;
+    with `speech_lora_rank` a random speech LoRA lies in the folder `speech-lora`.
     """
     tokenizer = make_tokenizer(texts)
     config = tiny_config(tokenizer, **options)
@@ -139,13 +101,8 @@ def make_model(
         model.model.norm.weight.data.fill_(output_scale)
         model.generation_config.update(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
         model.save_pretrained(directory)
-        if speech_lora_rank:
-            _write_speech_lora(model, directory / FOLDER, speech_lora_rank)
+        if rank := speech_lora_rank:
+            lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LANGUAGE_MODEL, init_lora_weights=False)
+            get_peft_model(cast(Any, model), lora).save_pretrained(str(directory / FOLDER))
     tokenizer.save_pretrained(directory)
     Phi4MultimodalFeatureExtractor().save_pretrained(directory)
-
-
-def _write_speech_lora(model: Any, directory: Path, rank: int) -> None:
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LANGUAGE_MODEL, init_lora_weights=False)
-    adapted = get_peft_model(model, config)
-    adapted.save_pretrained(str(directory))

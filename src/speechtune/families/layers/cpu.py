@@ -1,8 +1,11 @@
-"""Causal attention for training on a CPU: matrix products over blocks of queries, each with the keys before it.
+"""Products of float32 matrices, and causal attention made of them, for training on a CPU.
 
-torch's flash kernel for CPUs multiplies small tiles and computes the probabilities twice; with plain products that keep
-them training on samples of some hundred positions is some 15 % faster (`bench/products.py`). Kept probabilities
-take memory, so long samples stay with torch's kernel.
+torch hands products to MKL, whose kernels for processors of other makers than Intel stop at AVX2; oneDNN, which torch
+has for convolutions and compiled code, takes AVX-512 wherever it is (`bench/products.py`).
+
+torch's flash kernel for CPUs multiplies small tiles and computes the probabilities twice; with plain products over
+blocks of queries, each with the keys before it, that keep the probabilities, training on samples of some hundred
+positions is some 15 % faster. Kept probabilities take memory, so long samples stay with torch's kernel.
 
 Shapes: S positions of one sample, H query heads in G groups, Q = S * H / G rows of queries, E head width.
 """
@@ -13,9 +16,30 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 
 BLOCK = 64  # queries; the keys after them within the block are computed for nothing
 MOST_POSITIONS = 1536  # above, the probabilities of a layer outgrow the activations of the rest
+
+
+@cache
+def _onednn() -> Any:
+    """The operator that torch.compile calls for linear layers on CPUs; None where torch has not both libraries."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if both else None
+
+
+def product(x_NI: torch.Tensor, w_OI: torch.Tensor) -> torch.Tensor:
+    """x w^T (N, O) of two matrices, for use inside autograd functions: it has no gradient of its own.
+
+    A transposed view of a matrix costs a copy as `x_NI` and nothing as `w_OI`.
+    `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
+    """
+    if x_NI.is_cpu and x_NI.dtype == w_OI.dtype == torch.float32 and cast(Any, torch.backends.mkldnn).enabled:
+        operator = _onednn()
+        if operator is not None:
+            return operator(x_NI, w_OI, None, "none", [], "")
+    return functional.linear(x_NI, w_OI)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -69,9 +93,8 @@ def _later(shared: int) -> torch.Tensor:
 
 
 def causal_attention(q_SHE: torch.Tensor, k_SGE: torch.Tensor, v_SGE: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017) over the positions up to each query's own.
+    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), (S, H, E), over the positions up to each query's own.
 
-    Returns:
-        (S, H, E), with zeros before position `first`, where nobody needs it.
+    Before position `first` it is zero, where nobody needs it.
     """
     return cast(torch.Tensor, _CausalAttention.apply(q_SHE, k_SGE, v_SGE, first))

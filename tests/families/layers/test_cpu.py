@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from speechtune.families.layers.cpu_matmul import product
+from speechtune.families.layers.cpu import product
 from speechtune.families.layers.ops import linear
 
 FLAGS = cast(Any, torch.backends.mkldnn).flags
@@ -62,7 +62,7 @@ def test_onednn_multiplies() -> None:
 MEMORY = """
 import torch
 from speechtune.commands.guarded import limit_kernel_caches
-from speechtune.families.layers.cpu_matmul import product
+from speechtune.families.layers.cpu import product
 
 def resident() -> int:
     lines = open("/proc/self/status").read().splitlines()
