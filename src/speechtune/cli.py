@@ -74,7 +74,7 @@ def _recipe_verbs(verbs: Verbs) -> None:
     encode("--shard", metavar="I/N", help="encode only this share of the clips, I from 0 to N-1")
     encode("--engine", choices=("local", "ray"), default="local", help="(default: %(default)s)")
     encode("--shards", type=int, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)")
-    fit = verbs.add("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost", "train")
+    fit = verbs.add("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost")
     fit("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
     train = verbs.add("train", "train as a recipe says")
     train("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
@@ -86,7 +86,7 @@ def _recipe_verbs(verbs: Verbs) -> None:
 
 
 def _model_verbs(verbs: Verbs) -> None:
-    generate = verbs.add("generate", "speak a text in a reference's voice, or all texts of a manifest", "inference")
+    generate = verbs.add("generate", "speak a text in a reference's voice, or all texts of a manifest")
     generate("manifest", type=Path, nargs="?", help="manifest whose texts are spoken; else --text")
     generate("--text", help="what to say")
     generate("--reference", type=Path, help="recording of the voice")
@@ -99,13 +99,13 @@ def _model_verbs(verbs: Verbs) -> None:
     generate("--top-p", type=float)
     generate("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
     generate("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
-    score = verbs.add("score", "pronunciation of recordings: scores, words and phones as said", "inference")
+    score = verbs.add("score", "pronunciation of recordings: scores, words and phones as said")
     score("audio", type=Path, nargs="*", help="audio files")
     score("--text", help="what was to be read: phones are aligned with it")
     score("--manifest", type=Path, help="many recordings: JSONL, or pronunciation data")
     score("--out", type=Path, help="JSONL file to write")
     score("--adapter", type=Path, help="adapter, run or checkpoint folder")
-    evaluate = verbs.add("evaluate", "measure models on recordings or prompts, beside base and baselines", "inference")
+    evaluate = verbs.add("evaluate", "measure models on recordings or prompts, beside base and baselines")
     evaluate("data", type=Path, help="pronunciation data, a voice-cloning manifest, or a seed-tts .lst")
     evaluate("--out", type=Path, required=True, help="folder for metrics.json, utterances.jsonl, answers")
     evaluate("--adapter", type=Path, action="append", default=[], help="may be given several times")

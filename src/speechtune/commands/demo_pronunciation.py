@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speechtune.commands.inference import print_score, read_requests
+from speechtune.commands.score import print_score, read_requests
 from speechtune.config import RunConfig
 from speechtune.families import build_config, family_part
 from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation

@@ -1,78 +1,27 @@
-"""`speechtune generate`, `score` and `evaluate`: what a model says, and how well."""
+"""The verb `score`: pronunciation of recordings."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speechtune.commands import print_json, print_result
+from speechtune.commands import print_json
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
-from speechtune.data.prompts import read_prompts, read_recordings
+from speechtune.data.prompts import read_recordings
 from speechtune.data.sources import find_source, load_samples
 from speechtune.errors import ConfigError, ManifestError, printable
-from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation
-from speechtune.inference.evaluate_voices import evaluate_voices, systems_of
-from speechtune.inference.generate import answer, provenance, write_output, write_outputs
-from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
 from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
-from speechtune.tasks.pronunciation.evaluation import EvaluationReport, print_evaluation
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
-from speechtune.tasks.voice_cloning.comparison import Comparison, print_comparison
-from speechtune.tasks.voice_cloning.scorers import load_scorers
-from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
+from speechtune.types import AudioRef, Sample
 
 _ACCEPTED = ("silent", "clipped")  # such clips can be assessed; the answer shows what is wrong with them
 _SHOWN = 20  # scores printed where they are also written to a file
-
-
-def run_generate(
-    manifest: Path | None,
-    text: str | None,
-    reference: Path | None,
-    reference_text: str | None,
-    out: Path,
-    *,
-    system: str | None,
-    scene: str | None,
-    model: str | None,
-    codec: str | None,
-    adapter: Path | None,
-    batch_size: int,
-    cache_dir: Path,
-    as_json: bool,
-    **generation_options: Any,
-) -> int:
-    """Speak into one wav or, with a manifest, into a folder of them; print what was written; 0."""
-    if (manifest is None) == (text is None):
-        raise ConfigError("name a manifest, or one text with --text")
-    if (reference is None) != (reference_text is None):
-        raise ConfigError("--reference and --reference-text belong together")
-    if text is None:
-        assert manifest is not None
-        if reference is not None:
-            raise ConfigError("--reference goes with --text; a manifest names its own references")
-        given: dict[str, Any] = {"system": system, "scene": scene}
-        given = {name: value for name, value in given.items() if value is not None}
-        samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
-    else:
-        clips = (Clip(AudioRef(str(reference)), reference_text or ""),) if reference else ()
-        samples = [Sample(out.stem, text, None, clips, system, scene)]
-    options = GenerationOptions(**generation_options)
-    stored = open_adapter(adapter) if adapter else None
-    config = model_config(model, codec, stored)
-    family, loaded = load_model(config, stored, ability="speak")
-    origin = provenance(config, stored)
-    outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)
-    rows = write_outputs(outputs, out, origin) if manifest else [write_output(one, out, origin) for one in outputs]
-    return print_result({"outputs": rows}, [f"outputs: {row}" for row in rows], as_json)
 
 
 def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None) -> list[Sample]:
@@ -162,46 +111,4 @@ def run_score(
     elif out is None or len(scores) <= _SHOWN:
         for score in scores:
             print_score(score, Console())
-    return 0
-
-
-def run_evaluate(
-    data: Path,
-    *,
-    adapter: Sequence[Path],
-    model: str | None,
-    out: Path,
-    as_json: bool,
-    cache_dir: Path,
-    batch_size: int,
-    max_new_tokens: int | None,
-    train: Path | None,
-    tasks: Sequence[str],
-    codec: str | None,
-    asr: str | None,
-    speaker: str | None,
-    mos: str | None,
-    seed: int,
-    temperature: float | None,
-    no_base: bool,
-) -> int:
-    """Evaluate what the data is for, and print the table, or with `as_json` what metrics.json holds; 0."""
-    sizes: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
-    report: Comparison | EvaluationReport
-    if find_source(data) is None and not train and not tasks:
-        scorers = load_scorers(asr, speaker, mos, device="cuda" if torch.cuda.is_available() else "cpu")
-        options = GenerationOptions(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-        systems = systems_of(model, adapter, include_base=not no_base)
-        report = evaluate_voices(data, systems, out, scorers, codec=codec, options=options, **sizes)
-    else:
-        if len(adapter) > 1:
-            raise ConfigError("--adapter: several are compared on voices only; name one for pronunciation")
-        asked: dict[str, Any] = {"train": train, "model": model, "adapter": adapter[0] if adapter else None}
-        report = evaluate_pronunciation(data, **asked, out=out, max_new_tokens=max_new_tokens, tasks=tasks, **sizes)
-    if as_json:
-        print_json(report.to_json())
-    elif isinstance(report, EvaluationReport):
-        print_evaluation(report, Console())
-    else:
-        print_comparison(report, Console())
     return 0

@@ -1,0 +1,55 @@
+"""The verb `generate`: speak a text, or all texts of a manifest."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from speechtune.commands import print_result
+from speechtune.config import DataConfig
+from speechtune.data.prompts import read_prompts
+from speechtune.errors import ConfigError
+from speechtune.inference.generate import answer, provenance, write_output, write_outputs
+from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
+
+
+def run_generate(
+    manifest: Path | None,
+    text: str | None,
+    reference: Path | None,
+    reference_text: str | None,
+    out: Path,
+    *,
+    system: str | None,
+    scene: str | None,
+    model: str | None,
+    codec: str | None,
+    adapter: Path | None,
+    batch_size: int,
+    cache_dir: Path,
+    as_json: bool,
+    **generation_options: Any,
+) -> int:
+    """Speak into one wav or, with a manifest, into a folder of them; print what was written; 0."""
+    if (manifest is None) == (text is None):
+        raise ConfigError("name a manifest, or one text with --text")
+    if (reference is None) != (reference_text is None):
+        raise ConfigError("--reference and --reference-text belong together")
+    if text is None:
+        assert manifest is not None
+        if reference is not None:
+            raise ConfigError("--reference goes with --text; a manifest names its own references")
+        given: dict[str, Any] = {"system": system, "scene": scene}
+        given = {name: value for name, value in given.items() if value is not None}
+        samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
+    else:
+        clips = (Clip(AudioRef(str(reference)), reference_text or ""),) if reference else ()
+        samples = [Sample(out.stem, text, None, clips, system, scene)]
+    options = GenerationOptions(**generation_options)
+    stored = open_adapter(adapter) if adapter else None
+    config = model_config(model, codec, stored)
+    family, loaded = load_model(config, stored, ability="speak")
+    origin = provenance(config, stored)
+    outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)
+    rows = write_outputs(outputs, out, origin) if manifest else [write_output(one, out, origin) for one in outputs]
+    return print_result({"outputs": rows}, [f"outputs: {row}" for row in rows], as_json)
