@@ -11,8 +11,8 @@ import report_cases
 from browser import Browser, find_chromium
 from helpers import DemoClip
 from speechtune.commands.report import run_report
-from speechtune.report.html import page
 from speechtune.report.read_run import read_run
+from speechtune.report.render import page
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(

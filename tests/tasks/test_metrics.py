@@ -394,7 +394,7 @@ def test_the_train_mean_is_collapsed_but_has_an_error() -> None:
     _, test = noisy(30, 2)
     means = metrics.train_mean(rows(train))
     assert means == pytest.approx(dict.fromkeys(FIELDS, train.mean()))
-    report = metrics.mean_baseline(rows(test), means)
+    report = metrics.score_report([means] * len(test), rows(test))
     assert report.parse_rate == 1 and all(scores.collapsed for scores in report.parsed.values())
     assert report.parsed["total"].mae == pytest.approx(np.abs(test - train.mean()).mean())
 
@@ -450,7 +450,7 @@ def test_every_result_is_plain_json() -> None:
     phones = [["B", "EH0"]]
     figures = [
         metrics.score_report([None, *rows(x[1:])], rows(y), impute=metrics.train_mean(rows(y))),
-        metrics.mean_baseline(rows(y), metrics.train_mean(rows(y))),
+        metrics.score_report([metrics.train_mean(rows(y))] * len(y), rows(y)),
         metrics.rater_ceiling(np.column_stack([x, y]).tolist()),
         mdd.copy_baseline(phones, phones),
     ]

@@ -6,9 +6,8 @@ from pathlib import Path
 from speechtune.commands import print_result
 from speechtune.errors import ConfigError
 from speechtune.report.facts import to_json
-from speechtune.report.html import page
-from speechtune.report.markdown import markdown
 from speechtune.report.read_run import RunReport, read_run, short_names
+from speechtune.report.render import markdown, page
 from speechtune.storage.files import write_atomically
 
 

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from speechtune.report.read_run import STOPPED, RunReport, curve, number, section
+from speechtune.tasks.results import strict_json
 from speechtune.training.tracking import duration, flatten
 
 Rows = list[tuple[str, str]]  # name and value
@@ -299,12 +300,4 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "info": report.info,
         "summary": report.summary,
     }
-    return {name: _strict(value) for name, value in facts.items()}
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
-    return number(value) if isinstance(value, float) else value
+    return strict_json(facts)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from speechtune.report.facts import CODEBOOK, better, measure_label
-from speechtune.report.read_run import Curve, RunReport, curve, names_in
+from speechtune.report.read_run import RATES, Curve, RunReport, curve, names_in
 
 MAX_POINTS = 160
 """Most points drawn of a curve; in a longer one each is the mean of some steps, and a band shows their range."""
 MAX_MARKS = 40
-RATES = ("audio_seconds_per_second", "tokens_per_second", "data_wait_share")
 
 Point = tuple[float | None, ...]
 """Step and mean over a part of the steps, and where they differ the least and greatest value; None is a gap."""
@@ -37,19 +36,18 @@ class Plot(NamedTuple):
     lines: list[Line]
 
 
-def training_plots(reports: Sequence[RunReport]) -> list[Plot]:
-    """Losses per head, learning rate and gradient norm."""
+def section_plots(reports: Sequence[RunReport]) -> dict[str, list[Plot]]:
+    """The plots of each section: losses per head, rate and norm; evaluations; throughput and waiting for data."""
     heads = names_in(chain.from_iterable(report.steps for report in reports), "losses")
     total = [] if len(heads) == 1 else ["loss"]
-    return _plots(reports, [*total, *(f"losses/{head}" for head in heads), "learning_rate", "grad_norm"])
+    return {
+        "curves": _plots(reports, [*total, *(f"losses/{head}" for head in heads), "learning_rate", "grad_norm"]),
+        "evaluation": _evaluation_plots(reports),
+        "time": _plots(reports, RATES),
+    }
 
 
-def throughput_plots(reports: Sequence[RunReport]) -> list[Plot]:
-    """How fast the steps went, and how long they waited for data."""
-    return _plots(reports, RATES)
-
-
-def evaluation_plots(reports: Sequence[RunReport]) -> list[Plot]:
+def _evaluation_plots(reports: Sequence[RunReport]) -> list[Plot]:
     """Evaluation losses and scores against the zero-shot base; the codebooks of a single run share one plot."""
     records = [record for report in reports for record in report.evaluations]
     heads, scores = names_in(records, "eval_losses"), names_in(records, "scores")

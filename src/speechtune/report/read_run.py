@@ -21,6 +21,7 @@ MAX_HASHED_BYTES = 4 * 2**30
 
 MAX_STEP = 2**53  # beyond it a float, which a plot needs, cannot tell steps apart
 GUARD = "guard"  # `kind` in warnings.jsonl of what stopped the run
+RATES = ("audio_seconds_per_second", "tokens_per_second", "data_wait_share")
 FINISHED, UNFINISHED, STOPPED = "finished", "unfinished", "stopped by a guard"
 
 # file, what is not known without it
@@ -138,7 +139,7 @@ class RunReport:
     def throughput(self) -> dict[str, float]:
         """Medians over the steps (the first is left out: it warms up), and the mean share of waiting for data."""
         rates: dict[str, float] = {}
-        for name in ("audio_seconds_per_second", "tokens_per_second", "data_wait_share"):
+        for name in RATES:
             values = [value for _, value in curve(self.steps, name)[1:] if value is not None]
             if values:
                 rates[name] = fmean(values) if name == "data_wait_share" else median(values)

@@ -20,18 +20,19 @@ UTTERANCES_NAME = "utterances.jsonl"
 
 
 def to_json(result: DataclassInstance) -> dict[str, Any]:
-    """A result dataclass as a plain dict for `json.dumps`: NaN, which JSON does not have, becomes None.
+    """A result dataclass as a plain dict; see `strict_json`.
 
     Raises TypeError: not a dataclass instance.
     """
-    return _plain(asdict(result))
+    return strict_json(asdict(result))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+def strict_json(value: Any) -> Any:
+    """A value for `json.dumps`: None for NaN and infinity, lists for tuples, texts as keys."""
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value

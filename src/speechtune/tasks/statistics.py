@@ -59,20 +59,11 @@ def bootstrap_interval(
     seed: int = 0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval over rows (Efron & Tibshirani 1993, chapter 13).
+    """Percentile bootstrap interval over rows (Efron & Tibshirani 1993, chapter 13); NaN without a finite figure.
 
     Rows are drawn with replacement, as if they were independent; several of one speaker are not quite, so the true
-    interval is somewhat wider.
-
-    Args:
-        measure: from resampled columns of shape (resamples, rows) to one figure per resample.
-        columns: arrays of one length.
-        resamples: how many are drawn.
-        seed: of the draws.
-        chunk_elements: indices drawn at once; changes nothing but memory.
-
-    Returns:
-        Lower and upper end over the resamples with a finite figure; NaN without any.
+    interval is somewhat wider. `measure` gets resampled columns of shape (resamples, rows) and gives one figure per
+    resample; resamples whose figure is not finite are left out. `chunk_elements` changes nothing but memory.
     """
     size = len(columns[0])
     generator = np.random.default_rng(seed)

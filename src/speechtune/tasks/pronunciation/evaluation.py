@@ -15,8 +15,8 @@ from rich.text import Text
 
 from speechtune.tasks.pronunciation import metrics
 from speechtune.tasks.pronunciation.answers import Answer, read_answer
-from speechtune.tasks.pronunciation.mdd import CopyBaseline, MddReport, PhoneMatch, copy_baseline, mdd, phone_match_f1
-from speechtune.tasks.pronunciation.metrics import ErrorRateReport, RaterCeiling, ScoreReport
+from speechtune.tasks.pronunciation.mdd import CopyBaseline, MddResult, PhoneMatch, copy_baseline, mdd, phone_match_f1
+from speechtune.tasks.pronunciation.metrics import AnswerReport, ErrorRate, RaterCeiling, ScoreReport
 from speechtune.tasks.pronunciation.targets import (
     SCORE_FIELDS,
     Task,
@@ -91,12 +91,12 @@ class MddFigures:
     parse_rate: float
     truncated: int
     unknown_labels: int
-    wer: ErrorRateReport
-    per: ErrorRateReport
+    wer: AnswerReport[ErrorRate]
+    per: AnswerReport[ErrorRate]
     phone_match: PhoneMatch
     phone_match_imputed: PhoneMatch
     canonical_count: int
-    detection: MddReport | None
+    detection: AnswerReport[MddResult] | None
     baseline: CopyBaseline | None
 
 
@@ -187,10 +187,7 @@ def _reference_scores(sample: Sample) -> dict[str, float]:
 def _errors(task: Task, reference: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, float]:
     if task == "APA":
         return {name: parsed[name] - reference[name] for name in SCORE_FIELDS if name in parsed}
-    rates = {
-        "wer": ("word_transcript", metrics.word_error_rate),
-        "per": ("phones", metrics.phone_error_rate),
-    }
+    rates = {"wer": ("word_transcript", metrics.word_error_rate), "per": ("phones", metrics.phone_error_rate)}
     return {
         name: error_rate([reference[field]], [parsed[field]]).parsed.rate
         for name, (field, error_rate) in rates.items()
@@ -212,7 +209,8 @@ def _apa_figures(
     scores = metrics.score_report([row.parsed for row in rows], references, impute=means)
     if not trained:
         notes.append("no train-mean baseline: no training data with scores was given")
-    baseline = metrics.mean_baseline(references, means) if trained else None
+    # it answers the train mean to everything: "collapsed" in every field, but with an MAE
+    baseline = metrics.score_report([means] * len(rows), references) if trained else None
     return ApaFigures(
         count=len(rows),
         parse_rate=scores.parse_rate,
@@ -342,14 +340,7 @@ def _add_mdd(table: Table, figures: MddFigures) -> None:
     names |= {"false_rejection_rate": "FRR", "diagnosis_error_rate": "DER"}
     for attribute, label in names.items():
         _add_figure(table, f"MDD {label}", detections, attribute)
-    outcomes = (
-        f"{d.true_acceptance} {d.true_rejection} {d.false_acceptance} {d.false_rejection} "
-        f"({d.correct_diagnosis} {d.diagnosis_error})"
-        if d
-        else "-"
-        for d in detections
-    )
-    _add(table, "TA TR FA FR (CD DE)", *outcomes)
+    _add(table, "TA TR FA FR (CD DE)", *(d.counts_text() if d else "-" for d in detections))
     matches = (figures.phone_match, figures.phone_match_imputed, copied and copied.phone_match)
     _add_figure(table, f"phone match F1 ({figures.phone_match.label})", matches, "f1")
 

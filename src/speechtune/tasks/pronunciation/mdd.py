@@ -11,7 +11,8 @@ from typing import Literal
 
 from speechtune.tasks.pronunciation.metrics import (
     PHONE_NORMALISATION,
-    ErrorRateReport,
+    AnswerReport,
+    ErrorRate,
     normalise_phones,
     phone_error_rate,
 )
@@ -63,15 +64,10 @@ class MddResult:
     insertion_rule: str = INSERTION_RULE
     normalisation: str = PHONE_NORMALISATION
 
-
-@dataclass(frozen=True, slots=True)
-class MddReport:
-    """Detection over the answers that could be read, and over all with the others taken as `imputed_with`."""
-
-    parse_rate: float
-    parsed: MddResult
-    imputed: MddResult
-    imputed_with: str
+    def counts_text(self) -> str:
+        """The counts as "TA TR FA FR (CD DE)"."""
+        decisions = f"{self.true_acceptance} {self.true_rejection} {self.false_acceptance} {self.false_rejection}"
+        return f"{decisions} ({self.correct_diagnosis} {self.diagnosis_error})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +87,8 @@ class PhoneMatch:
 class CopyBaseline:
     """The figures of a model that ignores the recording and repeats the canonical phones."""
 
-    per: ErrorRateReport
-    mdd: MddReport
+    per: AnswerReport[ErrorRate]
+    mdd: AnswerReport[MddResult]
     phone_match: PhoneMatch
 
 
@@ -101,9 +97,7 @@ def align(first: Phones, second: Phones) -> list[Pair]:
 
     Ties: of the alignments with the fewest edits, those with the most matches; of these, from the left, a match or
     substitution before a deletion (a phone of `first` alone) before an insertion (a phone of `second` alone).
-
-    Returns:
-        Pairs in order; None stands for the phone that is not there.
+    None stands for the phone that is not there.
     """
     # jiwer's alignment has no rule for ties, and which phones pair up decides what counts as a correct diagnosis
     rows, columns = len(first), len(second)
@@ -167,14 +161,16 @@ def classify(column: Column) -> Outcome:
     return "CD" if predicted == realised else "DE"
 
 
-def mdd(canonical: Sequence[Phones], realised: Sequence[Phones], predicted: Sequence[Phones | None]) -> MddReport:
+def mdd(
+    canonical: Sequence[Phones], realised: Sequence[Phones], predicted: Sequence[Phones | None]
+) -> AnswerReport[MddResult]:
     """Detection and diagnosis over a corpus (Qian, Soong & Meng 2010; Leung, Liu & Meng 2019).
 
     A prediction of None is an answer that could not be read."""
     rows = list(zip(canonical, realised, predicted, strict=True))
     parsed = [(c, a, p) for c, a, p in rows if p is not None]
     imputed = [(c, a, c if p is None else p) for c, a, p in rows]
-    return MddReport(parse_rate(predicted), _count(parsed), _count(imputed), CANONICAL_ANSWER)
+    return AnswerReport(parse_rate(predicted), _count(parsed), _count(imputed), CANONICAL_ANSWER)
 
 
 def _count(rows: Sequence[tuple[Phones, Phones, Phones]]) -> MddResult:

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,8 @@ CONSTANT = 1e-9  # spread, relative to the size of the values, below which predi
 WORD_NORMALISATION = "NFKC, case folded; punctuation and symbols are spaces, but apostrophes inside words stay"
 PHONE_NORMALISATION = "upper case, stress digits stripped, <DEL> left out"
 EMPTY_ANSWER = "an empty answer: every reference token counts as deleted"
+
+Figures = TypeVar("Figures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,12 @@ class ErrorRate:
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorRateReport:
-    """An error rate over the answers that could be read, and over all with the others taken as `imputed_with`."""
+class AnswerReport(Generic[Figures]):
+    """Figures over the answers that could be read, and over all with the others taken as `imputed_with`."""
 
     parse_rate: float
-    parsed: ErrorRate
-    imputed: ErrorRate
+    parsed: Figures
+    imputed: Figures
     imputed_with: str
 
 
@@ -152,10 +154,8 @@ def score_report(
 ) -> ScoreReport:
     """Every score metric per field, over parsed answers and with failures imputed.
 
-    Args:
-        predictions: parsed answers; None, or a field that is missing or not finite, is a failure.
-        references: the raters' scores, complete.
-        impute: value per field that takes the place of failures: `train_mean` of the training references.
+    A prediction that is None, or a field that is missing or not finite, is a failure; the value of `impute` takes its
+    place: the `train_mean` of the training references. References are the raters' scores, complete.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
@@ -197,25 +197,23 @@ def normalise_phones(phones: Sequence[str]) -> list[str]:
     return [re.sub(r"(?<=[A-Z])[0-2]$", "", phone) for phone in tokens if phone != "<DEL>"]
 
 
-def word_error_rate(references: Sequence[str], answers: Sequence[str | None]) -> ErrorRateReport:
+def word_error_rate(references: Sequence[str], answers: Sequence[str | None]) -> AnswerReport[ErrorRate]:
     """WER = (S + D + I) / N over the corpus, aligned by jiwer (Morris, Maier & Green 2004), normalised and raw."""
     return _error_rates(references, answers, normalise_words, WORD_NORMALISATION)
 
 
-def phone_error_rate(references: Sequence[Sequence[str]], answers: Sequence[Sequence[str] | None]) -> ErrorRateReport:
+def phone_error_rate(
+    references: Sequence[Sequence[str]], answers: Sequence[Sequence[str] | None]
+) -> AnswerReport[ErrorRate]:
     """PER, as WER, of phones against the realised ones; raw keeps stress digits and case."""
     texts = [None if phones is None else " ".join(phones) for phones in answers]
-    return _error_rates(
-        [" ".join(phones) for phones in references],
-        texts,
-        lambda text: " ".join(normalise_phones([text])),
-        PHONE_NORMALISATION,
-    )
+    wanted = [" ".join(phones) for phones in references]
+    return _error_rates(wanted, texts, lambda text: " ".join(normalise_phones([text])), PHONE_NORMALISATION)
 
 
 def _error_rates(
     references: Sequence[str], answers: Sequence[str | None], normalise: Callable[[str], str], normalisation: str
-) -> ErrorRateReport:
+) -> AnswerReport[ErrorRate]:
     if len(references) != len(answers):
         raise ValueError(f"{len(answers)} answers for {len(references)} references")
 
@@ -230,10 +228,10 @@ def _error_rates(
     rows = list(zip(references, answers, strict=True))
     parsed = error_rate([(reference, answer) for reference, answer in rows if answer is not None])
     imputed = error_rate([(reference, answer or "") for reference, answer in rows])
-    return ErrorRateReport(parse_rate(answers), parsed, imputed, EMPTY_ANSWER)
+    return AnswerReport(parse_rate(answers), parsed, imputed, EMPTY_ANSWER)
 
 
-# -- baselines, ceiling, groups ------------------------------------------------------------------------------------
+# -- training means and one-rater ceiling --------------------------------------------------------------------------
 
 
 def train_mean(references: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -241,19 +239,11 @@ def train_mean(references: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {field: ratio(math.fsum(row[field] for row in references), len(references)) for field in SCORE_FIELDS}
 
 
-def mean_baseline(references: Sequence[Mapping[str, float]], means: Mapping[str, float]) -> ScoreReport:
-    """The scores of a model that answers the train mean to everything: "collapsed" in every field, but with an MAE."""
-    return score_report([means] * len(references), references)
-
-
 def rater_ceiling(ratings: Sequence[Sequence[float] | None]) -> RaterCeiling | None:
     """PCC of one rater against the median of the others, averaged over raters: what one human reaches.
 
-    Args:
-        ratings: per utterance the raters' scores in a fixed order; None without any.
-
-    Returns:
-        None for fewer than two utterances or raters. A rater with constant scores has NaN and is left out of the mean.
+    `ratings` are per utterance the raters' scores in a fixed order; None without any. Fewer than two utterances or
+    raters give None. A rater with constant scores has NaN and is left out of the mean.
     """
     rated = [list(row) for row in ratings if row]
     if len({len(row) for row in rated}) > 1:

@@ -30,9 +30,6 @@ STRESS_DIGITS = ("0", "1", "2")
 StarPolicy = Literal["base", "unk"]
 """How `X*` is read: "base" as X, "unk" as `<unk>`."""
 
-_KNOWN = frozenset(PHONES)
-_VOWELS = frozenset(VOWELS)
-
 
 class PhoneError(ManifestError):
     """A label or an entry that does not fit the inventory; `code` is short, for tables of issues."""
@@ -47,8 +44,8 @@ def base_phone(label: str) -> str:
 
     Raises PhoneError: not one of the 39 phones, or a stress digit on a consonant.
     """
-    base = label[:-1] if label.endswith(STRESS_DIGITS) and label[:-1] in _VOWELS else label
-    if base not in _KNOWN:
+    base = label[:-1] if label.endswith(STRESS_DIGITS) and label[:-1] in VOWELS else label
+    if base not in PHONES:
         raise PhoneError("unknown_phone", f"{label!r:.40} is none of the 39 ARPAbet phones")
     return base
 

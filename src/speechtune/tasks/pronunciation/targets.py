@@ -38,11 +38,8 @@ def task_samples(
 ) -> list[Sample]:
     """Turn each labelled utterance into one sample per task, "ID#APA" and "ID#MDD"; other samples stay as they are.
 
-    Args:
-        samples: utterances with labels, and task samples.
-        shares: per task the share (0 to 1) of the utterances that give a sample of it, chosen by seed and id.
-        seed: of that choice.
-        star_policy: what an annotated `X*` becomes in the target of MDD.
+    `shares` are per task the share (0 to 1) of the utterances that give a sample of it, chosen by seed and id;
+    `star_policy` says what an annotated `X*` becomes in the target of MDD.
 
     Raises ConfigError: a share of an unknown task.
     """

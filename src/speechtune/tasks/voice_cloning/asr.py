@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,12 +9,11 @@ from speechtune.errors import ConfigError
 from speechtune.tasks.voice_cloning.support import (
     LOAD_ERRORS,
     RATE,
-    hub_arguments,
     identity,
+    load_pretrained,
     need,
     pcm16,
     place_of,
-    pretrained_identity,
     waveform,
 )
 from speechtune.tasks.voice_cloning.word_errors import INSTALL, language_code
@@ -48,18 +46,13 @@ class FasterWhisper:
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
         """Texts of clips, one at a time, for the library batches only pieces of one recording."""
-        return [self._transcribe(audio, language) for audio, language in zip(audios, languages, strict=True)]
-
-    def _transcribe(self, audio: Audio, language: str | None) -> str:
-        code = language_code(language)
-        segments, _ = self._model.transcribe(
-            waveform(audio),
-            language=code if code in self._known else None,
-            beam_size=1,
-            temperature=0.0,
-            condition_on_previous_text=False,
-        )
-        return "".join(segment.text for segment in segments).strip()
+        options = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
+        texts = []
+        for audio, code in zip(audios, map(language_code, languages), strict=True):
+            known = code if code in self._known else None
+            segments, _ = self._model.transcribe(waveform(audio), language=known, **options)
+            texts.append("".join(segment.text for segment in segments).strip())
+        return texts
 
 
 class Whisper:
@@ -70,16 +63,11 @@ class Whisper:
     def __init__(self, spec: str, device: str) -> None:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-        place, options = hub_arguments(spec)
-        try:
-            self._processor: Any = WhisperProcessor.from_pretrained(place, **options)
-            model: Any = WhisperForConditionalGeneration.from_pretrained(place, weights_only=True, **options)
-        except LOAD_ERRORS as error:
-            raise ConfigError(f"{spec}: does not load as Whisper: {error}") from None
-        self._model = model.eval().to(device)
-        tokens = getattr(model.generation_config, "lang_to_id", None) or {}
+        types = WhisperProcessor, WhisperForConditionalGeneration
+        loaded = load_pretrained(*types, spec, device, kind="Whisper", label="Whisper {}, greedy")
+        self._processor, self._model, self.name = loaded
+        tokens = getattr(self._model.generation_config, "lang_to_id", None) or {}
         self._known = {token.strip("<|>") for token in tokens}
-        self.name = pretrained_identity(place, f"Whisper {place}, greedy", model)
 
     @torch.inference_mode()
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
@@ -132,13 +120,13 @@ class PocketSphinx:
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
         """Texts of clips; `languages` are taken to be English."""
-        return [self._transcribe(audio) for audio in audios]
-
-    def _transcribe(self, audio: Audio) -> str:
-        # it carries the mean of the cepstrum over from clip to clip, which would make texts depend on their order
-        self._decoder.set_cmn(self._cmn)
-        self._decoder.start_utt()
-        self._decoder.process_raw(pcm16(waveform(audio)), full_utt=True)
-        self._decoder.end_utt()
-        hypothesis = self._decoder.hyp()
-        return hypothesis.hypstr if hypothesis is not None else ""
+        texts = []
+        for audio in audios:
+            # it carries the mean of the cepstrum over from clip to clip, which would make texts depend on their order
+            self._decoder.set_cmn(self._cmn)
+            self._decoder.start_utt()
+            self._decoder.process_raw(pcm16(waveform(audio)), full_utt=True)
+            self._decoder.end_utt()
+            hypothesis = self._decoder.hyp()
+            texts.append(hypothesis.hypstr if hypothesis is not None else "")
+        return texts

@@ -8,6 +8,7 @@ tests by Holm's step-down method (1979).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -85,23 +86,17 @@ def compare(systems: Mapping[str, Sequence[VoiceRow]], scorers: Scorers) -> Comp
         if [(row.id, row.text) for row in systems[name]] != prompts:
             raise ValueError(f"{name}: other prompts than those of {baseline}")
     p_values = _p_values(systems)
-    figures = {}
-    for name, rows in systems.items():
-        estimates = {
-            measure: replace(figure, p_value=p_values.get((name, measure)))
-            for measure, figure in _estimates(rows).items()
-        }
-        summary = summarise(rows)
-        figures[name] = SystemFigures(
-            summary=summary,
-            estimates=estimates,
-            groups={
-                "speaker": by_group(rows, lambda row: row.speaker, summarise),
-                "language": by_group(rows, lambda row: row.language, summarise),
-            },
+    summaries = {name: summarise(rows) for name, rows in systems.items()}
+    figures = {
+        name: SystemFigures(
+            summary=summaries[name],
+            estimates={m: replace(figure, p_value=p_values.get((name, m))) for m, figure in _estimates(rows).items()},
+            groups={column: by_group(rows, attrgetter(column), summarise) for column in ("speaker", "language")},
             worst=[{column: getattr(row, column) for column in LISTED} for row in worst(rows)],
-            warnings=warnings_of(summary, None if name == baseline else summarise(systems[baseline])),
+            warnings=warnings_of(summaries[name], None if name == baseline else summaries[baseline]),
         )
+        for name, rows in systems.items()
+    }
     named = tuple(replace(row, system=name) for name, rows in systems.items() for row in rows)
     return Comparison(len(prompts), figures, scorers.names, tuple(what_is_missing(scorers)), named)
 

@@ -72,14 +72,10 @@ def measure(
     targets: Sequence[Audio | None],
     scorers: Scorers,
 ) -> list[VoiceRow]:
-    """Measure every output; none is dropped.
+    """Measure every output; none is dropped. A scorer that is None leaves its measures None.
 
-    Args:
-        samples: what was to be said.
-        outputs: in the same order.
-        references: the voice each output is compared with.
-        targets: the recording of the same text, for durations.
-        scorers: those that are None leave their measures None.
+    `outputs` are in the order of `samples`; so are `references`, the voice each is compared with, and `targets`, the
+    recording of the same text, for durations.
 
     Raises ValueError: different lengths, or outputs in another order.
     """

@@ -16,7 +16,6 @@ from speechtune.types import Audio
 
 INSTALL_DISTILLMOS = "pip install --no-deps distillmos==0.9.1 xls-r-sqa==0.1.0"
 INSTALL_DNSMOS = "pip install 'speechtune[mos]'"
-INSTALL = INSTALL_DISTILLMOS
 DNSMOS_SECONDS = 9.01
 """Length of DNSMOS's window; shorter clips are repeated until they fill it."""
 DNSMOS_OVERALL = np.poly1d([-0.06766283, 1.11546468, 0.04602535])

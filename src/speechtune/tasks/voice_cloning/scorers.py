@@ -21,20 +21,14 @@ ASR: dict[str, Callable[[str, str], Transcriber]] = {
     "whisper": asr.Whisper,
     "pocketsphinx": asr.PocketSphinx,
 }
-SPEAKER: dict[str, Callable[[str, str], SpeakerEncoder]] = {
-    "resemblyzer": speaker.Resemblyzer,
-    "wavlm": speaker.WavLM,
-}
-MOS: dict[str, Callable[[str, str], MosPredictor]] = {
-    "distillmos": mos.DistillMos,
-    "dnsmos": mos.Dnsmos,
-}
+SPEAKER: dict[str, Callable[[str, str], SpeakerEncoder]] = {"resemblyzer": speaker.Resemblyzer, "wavlm": speaker.WavLM}
+MOS: dict[str, Callable[[str, str], MosPredictor]] = {"distillmos": mos.DistillMos, "dnsmos": mos.Dnsmos}
 NEEDS_WEIGHTS = frozenset({"faster-whisper", "whisper", "wavlm"})
 """Kinds whose weights lie in a folder or under a hub id; those of the others lie in their package."""
 MISSING = {
     "asr": f"no WER: no recogniser was named; for example pocketsphinx or whisper:FOLDER ({asr.INSTALL})",
     "speaker": f"no speaker similarity: no encoder was named; for example resemblyzer ({speaker.INSTALL})",
-    "mos": f"no MOS: no predictor was named; for example distillmos ({mos.INSTALL})",
+    "mos": f"no MOS: no predictor was named; for example distillmos ({mos.INSTALL_DISTILLMOS})",
 }
 """A report's line on a scorer that was not named."""
 

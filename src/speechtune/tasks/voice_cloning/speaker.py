@@ -1,23 +1,19 @@
 """Speaker encoders: Resemblyzer, with weights in its package, and WavLM with an x-vector head by path or hub id."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from speechtune.errors import ConfigError
 from speechtune.tasks.voice_cloning.support import (
     INT16_MAX,
-    LOAD_ERRORS,
     RATE,
-    hub_arguments,
     identity,
+    load_pretrained,
     need,
     package_file,
     pcm16,
-    pretrained_identity,
     waveform,
 )
 from speechtune.types import Audio
@@ -128,15 +124,10 @@ class WavLM:
     def __init__(self, spec: str, device: str) -> None:
         from transformers import AutoFeatureExtractor, WavLMForXVector
 
-        place, options = hub_arguments(spec)
-        try:
-            self._extract: Any = AutoFeatureExtractor.from_pretrained(place, **options)
-            model: Any = WavLMForXVector.from_pretrained(place, weights_only=True, **options)
-        except LOAD_ERRORS as error:
-            raise ConfigError(f"{spec}: does not load as WavLM for speaker verification: {error}") from None
-        self._model = model.eval().to(device)
+        kind, label = "WavLM for speaker verification", "WavLM-SV {}"
+        loaded = load_pretrained(AutoFeatureExtractor, WavLMForXVector, spec, device, kind=kind, label=label)
+        self._extract, self._model, self.name = loaded
         self._device = device
-        self.name = pretrained_identity(place, f"WavLM-SV {place}", model)
 
     @torch.inference_mode()
     def embed(self, audios: Sequence[Audio]) -> np.ndarray:

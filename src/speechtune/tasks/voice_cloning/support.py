@@ -58,17 +58,23 @@ def place_of(spec: str) -> tuple[str, str | None]:
     return place, revision or None
 
 
-def hub_arguments(spec: str) -> tuple[str, dict[str, Any]]:
-    """Place and further arguments of transformers' `from_pretrained` for a spec; see `place_of`."""
+def load_pretrained(
+    processor_type: Any, model_type: Any, spec: str, device: str, *, kind: str, label: str
+) -> tuple[Any, Any, str]:
+    """What two classes of transformers load from the place of a spec: processor, model, and the model's `identity`.
+
+    `kind` is what the place should hold, for errors; in `label` the place stands for the braces.
+    """
     place, revision = place_of(spec)
-    return place, {"revision": revision} if revision else {}
-
-
-def pretrained_identity(place: str, description: str, model: Any) -> str:
-    """`identity` of a model loaded by transformers from a folder or the hub."""
-    folder = Path(place)
-    commit = getattr(model.config, "_commit_hash", None)
-    return identity("transformers", folder if folder.is_dir() else None, description, commit)
+    options = {"revision": revision} if revision else {}
+    try:
+        processor = processor_type.from_pretrained(place, **options)
+        model = model_type.from_pretrained(place, weights_only=True, **options)
+    except LOAD_ERRORS as error:
+        raise ConfigError(f"{spec}: does not load as {kind}: {error}") from None
+    folder = Path(place) if Path(place).is_dir() else None
+    name = identity("transformers", folder, label.format(place), getattr(model.config, "_commit_hash", None))
+    return processor, model.eval().to(device), name
 
 
 def identity(package: str, weights: Path | None, place: str = "", commit: str | None = None) -> str:
