@@ -14,7 +14,7 @@ import pyarrow
 import soundfile
 from pyarrow import parquet
 
-from speechtune.data.speechocean_labels import SPLITS
+from speechtune.data.rows import SPLITS
 from speechtune.types import Sample
 
 LISA = {

@@ -4,9 +4,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,11 @@ DURATION_TOLERANCE_SECONDS = 0.5  # by how much a declared duration or the end o
 SILENCE_PEAK = 1e-3  # -60 dBFS: audio whose deviation from its mean never exceeds this is silent
 CLIPPING_LEVEL = 0.999  # absolute value from which a sample counts as full scale
 CLIPPING_SHARE = 1e-3  # of samples equal to their neighbour at full scale: from there on audio counts as clipped
+_CONTENTS = {
+    rb"version https://git-lfs": "it is a Git LFS pointer in place of the audio: run `git lfs pull`",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "it is a web page or an error message in place of the audio: download it again",
+    rb"....ftyp|\xff[\xf0\xf1\xf8\xf9]|\x1aE\xdf\xa3|0&\xb2u|#!AMR": "convert it: ffmpeg -i FILE FILE.wav",
+}
 
 
 class InvalidAudioError(AudioError):
@@ -88,15 +96,17 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
     with _open(ref, allow_urls) as file:
         info = _info(ref, file)
         start, count = segment_frames(ref, info)
-        if count * info.num_channels > MAX_DECODED_VALUES:
+        skipped = 0 if file.seekable() else start  # GSM 6.10 and others can only be read in sequence
+        if (skipped + count) * info.num_channels > MAX_DECODED_VALUES:
             reason = (
                 f"too large to decode: {count / info.sampling_rate:.0f} s in {info.num_channels} channel(s) exceed "
                 f"{MAX_DECODED_VALUES} values; cut it into shorter clips"
             )
             raise InvalidAudioError("too_large", ref, reason)
         try:
-            file.seek(start)
-            frames = file.read(count, dtype="float32", always_2d=True)
+            if not skipped and start:
+                file.seek(start)
+            frames = file.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
         except soundfile.SoundFileError as error:
             raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_reason(error)}") from None
     if len(frames) < count:
@@ -195,7 +205,8 @@ def _open(ref: AudioRef, allow_urls: bool) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(source)
     except soundfile.SoundFileError as error:
-        raise InvalidAudioError("not_audio", ref, f"not audio libsndfile can read: {_reason(error)}") from None
+        reason = f"not audio libsndfile can read: {_reason(error)}{_known_contents(source)}"
+        raise InvalidAudioError("not_audio", ref, reason) from None
     except TypeError:  # how soundfile refuses headerless *.raw
         raise InvalidAudioError("not_audio", ref, "not audio libsndfile can read: headerless raw samples") from None
 
@@ -210,7 +221,7 @@ def _check_file(ref: AudioRef, path: str) -> None:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise InvalidAudioError("missing_file", ref, "no such file") from None
+        raise InvalidAudioError("missing_file", ref, f"no such file{_other_name(path)}") from None
     except (OSError, ValueError) as error:
         raise InvalidAudioError("unreadable_file", ref, f"cannot be opened: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
@@ -221,6 +232,40 @@ def _check_file(ref: AudioRef, path: str) -> None:
         raise InvalidAudioError("too_large", ref, f"{status.st_size} bytes exceed the limit of {MAX_FILE_BYTES} bytes")
     if not os.access(path, os.R_OK):
         raise InvalidAudioError("unreadable_file", ref, "cannot be opened: Permission denied")
+
+
+def _other_name(path: str) -> str:
+    """Under which name a missing file may be there."""
+    if "\\" in path:
+        return "; a backslash is part of a name here: write / between folders"
+    place = Path(path)
+    while not os.path.isdir(place.parent) and place != place.parent:
+        place = place.parent
+    other = _names(str(place.parent)).get(_plain(place.name))
+    return f"; {other!r} differs in case or Unicode form: write the name as the folder has it" if other else ""
+
+
+@lru_cache(maxsize=8)
+def _names(folder: str) -> dict[str, str]:
+    """The files of a folder by name, regardless of case and Unicode form."""
+    try:
+        return {_plain(name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _known_contents(source: str | io.BytesIO) -> str:
+    """What a file is that libsndfile cannot read, where its first bytes tell, and what to do about it."""
+    try:
+        with open(source, "rb") if isinstance(source, str) else io.BytesIO(source.getvalue()) as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    return next((f"; {hint}" for pattern, hint in _CONTENTS.items() if re.match(pattern, head, re.DOTALL)), "")
 
 
 def _bytes(ref: AudioRef, allow_urls: bool) -> bytes:

@@ -15,6 +15,9 @@ from speechtune.errors import ConfigError
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
+Paths = Path | Annotated[tuple[Path, ...], Field(min_length=1)]
+
+
 class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()):
     """Base of all sections: frozen, unknown keys refused, field docstrings kept as descriptions."""
 
@@ -33,11 +36,11 @@ class ModelConfig(Section, frozen=True):
 class DataConfig(Section, frozen=True):
     """Where the samples come from and what is refused; a family adds options for what is made of them."""
 
-    train: Path | None = None
-    """Training data: ChatML JSON/JSONL, a folder with metadata.json, wav/txt pairs, ms-swift JSONL; for assessment a
-    Speechocean762 folder (or its `train`), the hub copy's parquet files, or JSONL of {audio, text, task, target}."""
-    eval: Path | None = None
-    """Evaluation data; not together with `validation_split`."""
+    train: Paths | None = None
+    """Training data, one or a list, each in any layout of docs/data.md: a manifest, a table, parquet, a folder of
+    clips and texts; for assessment a Speechocean762 folder (or its `train`), or rows with `task` and `target`."""
+    eval: Paths | None = None
+    """Evaluation data, the same; not together with `validation_split`."""
     validation_split: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share held out by seed, at least one: of the samples, or of the speakers where pronunciation is assessed."""
     audio_root: Path | None = None
@@ -219,8 +222,9 @@ class RunConfig(Section, frozen=True):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
         if self.data.eval is not None and self.data.validation_split > 0:
+            named = self.data.model_dump(mode="json")["eval"]
             raise ValueError(
-                f"data.eval ({self.data.eval}) and data.validation_split ({self.data.validation_split:g}) are both "
+                f"data.eval ({named}) and data.validation_split ({self.data.validation_split:g}) are both "
                 "set; they name two evaluation sets: remove one"
             )
         if (self.speed.compile or self.speed.liger) and not self.speed.fast_forward:
@@ -325,7 +329,7 @@ def _one_an_option(items: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     issues: dict[tuple[int | str, ...], ErrorDetails] = {}
     for item in items:
         place = item["loc"]
-        place = place[:-1] if place[:-1] in OPTIONS_OF_TWO_TYPES else place
+        place = place[:2] if place[:2] in OPTIONS_OF_TWO_TYPES else place
         if place in issues:
             issues[place]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
         else:
@@ -364,8 +368,8 @@ def _advice(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {nearest!r}?" if same or likeness(nearest)[0] >= 0.6 else ""
 
 
-OPTIONS_OF_TWO_TYPES = {("batch", "tokens"), ("train", "gradient_checkpointing")}
-"""A number or yes-or-no, or `auto`; a test compares this with the annotations."""
+OPTIONS_OF_TWO_TYPES = {("data", "train"), ("data", "eval"), ("batch", "tokens"), ("train", "gradient_checkpointing")}
+"""One or several; a number or yes-or-no, or `auto`; a test compares this with the annotations."""
 
 
 def world_size() -> int:

@@ -118,7 +118,7 @@ def test_voice_cloning_goes_to_its_own_reader(tmp_path: Path, monkeypatch: pytes
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(manifest, "load_samples", lambda *given: calls.append(given) or [])
     load_samples(folder, DataConfig(), tmp_path / "run")
-    assert calls == [(folder, DataConfig(), tmp_path / "run")]
+    assert calls == [(folder, DataConfig(), tmp_path / "run", "train")]
 
 
 def test_folders_that_only_look_alike(tmp_path: Path) -> None:

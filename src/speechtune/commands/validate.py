@@ -20,8 +20,8 @@ from speechtune.config import DataConfig
 from speechtune.data.audio_checks import Progress, check_audio
 from speechtune.data.manifest import read_samples
 from speechtune.data.row_parser import ReadResult
+from speechtune.data.rows import Split
 from speechtune.data.sources import find_source, read_source
-from speechtune.data.speechocean_labels import Split
 from speechtune.errors import Issue, printable
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, SCORE_FIELDS
 from speechtune.types import AudioRef, Pronunciation, Sample

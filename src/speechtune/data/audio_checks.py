@@ -92,9 +92,9 @@ def check_audio(
             for code, reason in _clip_issues(check, declared) if check else ():
                 role = "target" if index == 0 else f"reference {index}"
                 issues.append(_issue(sample, code, f"{role} {ref}: {reason}"))
-        digests = [special[ref].digest for ref in own if ref in special]
-        if len(digests) == len(own) > 1 and digests[0] and digests[0] in digests[1:]:
-            reason = "the target's audio is identical to its reference's: the model would copy it"
+        digests = [special[ref].digest if ref in special else b"" for ref in own]
+        if (sample.audio and own[0] in own[1:]) or (digests and digests[0] and digests[0] in digests[1:]):
+            reason = f"the target is its own reference, an identical clip ({own[0]}): the model would copy it"
             issues.append(_issue(sample, "target_is_reference", reason))
     return AudioCheck(issues, durations, 0 if deep else sum(ref.url is not None for ref in refs))
 

@@ -1,67 +1,52 @@
-"""Rows -> `Sample`: one reader per format; every issue of a row goes to the row's context, none is raised."""
+"""Rows of chats -> `Sample`; every issue of a row goes to the row's context, none is raised."""
 
-import os
 import re
-import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from speechtune.data.row_parser import NOT_TEXT, Context
-from speechtune.types import AudioRef, Clip, Sample
+from speechtune.data.row_parser import AUDIO_PARTS, Context, Spoken, first_name, make_sample
+from speechtune.types import AudioRef, Sample
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
 """What the original pipeline writes before the target text in the user's message."""
-MAX_TRANSCRIPT_BYTES = 2**20
-"""Largest transcript file read, 1 MiB."""
-
-
 _SCENE = re.compile(r"<\|scene_desc_start\|>\n?(.*?)\n?<\|scene_desc_end\|>", re.DOTALL)
 _AUDIO_TAG = re.compile(r"<audio>\n?")
-
-_Spoken = tuple[AudioRef, float | None, str]  # clip, declared duration in seconds, what is said
-
-
-def read_row(context: Context) -> Sample | None:
-    """Turn a row into a sample; None, with issues in the context, where it cannot be."""
-    value = context.row.value
-    if value.get("messages") is not None:
-        return chatml_sample(context, value)
-    if "audio_file" in value:
-        return metadata_sample(context, value)
-    keys = ", ".join(map(repr, list(value)[:8])) or "none"
-    context.issue("unknown_format", f"holds neither 'messages' (ChatML, ms-swift) nor 'audio_file'; its keys: {keys}")
-    return None
+_AUDIO_KINDS = ("audio", "audio_url", "input_audio")
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def metadata_sample(context: Context, value: dict[str, Any]) -> Sample | None:
-    """Read one entry of metadata.json, or one wav/txt pair."""
-    clips: list[_Spoken] = []
-    text = _transcript(context, value, "the transcript", "empty_text", ("transcript", "text"), "transcript_file")
-    if (named := context.audio(value, "audio_file")) is not None:
-        clips.append((*named, text))
-    if context.optional_text(value, "ref_audio_file") is not None:
-        keys = ("ref_transcript", "ref_text")
-        text = _transcript(context, value, "the reference's text", "no_reference_text", keys, "ref_transcript_file")
-        if (named := context.audio({"audio_url": value["ref_audio_file"]})) is not None:
-            clips.append((*named, text))
-    if context.issues:
-        return None
-    sample = _sample(context, clips, value)
-    return replace(sample, borrows_reference=True) if sample is not None and not sample.references else sample
+def chat_messages(value: Mapping[str, Any]) -> Any:
+    """The messages of a row, also those of a ShareGPT row or of one with query and response; None without any."""
+    if (messages := value.get("messages")) is not None:
+        return messages
+    if isinstance(turns := value.get("conversations"), list):
+        messages = [
+            {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
+            if isinstance(turn, dict) and (role := turn.get("from")) is not None
+            else turn
+            for turn in turns
+        ]
+    elif "response" in value and "query" in value:
+        history = value.get("history")
+        pairs = [*(history if isinstance(history, list) else ()), (value.get("query"), value["response"])]
+        sides = [side for pair in pairs for side in (pair if isinstance(pair, list | tuple) else [pair])]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": side} for n, side in enumerate(sides)]
+    if messages and value.get("system"):
+        messages.insert(0, {"role": "system", "content": value["system"]})
+    return messages
 
 
-def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
-    """Read a ChatML row of the original pipeline, a native user/assistant row, or an ms-swift row."""
-    messages, misc = value["messages"], value.get("misc")
+def chatml_sample(context: Context, value: Mapping[str, Any]) -> Sample | None:
+    """Read a row with messages, by audio parts or by `<audio>` tags, see `chat_messages`."""
+    messages, misc = chat_messages(value), value.get("misc")
     if not isinstance(messages, list) or not messages:
         context.issue("bad_row", "'messages' is not a list of messages")
         return None
     if misc is not None and misc == misc and not isinstance(misc, dict):
         context.issue("bad_field", f"'misc' is not an object but {misc!r:.60}")
     misc = misc if isinstance(misc, dict) else {}
-    turns = _turns(context, messages, value.get("audios"))
+    turns = _turns(context, messages, value)
     if context.issues:
         return None
     system, scene = None, None
@@ -74,12 +59,12 @@ def chatml_sample(context: Context, value: dict[str, Any]) -> Sample | None:
         context.issue("wrong_roles", f"expected [system,] user, assistant, ... ending in assistant; found {given}")
         return None
     _check_start_index(context, value, len(messages) - 1)
-    clips: list[_Spoken] = []
+    clips: list[Spoken] = []
     for index in range(0, len(body), 2):
         clips += _pair(context, body[index], body[index + 1], misc if index == len(body) - 2 else {})
     if context.issues:
         return None
-    return _sample(context, [clips[-1], *clips[:-1]], value, misc, system, scene)
+    return make_sample(context, [clips[-1], *clips[:-1]], value, misc, system, scene)
 
 
 @dataclass(slots=True)
@@ -97,17 +82,17 @@ class _Turn:
         return [part for part in self.parts if not isinstance(part, str)]
 
 
-def _turns(context: Context, messages: list[Any], audios: Any) -> list[_Turn]:
+def _turns(context: Context, messages: list[Any], value: Mapping[str, Any]) -> list[_Turn]:
     turns: list[_Turn] = []
-    paths: list[Any] | None = None
-    if audios is not None and audios == audios:
-        paths = list(audios) if isinstance(audios, list) else [audios]
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        tags = sum(len(_AUDIO_TAG.findall(content)) for content in contents if isinstance(content, str))
-        if tags != len(paths):
-            # never pair them up all the same: every later clip would sit under the wrong text
-            context.issue("audio_count", f"{tags} <audio> tag(s) in the messages, but {len(paths)} entries in 'audios'")
-            return turns
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    tags = sum(len(_AUDIO_TAG.findall(content)) for content in contents if isinstance(content, str))
+    name = first_name(value, ("audios", "audio") if tags else ("audios",))
+    audios = value[name] if name else []
+    paths = list(audios) if isinstance(audios, list) else [audios]
+    if tags != len(paths):
+        # never pair them up all the same: every later clip would sit under the wrong text
+        context.issue("audio_count", f"{tags} <audio> tag(s) in the messages, but {len(paths)} entries in 'audios'")
+        return turns
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -116,7 +101,7 @@ def _turns(context: Context, messages: list[Any], audios: Any) -> list[_Turn]:
             continue
         turns.append(turn := _Turn(role, where))
         content = message.get("content")
-        if isinstance(content, str) and paths is not None:
+        if isinstance(content, str) and tags:
             texts = _AUDIO_TAG.split(content)
             content = [texts[0]]
             for text in texts[1:]:
@@ -130,9 +115,9 @@ def _add_part(context: Context, turn: _Turn, part: Any) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, str):
         turn.parts.append(part)
-    elif kind == "text" and isinstance(part.get("text"), str):
+    elif kind in ("text", None) and isinstance(part, dict) and isinstance(part.get("text"), str):
         turn.parts.append(part["text"])
-    elif kind == "audio":
+    elif kind in _AUDIO_KINDS or (kind is None and isinstance(part, dict) and first_name(part, AUDIO_PARTS)):
         if (clip := context.audio(part)) is not None:
             turn.parts.append(clip)
     elif part is None or kind == "text":
@@ -152,14 +137,14 @@ def _system(context: Context, turn: _Turn) -> tuple[str | None, str | None]:
     return (context.text(text, "the system message") if text.strip() else None), scene
 
 
-def _check_start_index(context: Context, value: dict[str, Any], last: int) -> None:
+def _check_start_index(context: Context, value: Mapping[str, Any], last: int) -> None:
     start = context.number(value, "start_index")
     if start is not None and start > last:
         reason = f"'start_index' {start:g} points past messages[{last}], the last assistant message, which is trained"
         context.issue("bad_start_index", reason)
 
 
-def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]) -> list[_Spoken]:
+def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, Any]) -> list[Spoken]:
     """References of the user's message, then the assistant's clip with the text spoken in it."""
     if len(assistant.audios) != 1:
         given = f"{len(assistant.audios)} audio parts, expected one" if assistant.audios else "holds no audio part"
@@ -167,7 +152,7 @@ def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, An
         return []
     target = context.optional_text(misc, "target_transcript")
     spoken = target or (assistant.text if assistant.text.strip() else None)
-    references: list[_Spoken] = []
+    references: list[Spoken] = []
     tail = ""
     for part in user.parts:
         if isinstance(part, str):
@@ -192,62 +177,3 @@ def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, An
         context.text(text, f"{user.where}: the reference's text", "no_reference_text")
     context.text(spoken, f"{assistant.where}: the text spoken in the audio")
     return [*references, (*assistant.audios[0], spoken)]
-
-
-def _sample(
-    context: Context,
-    clips: list[_Spoken],
-    value: Mapping[str, Any],
-    misc: Mapping[str, Any] | None = None,
-    system: str | None = None,
-    scene: str | None = None,
-) -> Sample | None:
-    """Build the sample out of (audio, declared duration, text), the target first."""
-    audio, _, text = clips[0]
-    if any(ref == audio for ref, _, _ in clips[1:]):
-        context.issue("target_is_reference", f"the target is its own reference ({audio}): the model would copy it")
-    speaker = context.optional_text(value, "speaker", "speaker_id") or _text(misc or {}, "speaker", "speaker_id")
-    language = context.optional_text(value, "language") or _text(misc or {}, "language")
-    for name, given in (("speaker", speaker), ("language", language)):
-        if given is not None and NOT_TEXT.search(given):
-            context.issue("bad_unicode", f"{name!r} holds lone surrogates or NUL")
-    if context.issues:
-        return None
-    one = context.shared
-    durations = tuple(declared for _, declared, _ in clips)
-    seconds = one(durations) if any(durations) else ()
-    references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
-    system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
-    name, source, row = context.sample_id, context.row.source, context.row.number
-    return Sample(name, text or "", audio, references, system, scene, speaker, language, source, row, seconds)
-
-
-def _text(values: Mapping[str, Any], *names: str) -> str | None:
-    return next((values[name] for name in names if isinstance(values.get(name), str) and values[name]), None)
-
-
-def _transcript(
-    context: Context, value: dict[str, Any], what: str, code: str, inline: tuple[str, ...], file_key: str
-) -> str:
-    """The text given inline or in a file, checked; after an issue what is returned does not matter."""
-    if (text := context.optional_text(value, *inline)) is not None:
-        return context.text(text, what, code)
-    if (name := context.optional_text(value, file_key)) is None:
-        context.issue(code, f"{what} is missing: expected {file_key!r} or {' or '.join(map(repr, inline))}")
-        return ""
-    if (path := context.path(name, context.folder)) is None:
-        return ""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_TRANSCRIPT_BYTES:
-            context.issue("bad_transcript", f"{path}: not a text file of at most {MAX_TRANSCRIPT_BYTES} bytes")
-            return ""
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        context.issue("missing_text", f"{path}: cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        context.issue("bad_unicode", f"{path}: not UTF-8 at byte {error.start}")
-    else:
-        # the line end closes the file, it is not spoken
-        return context.text(re.sub(r"\r?\n\Z", "", text), f"{what} in {path}", code)
-    return ""

@@ -6,29 +6,53 @@ from dataclasses import replace
 from pathlib import Path
 
 from speechtune.config import DataConfig
+from speechtune.data.arrow import left_out
 from speechtune.data.audio_checks import check_audio
-from speechtune.data.chatml import read_row
+from speechtune.data.layouts import find_layout, iterate_rows
+from speechtune.data.plain_rows import read_row
 from speechtune.data.quarantine import keep_valid
 from speechtune.data.row_parser import ReadResult, read_rows
-from speechtune.data.rows import iterate_rows
+from speechtune.data.rows import Place, Split
 from speechtune.errors import some
 from speechtune.types import Clip, Sample
 
 
-def read_samples(path: Path, config: DataConfig) -> ReadResult:
-    """Read a manifest without touching its audio; rows with issues give no sample.
+def read_samples(path: Path, config: DataConfig, split: Split = "train") -> ReadResult:
+    """Read data of voices without touching its audio; rows with issues give no sample.
 
-    Samples without a named reference in folder layouts borrow one of the same speaker, see `borrow_references`.
+    Of a folder with several splits the one named is read. Samples without a reference of their own borrow one of the
+    same speaker, see `borrow_references`.
 
     Raises ManifestError: there is no such file, or it is of no known layout.
     """
-    result = read_rows(path, iterate_rows(path), config, read_row)
-    samples = borrow_references(result.samples)
-    notes = result.notes
+    _, place = find_layout(Place(path, split))
+    # of what lies in a folder, paths are relative to the file that names them
+    folder = place.path if place.path.is_dir() else place.path.parent
+    result = read_rows(path, iterate_rows(place), config, read_row, folder=folder)
+    samples, notes = name_references(result.samples)
+    samples = borrow_references(samples)
+    notes = [*result.notes, *notes, *left_out(place)]
+    if place.path != path and not place.path.name.startswith("metadata."):
+        notes.append(f"of this folder {place.path.name} is read")
     if alone := [sample.id for sample in samples if sample.borrows_reference and not sample.references]:
-        reason = "sample(s) without reference, their speaker has no other utterance"
+        reason = "sample(s) without reference, their speaker is not named or has no other utterance"
         notes.append(f"{len(alone)} {reason}: {some(alone)}")
     return ReadResult(samples, result.issues, notes, result.num_rows)
+
+
+def name_references(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+    """Give references without text that of the sample whose clip they are; with a note on those that stay without."""
+    if all(clip.text for sample in samples for clip in sample.references):
+        return list(samples), []
+    texts = {sample.audio: sample.text for sample in samples}
+
+    def named(clips: Sequence[Clip]) -> tuple[Clip, ...]:
+        return tuple(clip if clip.text else Clip(clip.audio, texts.get(clip.audio, "")) for clip in clips)
+
+    result = [replace(sample, references=named(sample.references)) for sample in samples]
+    silent = [sample.id for sample in result if any(not clip.text for clip in sample.references)]
+    reason = "sample(s) whose reference has no text ('ref_text'): its words must be guessed from its sound"
+    return result, [f"{len(silent)} {reason}: {some(silent)}"] if silent else []
 
 
 def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
@@ -57,7 +81,9 @@ def borrow_references(samples: Sequence[Sample]) -> list[Sample]:
     return result
 
 
-def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = None) -> list[Sample]:
+def load_samples(
+    path: Path, config: DataConfig, quarantine_dir: Path | None = None, split: Split = "train"
+) -> list[Sample]:
     """Samples of a manifest ready for encoding, with the headers of their audio checked.
 
     With `config.on_error` "quarantine", invalid rows are appended to `quarantine-<stem>.jsonl` in `quarantine_dir`
@@ -65,7 +91,7 @@ def load_samples(path: Path, config: DataConfig, quarantine_dir: Path | None = N
 
     Raises ManifestError: the manifest has issues, or quarantine would set aside more than `config.quarantine_limit`.
     """
-    result = read_samples(path, config)
+    result = read_samples(path, config, split)
     deep = config.on_error == "quarantine"  # else a clip that does not decode stops the encoding
     issues = check_audio(result.samples, config, deep=deep).issues
-    return borrow_references(keep_valid(path, result, issues, config, quarantine_dir, iterate_rows(path)))
+    return borrow_references(keep_valid(path, result, issues, config, quarantine_dir, iterate_rows(Place(path, split))))

@@ -1,15 +1,17 @@
 """Rows that ask for something: what is to be spoken and in whose voice, or which recording is to be assessed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from speechtune.audio import InvalidAudioError, audio_info
 from speechtune.config import DataConfig
-from speechtune.data.chatml import read_row
+from speechtune.data.chatml import chat_messages
+from speechtune.data.layouts import iterate_rows
+from speechtune.data.plain_rows import AUDIO, REFERENCE_AUDIO, REFERENCE_TEXT, TEXT, read_row
 from speechtune.data.quarantine import require_valid
-from speechtune.data.row_parser import Context, read_rows
-from speechtune.data.rows import Row, iterate_rows
+from speechtune.data.row_parser import Context, first_name, read_rows
+from speechtune.data.rows import Place, Row
 from speechtune.errors import ManifestError
 from speechtune.types import AudioRef, Clip, Sample
 
@@ -19,7 +21,13 @@ def read_prompts(path: Path, config: DataConfig) -> list[Sample]:
 
     Raises ManifestError: every issue, with file and line.
     """
-    return _read(path, config, "text", _prompt)
+
+    def read(context: Context) -> Sample | None:
+        value = context.row.value
+        has_clip = chat_messages(value) is not None or not value.keys().isdisjoint(AUDIO)
+        return read_row(context) if has_clip or value.keys().isdisjoint(TEXT) else _prompt(context)
+
+    return require_valid(path, read_rows(path, iterate_rows(Place(path)), config, read))
 
 
 def read_recordings(path: Path, config: DataConfig) -> list[Sample]:
@@ -27,35 +35,29 @@ def read_recordings(path: Path, config: DataConfig) -> list[Sample]:
 
     Raises ManifestError: every issue, with file and line.
     """
-    return _read(path, config, None, _recording)
 
-
-def _read(path: Path, config: DataConfig, key: str | None, read_plain: Callable[[Context], Sample]) -> list[Sample]:
     def read(context: Context) -> Sample | None:
-        keys = context.row.value.keys()
-        plain = not {"messages", "audio_file"} & keys and (key is None or key in keys)
-        return read_plain(context) if plain else read_row(context)
+        value = context.row.value
+        has_text = first_name(value, (*TEXT, "transcript_file")) or chat_messages(value) is not None
+        return read_row(context) if has_text else _recording(context)
 
-    return require_valid(path, read_rows(path, iterate_rows(path), config, read))
+    return require_valid(path, read_rows(path, iterate_rows(Place(path)), config, read))
 
 
 def _recording(context: Context) -> Sample:
-    value, row = context.row.value, context.row
-    text = context.optional_text(value, "text")
-    if text is not None:
-        context.text(text, "the text")
-    audio, declared = context.audio(value, "audio") or (None, None)
+    row = context.row
+    audio, declared = context.audio(row.value, AUDIO) or (None, None)
     seconds = () if declared is None else (declared,)
-    return Sample(context.sample_id, text or "", audio, source=row.source, row=row.number, declared_seconds=seconds)
+    return Sample(context.sample_id, "", audio, source=row.source, row=row.number, declared_seconds=seconds)
 
 
 def _prompt(context: Context) -> Sample:
     value, row = context.row.value, context.row
-    text = context.text(context.optional_text(value, "text") or "", "the text")
+    text = context.text(context.optional_text(value, *TEXT) or "", "the text")
     references = []
-    if value.get("reference"):
-        named = context.audio(value, "reference")
-        spoken = context.text(context.optional_text(value, "reference_text") or "", "the reference's text")
+    if first_name(value, REFERENCE_AUDIO):
+        named = context.audio(value, REFERENCE_AUDIO)
+        spoken = context.text(context.optional_text(value, *REFERENCE_TEXT) or "", "the reference's text")
         references = [] if named is None else [Clip(named[0], spoken)]
     system, scene = context.optional_text(value, "system"), context.optional_text(value, "scene")
     sample = Sample(context.sample_id, text, None, tuple(references), system, scene)

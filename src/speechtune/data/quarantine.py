@@ -90,7 +90,8 @@ def _write_quarantine(target: Path, rows: Iterable[Row], issues: list[Issue]) ->
         record: dict[str, Any] = {"source": row.source, "row": row.number, "id": own[0].sample_id}
         record["issues"] = [{"code": issue.code, "message": issue.message} for issue in own]
         record["content"] = row.raw if row.value is None else row.value
-        if (line := json.dumps(record)) not in known:  # ASCII: lone surrogates must survive
+        # ASCII: lone surrogates must survive; clips inside a row are not copied
+        if (line := json.dumps(record, default=lambda item: f"<{len(item)} bytes>")) not in known:
             lines.append(line + "\n")
     with target.open("a", encoding="utf-8") as file:
         file.write("".join(lines))

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +16,18 @@ from speechtune.audio import MAX_INLINE_BYTES
 from speechtune.config import DataConfig
 from speechtune.data.rows import Row, Shared
 from speechtune.errors import Issue, printable
-from speechtune.types import AudioRef, Sample
+from speechtune.types import AudioRef, Clip, Sample
 
 NOT_TEXT = re.compile("[\ud800-\udfff\0]")
 """Lone surrogates, which stand for bytes that are not UTF-8, and NUL."""
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
+AUDIO_PARTS = ("audio_url", "audio", "input_audio", "path", "url")
+"""Fields of an audio part of a message that may hold the clip."""
+SPEAKER = ("speaker", "speaker_id", "spk", "spk_id", "speaker_name", "client_id")
+LANGUAGE = ("language", "lang", "locale")
+"""Names of the fields for speaker and language, in the order they are looked for."""
+Spoken = tuple[AudioRef, float | None, str]
+"""A clip, its declared duration in seconds, and what is said in it."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://|(file|data):", re.IGNORECASE)
 
 
@@ -97,8 +104,10 @@ class Context:
             return None
         return path
 
-    def audio(self, part: Mapping[str, Any], url_key: str = "audio_url") -> tuple[AudioRef, float | None] | None:
-        """The clip an audio part names, and its declared duration in seconds where no segment is meant."""
+    def audio(
+        self, part: Mapping[str, Any], names: Sequence[str] = AUDIO_PARTS
+    ) -> tuple[AudioRef, float | None] | None:
+        """The clip in the first of the named fields, and its declared duration in seconds where no segment is meant."""
         duration, offset = self.number(part, "duration"), self.number(part, "offset")
         if duration is not None and duration <= 0:
             self.issue("bad_duration", f"the declared duration {duration:g} s is not above 0")
@@ -109,10 +118,9 @@ class Context:
         # a duration without offset describes the file; with an offset it cuts a segment out of it
         segment = {} if offset is None else {"offset_seconds": offset, "duration_seconds": duration}
         declared = duration if offset is None else None
-        place = self.optional_text(part, url_key)
-        if place is None or place == "placeholder":
-            data = self._inline(part, url_key)
-            return None if data is None else (AudioRef(data=data, **segment), declared)
+        place = self._place(part, names)
+        if place is None or isinstance(place, bytes):
+            return None if place is None else (AudioRef(data=place, **segment), declared)
         if url := _URL.match(place):
             scheme = (url[1] or url[2]).lower()
             if scheme not in ("http", "https"):
@@ -122,27 +130,92 @@ class Context:
             else:
                 return AudioRef(url=place, **segment), declared
             return None
+        if place.endswith("|"):
+            self.issue("bad_path", f"{place!r:.80} is a command; commands are not run, give a path")
+            return None
         path = self.path(place)
         return None if path is None else (self.shared(AudioRef(path=path, **segment)), declared)
 
-    def _inline(self, part: Mapping[str, Any], url_key: str) -> bytes | None:
-        text = self.optional_text(part, "raw_audio")
-        if text is None:
-            self.issue("missing_audio", f"no audio: neither {url_key!r} nor 'raw_audio' is given")
-            return None
-        if len(text) > MAX_INLINE_BYTES * 4 // 3 + 4:
-            self.issue("too_large", f"'raw_audio' exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
-            return None
+    def _place(self, part: Mapping[str, Any], names: Sequence[str]) -> str | bytes | None:
+        """The path, URL or bytes that an audio field holds; None, with an issue, where there is none."""
+        name = first_name(part, names)
+        value = part[name] if name else None
+        if isinstance(value, Mapping):  # {"bytes", "path"} of datasets, {"data", "format"} and {"url"} of chat services
+            part, name = value, first_name(value, ("bytes", "data", "url", "path"))
+            value = part[name] if name else None
+            if name is None and "array" in part:
+                self.issue("missing_audio", "the audio is decoded; cast the column with Audio(decode=False)")
+                return None
+        if value is None or value == "placeholder":
+            name = "raw_audio"
+            if (value := self.optional_text(part, name)) is None:
+                self.issue("missing_audio", f"no audio: neither {names[0]!r} nor 'raw_audio' is given")
+                return None
+        if name in ("raw_audio", "data") and isinstance(value, str):
+            return self._decoded(value, name)
+        if name == "bytes" or isinstance(value, bytes):
+            return self._sized(value, str(name))
+        place = self.optional_text({str(name): value}, str(name))
+        head, comma, text = (place or "").partition(",")
+        if comma and head.lower().startswith("data:") and head.lower().endswith(";base64"):
+            return self._decoded(text, "data:")
+        return place
+
+    def _sized(self, value: object, name: str) -> bytes | None:
+        if not isinstance(value, bytes):
+            self.issue("bad_field", f"{name!r} of the audio is not bytes but {type(value).__name__}")
+        elif len(value) > MAX_INLINE_BYTES:
+            self.issue("too_large", f"{name!r} exceeds the limit of {MAX_INLINE_BYTES} bytes; put it into a file")
+        else:
+            return value
+        return None
+
+    def _decoded(self, text: str, name: str) -> bytes | None:
         try:
-            return base64.b64decode(text, validate=True)
+            return self._sized(base64.b64decode(text, validate=True), name)
         except (binascii.Error, ValueError) as error:
-            self.issue("bad_base64", f"'raw_audio' is not valid base64: {error}")
+            self.issue("bad_base64", f"{name!r} is not valid base64: {error}")
             return None
+
+
+def first_name(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of the names whose field holds something: not None, NaN or ""."""
+    return next((n for n in names if (value := values.get(n)) not in (None, "") and value == value), None)
 
 
 @lru_cache(maxsize=4096)
 def _real_folder(path: str) -> str:
     return os.path.realpath(path)
+
+
+def make_sample(
+    context: Context,
+    clips: list[Spoken],
+    value: Mapping[str, Any],
+    misc: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    scene: str | None = None,
+) -> Sample | None:
+    """Build the sample out of (audio, declared duration, text), the target first."""
+    audio, _, text = clips[0]
+    speaker = context.optional_text(value, *SPEAKER) or _text(misc or {}, *SPEAKER)
+    language = context.optional_text(value, *LANGUAGE) or _text(misc or {}, *LANGUAGE)
+    for name, given in (("speaker", speaker), ("language", language)):
+        if given is not None and NOT_TEXT.search(given):
+            context.issue("bad_unicode", f"{name!r} holds lone surrogates or NUL")
+    if context.issues:
+        return None
+    one = context.shared
+    durations = tuple(declared for _, declared, _ in clips)
+    seconds = one(durations) if any(durations) else ()
+    references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
+    system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
+    name, source, row = context.sample_id, context.row.source, context.row.number
+    return Sample(name, text or "", audio, references, system, scene, speaker, language, source, row, seconds)
+
+
+def _text(values: Mapping[str, Any], *names: str) -> str | None:
+    return next((values[name] for name in names if isinstance(values.get(name), str) and values[name]), None)
 
 
 @dataclass(frozen=True, slots=True)

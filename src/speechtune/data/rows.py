@@ -1,31 +1,46 @@
-"""Manifest files -> rows: JSON lists, JSONL, metadata.json and wav/txt folders, streamed with line numbers."""
+"""What a manifest is read from and into: places and rows; and the rows of JSON files, streamed with line numbers."""
 
 import json
-import os
 import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 from speechtune.errors import ManifestError
 
 MAX_ROW_CHARS = 256 * 2**20
 """Longest row of a JSON file, in characters; a longer one counts as malformed."""
-AUDIO_SUFFIXES = (".wav", ".flac")
-"""What a folder without metadata.json is searched for."""
 UNREADABLE_REST = "unreadable_rest"
 """Code of an issue after which the rows behind it are unknown; quarantine cannot help."""
-
-EXPECTED = (
-    "expected one of: ChatML or ms-swift rows as a JSON list, a JSON object or JSONL; a folder (or its metadata.json) "
-    'with {"samples": [...]}; a folder of wav/flac files with .txt files of the same name'
-)
 
 _CHUNK_CHARS = 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOP_LEVEL_LIST = re.compile(r'"(samples|messages)"\s*:\s*\[')
 Value = TypeVar("Value", bound=Hashable)
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder to be read, and the split that is wanted where it holds several."""
+
+    path: Path
+    split: Split = "train"
+
+    @cached_property
+    def head(self) -> str:
+        """The beginning of the file; "" for a folder. Bytes that are not UTF-8 are surrogates."""
+        if not self.path.is_file():
+            return ""
+        try:
+            with self.path.open("rb") as file:
+                return file.read(2**16).decode("utf-8-sig", errors="surrogateescape")
+        except OSError as error:
+            raise ManifestError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +69,18 @@ class Shared:
         return self._kept.setdefault(value, value)
 
 
-def iterate_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a manifest of any layout."""
-    if path.is_dir():
-        metadata = path / "metadata.json"
-        yield from _json_rows(metadata) if metadata.is_file() else _folder_rows(path)
-    elif path.is_file():
-        yield from _json_rows(path)
-    else:
-        raise ManifestError(f"{path}: no such file or folder; {EXPECTED}")
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
+def json_rows(place: Place) -> Iterator[Row]:
+    """Rows of a JSON list, of JSONL, of one or several objects, or of the list `samples` of an object."""
+    path, head = place.path, place.head.lstrip()
     try:
         # surrogateescape: a byte that is not UTF-8 becomes an issue of its row instead of ending the read
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            head = file.read(2**16)
-            file.seek(0)
-            first = head.lstrip()[:1]
-            if first == "[":
-                yield from _Scanner(file, path).list_rows()
-                return
-            if first != "{":
-                raise ManifestError(f"{path}: neither JSON nor JSONL (begins with {head[:20]!r}); {EXPECTED}")
             top_list = _TOP_LEVEL_LIST.search(head)
-            if path.name == "metadata.json" or (top_list and top_list[1] == "samples"):
+            if head[:1] == "[":
+                yield from _Scanner(file, path).list_rows()
+            elif path.name == "metadata.json" or (top_list and top_list[1] == "samples"):
                 yield from _Scanner(file, path).member_rows("samples")
-            elif path.suffix in (".jsonl", ".ndjson") or _is_json(head.lstrip().partition("\n")[0]):
+            elif path.suffix in (".jsonl", ".ndjson") or _is_json(head.partition("\n")[0]):
                 yield from _line_rows(file, path)
             else:
                 yield from _Scanner(file, path).object_rows()
@@ -238,47 +238,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _folder_rows(folder: Path) -> Iterator[Row]:
-    """Pairs of audio and .txt as rows of the metadata.json layout; speaker = parent folder."""
-    audio: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    duplicates: set[str] = set()
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            key = os.path.relpath(os.path.join(place, stem), folder)
-            if suffix.lower() in AUDIO_SUFFIXES:
-                if key in audio:
-                    duplicates.add(key)
-                audio.setdefault(key, key + suffix)
-            elif suffix.lower() == ".txt":
-                texts[key] = key + suffix
-    if not audio:
-        raise ManifestError(f"{folder}: holds neither metadata.json nor any {' or '.join(AUDIO_SUFFIXES)}; {EXPECTED}")
-    if not texts.keys() & audio.keys():
-        raise ManifestError(f"{folder}: no audio file has a .txt file of the same name beside it; {EXPECTED}")
-    # a text file alone may be a README: only in a folder with clips does it count as a transcript
-    spoken = {os.path.dirname(key) for key in audio}
-    keys = sorted(audio.keys() | {key for key in texts if os.path.dirname(key) in spoken and not _is_note(key)})
-    for number, key in enumerate(keys, 1):
-        value = {"id": key, "speaker_id": os.path.dirname(key) or folder.resolve().name}
-        source = f"{folder / texts.get(key, audio.get(key, key))}:1"
-        value |= {"audio_file": audio[key]} if key in audio else {}
-        value |= {"transcript_file": texts[key]} if key in texts else {}
-        if key in duplicates:
-            reason = f"several audio files belong to the text {key}.txt; keep one"
-            yield Row(number, source, None, "duplicate_audio", reason, json.dumps(value))
-        elif key not in audio:
-            reason = f"no {' or '.join(AUDIO_SUFFIXES)} of the same name beside this text"
-            yield Row(number, source, None, "missing_audio", reason, json.dumps(value))
-        elif key not in texts:
-            yield Row(number, source, None, "missing_text", "no .txt of the same name beside it", json.dumps(value))
-        else:
-            yield Row(number, source, value)
-
-
-def _is_note(key: str) -> bool:
-    return os.path.basename(key).lower() in ("readme", "license", "licence")

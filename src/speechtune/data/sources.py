@@ -2,25 +2,20 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from speechtune.config import DataConfig
+from speechtune.config import DataConfig, Paths
 from speechtune.data import manifest
+from speechtune.data.arrow import parquet_splits
 from speechtune.data.audio_checks import check_audio
-from speechtune.data.pronunciation_rows import (
-    hub_files,
-    is_assessment_jsonl,
-    is_hub_copy,
-    read_assessment_jsonl,
-    read_hub_copy,
-)
+from speechtune.data.layouts import iterate_rows
+from speechtune.data.pronunciation_rows import is_hub_copy, is_task_file, read_hub_copy, read_tasks
 from speechtune.data.quarantine import keep_valid
 from speechtune.data.row_parser import ReadResult
-from speechtune.data.rows import Row, iterate_rows
+from speechtune.data.rows import SPLITS, Place, Row, Split
 from speechtune.data.speechocean import is_speechocean, read_speechocean
-from speechtune.data.speechocean_labels import SPLITS, Split
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS
 from speechtune.types import Sample
 
@@ -51,12 +46,12 @@ def find_source(path: Path) -> Source | None:
     if named and is_speechocean(path.parent):
         return Source("folder", path.parent, named, (named,))
     if is_hub_copy(path):
-        splits: tuple[Split, ...] = tuple(split for split in SPLITS if split in hub_files(path))
+        splits = parquet_splits(path)
         alone = len(splits) == 1 and (named or path.suffix == ".parquet")  # else DIR with one split would pass for both
         return Source("hub", path, splits[0] if alone else None, splits)
     if named and not os.path.exists(path) and is_hub_copy(path.parent):
         return Source("hub", path.parent, named, (named,))
-    return Source("jsonl", path) if is_assessment_jsonl(path) else None
+    return Source("jsonl", path) if is_task_file(path) else None
 
 
 def read_source(source: Source, split: Split | None, config: DataConfig) -> ReadResult:
@@ -66,7 +61,7 @@ def read_source(source: Source, split: Split | None, config: DataConfig) -> Read
     installed.
     """
     if source.format == "jsonl" or split is None:
-        return read_assessment_jsonl(source.path, config)
+        return read_tasks(source.path, config)
     if source.format == "hub":
         return read_hub_copy(source.path, split, config)
     return read_speechocean(source.path, split, config)
@@ -85,15 +80,39 @@ def load_samples(
     """
     source = find_source(path)
     if source is None:
-        return manifest.load_samples(path, config, quarantine_dir)
+        return manifest.load_samples(path, config, quarantine_dir, default_split)
     result = read_source(source, None if source.format == "jsonl" else source.split or default_split, config)
     issues = check_audio(result.samples, config, deep=True, max_seconds=MAX_CLIP_SECONDS).issues
     if config.on_error == "fail":
         issues = [issue for issue in issues if issue.code not in _BEARABLE]
     rows: Iterable[Row]
     if source.format == "jsonl":
-        rows = iterate_rows(path)
+        rows = iterate_rows(Place(path))
     else:  # a row is no line of text to set aside: the quarantine file names its place
         first = {issue.row or issue.source: issue for issue in reversed([*result.issues, *issues])}
         rows = [Row(issue.row, issue.source) for issue in reversed(first.values())]
     return keep_valid(path, result, issues, config, quarantine_dir, rows)
+
+
+def as_paths(value: Paths | None) -> tuple[Path, ...]:
+    """The paths of an option that takes one or several."""
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def load_all(
+    paths: Paths, config: DataConfig, quarantine_dir: Path | None = None, default_split: Split = "train"
+) -> list[Sample]:
+    """Samples of one or several data files in order, each as by `load_samples`.
+
+    An id that an earlier file has taken gets the number of its file in front ("2:hold"): files of one name whose rows
+    have no ids are common.
+    """
+    first, *others = as_paths(paths)
+    samples = load_samples(first, config, quarantine_dir, default_split)
+    taken = {sample.id for sample in samples} if others else set()
+    for number, path in enumerate(others, 2):
+        more = load_samples(path, config, quarantine_dir, default_split)
+        more = [replace(one, id=f"{number}:{one.id}") if one.id in taken else one for one in more]
+        taken.update(sample.id for sample in more)
+        samples += more
+    return samples

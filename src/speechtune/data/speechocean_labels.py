@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from speechtune.data.row_parser import Context
+from speechtune.data.rows import Split
 from speechtune.tasks.pronunciation.phones import (
     PhoneError,
     base_phone,
@@ -16,14 +17,14 @@ from speechtune.tasks.pronunciation.phones import (
 from speechtune.tasks.pronunciation.targets import MAX_SCORE, SCORE_FIELDS
 from speechtune.types import AudioRef, Mispronunciation, Pronunciation, Sample, Word
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
 WORD_SCORE_FIELDS = ("accuracy", "stress", "total")
 """Scores a word may have."""
 MAX_PHONE_ACCURACY = 2.0
 """Best accuracy of a phone; 1 is a heavy accent, 0 wrong or missed."""
 MISPRONOUNCED_BELOW = 0.5
 """Accuracy under which the corpus names what was said instead of the phone."""
+OLD_LABELS = "labels of before July 2024 look so: take resource/scores.json of github.com/jimbozhang/speechocean762"
+"""What is said of labels outside the inventory, such as AR and TR, and of absent mispronunciations."""
 _AGE = re.compile("[0-9]{1,3}")
 
 
@@ -174,14 +175,15 @@ class LabelReader:
             values = []  # the corpus lists them for phones scored below 0.5 only
         if not isinstance(values, list):
             reason = f"{where}: no list 'mispronunciations', though a phone is scored below {MISPRONOUNCED_BELOW:g}"
-            self.context.issue("missing_mispronunciations", reason)
+            self.context.issue("missing_mispronunciations", f"{reason}; {OLD_LABELS}")
             return ()
         errors, issues = [], len(self.context.issues)
         for value in values:
             try:
                 errors.append(read_mispronunciation(value, phones))
             except PhoneError as error:
-                self.context.issue(error.code, f"{where}: {error}")
+                hint = f"; {OLD_LABELS}" if error.code == "unknown_phone" else ""
+                self.context.issue(error.code, f"{where}: {error}{hint}")
         if len(self.context.issues) > issues:
             return ()
         try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechtune.config import RunConfig, shipped_recipes
+from speechtune.data.sources import as_paths
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.families import load_config
 from speechtune.legacy import Flag, flags_in_messages
@@ -126,9 +127,10 @@ def configure(options: argparse.Namespace) -> RunConfig:
 
 def require_data(config: RunConfig) -> None:
     """Refuse data that is not there, before the model is loaded or processes are started."""
-    for option, path in (("--train-data", config.data.train), ("--eval-data", config.data.eval)):
-        is_split = path is not None and path.name in ("train", "test") and path.parent.exists()  # it may be in files
-        if path is not None and not path.exists() and not is_split:
+    given = (("--train-data", config.data.train), ("--eval-data", config.data.eval))
+    for option, path in ((option, path) for option, paths in given for path in as_paths(paths)):
+        is_split = path.name in ("train", "test") and path.parent.exists()  # it may be in files
+        if not path.exists() and not is_split:
             raise ManifestError(
                 f"{option} {path}: no such file or folder; expected is a Speechocean762 folder or its train or test, "
                 "the hub copy's parquet files, or JSONL"

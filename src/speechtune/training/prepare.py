@@ -25,7 +25,8 @@ from speechtune import __version__
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
 from speechtune.config import RunConfig, world_size
-from speechtune.data.sources import load_samples
+from speechtune.data.manifest import borrow_references
+from speechtune.data.sources import as_paths, load_all
 from speechtune.data.splits import split_validation
 from speechtune.errors import ConfigError
 from speechtune.families import create_family
@@ -134,16 +135,17 @@ def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sam
     data = config.data
     if data.train is None:
         raise ConfigError("data.train: required for this, but not given")
-    training, evaluation = load_samples(data.train, data, config.output_dir), list[Sample]()
+    training, evaluation = load_all(data.train, data, config.output_dir), list[Sample]()
     if not config.evaluate.enabled:
         if data.validation_split or data.eval:
             log.info("evaluation is off: all %d samples are trained on, data.eval is not read", len(training))
     elif data.validation_split > 0:
         share, total = data.validation_split, len(training)
-        training, evaluation = split_validation(training, share, config.train.seed)
+        sides = split_validation(training, share, config.train.seed)
+        training, evaluation = map(borrow_references, sides)  # never across the split
         log.info("validation_split %g holds out %d of %d samples", share, len(evaluation), total)
     elif data.eval:
-        evaluation = load_samples(data.eval, data, config.output_dir, "test")
+        evaluation = load_all(data.eval, data, config.output_dir, "test")
     return family.expand(training), family.expand(evaluation)
 
 
@@ -258,7 +260,7 @@ Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}
 def _metadata(config: RunConfig, family: Family, scores: Mapping[str, float]) -> ModelCardData:
     """The metadata block; a base in a local folder is not named, for nobody else could find it."""
     base, data = config.model.path, config.data
-    name = data.eval.name if data.eval else "held out from the training data"
+    name = ", ".join(path.name for path in as_paths(data.eval)) or "held out from the training data"
     results = [
         EvalResult(
             task_type=family.pipeline_tag,

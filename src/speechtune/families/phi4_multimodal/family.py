@@ -217,7 +217,7 @@ class Phi4MultimodalFamily(Family):
         data = self.config.data
         result = task_samples(samples, data.tasks, self.config.train.seed, data.star_policy)
         if samples and not result:
-            raise ManifestError(f"{data.train}: data.tasks={data.tasks} leaves no sample")
+            raise ManifestError(f"data.tasks={data.tasks} leaves no sample of data.train")
         for sample in result:
             task_of(sample)
         return result
