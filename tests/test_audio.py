@@ -49,6 +49,54 @@ def test_segment_is_exactly_the_wanted_samples(ramp: AudioRef) -> None:
     np.testing.assert_array_equal(read_audio(rest).samples, read_audio(ramp).samples[28000:])
 
 
+@pytest.mark.parametrize(("form", "subtype"), [("WAV", "GSM610"), ("WAV", "G721_32"), ("AU", "G721_32")])
+def test_files_that_cannot_seek_are_read_in_sequence(tmp_path: Path, form: str, subtype: str) -> None:
+    """Guards against "Seek attempted on unseekable file type" for telephone recordings."""
+    path = tmp_path / "call"
+    soundfile.write(path, tone(1.0, 8000), 8000, format=form, subtype=subtype)
+    whole, _ = soundfile.read(path, dtype="float32")
+    np.testing.assert_array_equal(read_audio(AudioRef(str(path))).samples, whole)
+    part = read_audio(AudioRef(str(path), offset_seconds=0.25, duration_seconds=0.5)).samples
+    np.testing.assert_array_equal(part, whole[2000:6000])
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "hint"),
+    [
+        ("wavs\\a.wav", "wavs/a.wav", "write / between folders"),
+        ("caf\u00e9/a.wav", "cafe\u0301/a.wav", "differs in case or Unicode form"),
+        ("cafe\u0301.wav", "caf\u00e9.wav", "differs in case or Unicode form"),
+        ("A.WAV", "a.wav", "'a.wav' differs in case"),
+        ("b.wav", "a.wav", ""),
+        ("none/b.wav", "a.wav", ""),
+    ],
+)
+def test_a_missing_file_says_why(tmp_path: Path, name: str, there: str, hint: str) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    with pytest.raises(AudioError) as caught:
+        read_audio(AudioRef(str(tmp_path / name)))
+    assert hint in str(caught.value) and str(caught.value).endswith("no such file") == (not hint)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
+        (b"<!DOCTYPE html><html>404</html>", "download it again"),
+        (b"\0\0\0\x20ftypM4A \0\0\0\0", "convert it: ffmpeg -i FILE FILE.wav"),
+        (b"\xff\xf1\x50\x80" + b"\0" * 60, "convert it: ffmpeg"),
+        (b"\x1aE\xdf\xa3" + b"\0" * 60, "convert it: ffmpeg"),
+    ],
+)
+def test_what_is_no_audio_is_named(tmp_path: Path, content: bytes, hint: str) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    for ref in (AudioRef(str(tmp_path / "a.wav")), AudioRef(data=content)):
+        with pytest.raises(AudioError, match="not audio libsndfile can read") as caught:
+            audio_info(ref)
+        assert hint in str(caught.value)
+
+
 def test_only_the_segment_is_decoded(ramp: AudioRef, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     real = soundfile.SoundFile.read

@@ -379,3 +379,15 @@ def test_an_option_of_two_types_has_one_issue() -> None:
         f"  train.gradient_checkpointing: {boolean}",
         "  batch.tokens: Input should be greater than or equal to 1, or 'auto' (got 0)",
     ]
+
+
+def test_data_is_a_path_or_a_list_of_them(recipe: Path) -> None:
+    assert load_config(recipe, ["data.train=a.jsonl"]).data.train == Path("a.jsonl")
+    config = load_config(recipe, ["data.train=[a.jsonl, b/]", "data.eval=[c.csv]"])
+    assert (config.data.train, config.data.eval) == ((Path("a.jsonl"), Path("b")), (Path("c.csv"),))
+    again = build_config(yaml.safe_load(config.to_yaml()), "again")
+    assert again.data == config.data
+    for wrong in ("[]", "[1]", "3", "{a: b}"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(recipe, [f"data.train={wrong}"])
+        assert len(str(caught.value).splitlines()) == 2 and "data.train: Input" in str(caught.value)

@@ -173,6 +173,12 @@ def test_issues_of_the_copy(tmp_path: Path, fields: dict[str, Any], code: str, m
     assert ([sample.id for sample in result.samples], result.num_rows) == (["u1", "u3"], 3)
 
 
+@pytest.mark.parametrize("fields", [error(pronounced_phone="AR"), word(mispronunciations=None)])
+def test_old_labels_are_told_of_the_corrected_release(fields: dict[str, Any]) -> None:
+    (issue,) = hub_copy([hub_row(**fields)], "train", DataConfig()).issues
+    assert "github.com/jimbozhang/speechocean762" in issue.message
+
+
 def test_every_issue_of_a_row_is_listed() -> None:
     row = hub_row(total=12, gender="x", audio=None, **word(phones="L Q"))
     codes = [issue.code for issue in hub_copy([row], "train", DataConfig()).issues]

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,14 @@ from assessment_helpers import (
     write_parquet,
 )
 from speechtune.commands.validate import print_report, validate
-from speechtune.config import DataConfig
+from speechtune.config import DataConfig, RunConfig
 from speechtune.data import manifest
-from speechtune.data.sources import find_source, load_samples
+from speechtune.data.sources import find_source, load_all, load_samples
 from speechtune.data.splits import split_samples, split_validation
 from speechtune.errors import Issue, ManifestError
 from speechtune.tasks.pronunciation.phones import StarPolicy
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, target_of, task_of, task_samples
+from speechtune.training.prepare import load_sets
 from speechtune.types import AudioRef, Pronunciation, Sample, Word
 
 
@@ -109,6 +111,14 @@ def test_tasks_in_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(wav())
     samples = load_samples(write_jsonl(tmp_path, task_row(), task_row("MDD")), DataConfig())
     assert [(sample.id, task_of(sample)) for sample in samples] == [("tasks-1", "APA"), ("tasks-2", "MDD")]
+
+
+def test_a_folder_of_tasks_is_not_read_as_voices(tmp_path: Path) -> None:
+    """Guards against answers that are dropped without a word, where the folder is named in place of the file."""
+    (tmp_path / "a.wav").write_bytes(wav())
+    path = write_jsonl(tmp_path, task_row())
+    with pytest.raises(ManifestError, match=f"holds rows with tasks; name the file in it that is meant: {path}"):
+        load_samples(tmp_path, DataConfig())
 
 
 def test_voice_cloning_goes_to_its_own_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +332,39 @@ def test_splits_that_cannot_be_made() -> None:
     assert split_validation(nameless, 0, 1) == (nameless, [])
     with pytest.raises(ManifestError, match=r"of 1 sample\(s\): at least 2 are needed"):
         split_validation(nameless, 0.5, 1)
+
+
+# ---- several files
+
+
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    """Files of one name give rows of one id: the later ones get the number of their file."""
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.wav").write_bytes(wav())
+        (tmp_path / folder / "train.jsonl").write_text(json.dumps({"audio": "x.wav", "text": folder}) + "\n")
+    paths = tuple(tmp_path / folder / "train.jsonl" for folder in "abc")
+    assert [(s.id, s.text) for s in load_all(paths, DataConfig())] == [
+        ("train-1", "a"), ("2:train-1", "b"), ("3:train-1", "c"),
+    ]  # fmt: skip
+    assert load_all(paths[0], DataConfig()) == load_samples(paths[0], DataConfig())
+    (tmp_path / "b" / "train.jsonl").write_text("[]")
+    with pytest.raises(ManifestError, match=r"b/train\.jsonl"):
+        load_all(paths, DataConfig())
+
+
+def test_references_are_not_borrowed_across_the_split(tmp_path: Path) -> None:
+    """Guards against held-out clips heard in training as references: 3 of 8, where they were borrowed before."""
+    for number in range(8):
+        (tmp_path / f"{number}.wav").write_bytes(wav(0.2 + number / 100))
+        (tmp_path / f"{number}.txt").write_text(f"Text {number}.")
+    values = {"family": "higgs_audio_v2", "model": {"path": "x"}, "data": {"train": tmp_path, "validation_split": 0.4}}
+    config = RunConfig.model_validate({**values, "output_dir": tmp_path / "run"})
+    sides = load_sets(config, SimpleNamespace(expand=list))  # type: ignore[arg-type]
+    assert [len(side) for side in sides] == [5, 3]
+    for side in sides:
+        targets = {sample.audio for sample in side}
+        assert all(len(sample.references) == 1 and sample.references[0].audio in targets for sample in side)
 
 
 # ---- the verb validate

@@ -146,7 +146,9 @@ def kaldi_rows(place: Place) -> Iterator[Row]:
     folder = place.path
     names = ("wav.scp", "segments", "utt2spk")
     clips, segments, speakers = ({key: value for _, key, value in _lines(folder / name)} for name in names)
+    number, spoken = 0, set[str]()
     for number, (line, key, text) in enumerate(_lines(folder / "text"), 1):
+        spoken.add(key)
         source = f"{folder / 'text'}:{line}"
         recording, *span = (segments.get(key) or key).split()
         clip = clips.get(recording, "")
@@ -163,6 +165,8 @@ def kaldi_rows(place: Place) -> Iterator[Row]:
         else:
             reason = f"wav.scp has no line for {recording!r}"
             yield Row(number, source, None, "missing_audio", reason, json.dumps(value))
+    for more, key in enumerate(sorted((segments or clips).keys() - spoken), 1):
+        yield Row(number + more, f"{folder / 'text'}:1", None, "missing_text", f"text has no line for {key!r}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -105,9 +105,9 @@ def _inside(place: Place) -> Path:
 
 def _names_clips(place: Place) -> bool:
     layout = next((layout for layout in LAYOUTS if layout.matches(place)), None)
-    if layout is None or layout.rows is not json_rows:
+    if layout is None or layout.rows is list_rows:
         return layout is not None
-    value = next((row.value for row in json_rows(place)), None)
+    value = next((row.value for row in layout.rows(place)), None)
     return isinstance(value, dict) and not value.keys().isdisjoint((*AUDIO, "messages", "conversations", "query"))
 
 

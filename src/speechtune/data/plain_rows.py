@@ -4,7 +4,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,10 @@ def advice(value: Mapping[str, Any]) -> str:
     ]
     keys = ", ".join(map(repr, list(value)[:8])) or "none"
     what = f"rename {' and '.join(renamed)}" if renamed else "expected 'messages', or 'audio' and 'text'"
+    if lists := [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]:
+        what = f"rename {lists[0]!r} to 'samples' if it holds the rows"
+    elif value and all(isinstance(item, dict) for item in value.values()):
+        what = "write its values as a list if they are the rows"
     return f"{what}; its keys: {keys}"
 
 
@@ -65,7 +68,7 @@ def plain_sample(context: Context, value: Mapping[str, Any]) -> Sample | None:
     """Read a row that names a clip and its text, and may name a reference."""
     clips: list[Spoken] = []
     text = _transcript(context, value, "the transcript", TEXT, "transcript_file")
-    if text is None:
+    if text is None and not context.issues:
         reason = f"the transcript is missing: expected {'transcript_file'!r} or 'text'; {advice(value)}"
         context.issue("empty_text", reason)
     if (named := context.audio(value, AUDIO)) is not None:
@@ -77,8 +80,7 @@ def plain_sample(context: Context, value: Mapping[str, Any]) -> Sample | None:
             clips.append((*named, spoken or ""))
     if context.issues:
         return None
-    sample = make_sample(context, clips, value)
-    return replace(sample, borrows_reference=True) if sample is not None and not sample.references else sample
+    return make_sample(context, clips, value, borrows=len(clips) == 1)
 
 
 def _transcript(

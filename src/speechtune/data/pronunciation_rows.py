@@ -12,7 +12,7 @@ from typing import Any
 
 from speechtune.config import DataConfig
 from speechtune.data.arrow import arrow_rows, columns, left_out, parquet_files, parquet_splits
-from speechtune.data.layouts import iterate_rows
+from speechtune.data.layouts import find_layout, iterate_rows
 from speechtune.data.row_parser import Context, ReadResult, read_rows
 from speechtune.data.rows import Place, Row, Split
 from speechtune.data.speechocean_labels import LabelReader, check_score, read_person, utterance
@@ -35,15 +35,22 @@ def is_hub_copy(path: Path) -> bool:
 
 
 def is_task_file(path: Path) -> bool:
-    """Whether the first object of a file has `task` or `target`, and is no row of voice cloning."""
-    if not os.path.isfile(path) or path.suffix in (".parquet", ".arrow"):
-        return False
+    """Whether the first object of a file has `task` or `target`, and is no row of voice cloning.
+
+    Raises ManifestError: it has, but its folder is named, from which the split cannot be told.
+    """
     try:
-        values = (row.value for row in iterate_rows(Place(path)))
+        _, place = find_layout(Place(path))
+        if not place.path.is_file() or place.path.suffix in (".parquet", ".arrow"):
+            return False
+        values = (row.value for row in iterate_rows(place))
         keys: set[str] = next((set(value) for value in values if isinstance(value, dict)), set())
     except ManifestError:  # raised again, with its advice, by the reader of manifests
         return False
-    return bool(keys & {"task", "target"}) and not keys & {"messages", "audio_file"}
+    has_tasks = bool(keys & {"task", "target"}) and not keys & {"messages", "audio_file"}
+    if has_tasks and place.path != path:
+        raise ManifestError(f"{path}: holds rows with tasks; name the file in it that is meant: {place.path}")
+    return has_tasks
 
 
 def read_hub_copy(path: Path, split: Split, config: DataConfig) -> ReadResult:

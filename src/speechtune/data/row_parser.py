@@ -180,7 +180,10 @@ class Context:
 
 def first_name(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The first of the names whose field holds something: not None, NaN or ""."""
-    return next((n for n in names if (value := values.get(n)) not in (None, "") and value == value), None)
+    for name in names:  # called several times a row
+        if (value := values.get(name)) is not None and value != "" and value == value:
+            return name
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -195,6 +198,7 @@ def make_sample(
     misc: Mapping[str, Any] | None = None,
     system: str | None = None,
     scene: str | None = None,
+    borrows: bool = False,
 ) -> Sample | None:
     """Build the sample out of (audio, declared duration, text), the target first."""
     audio, _, text = clips[0]
@@ -211,7 +215,7 @@ def make_sample(
     references = tuple(Clip(ref, one(spoken)) for ref, _, spoken in clips[1:])
     system, scene, speaker, language, text = map(one, (system, scene, speaker, language, text))
     name, source, row = context.sample_id, context.row.source, context.row.number
-    return Sample(name, text or "", audio, references, system, scene, speaker, language, source, row, seconds)
+    return Sample(name, text or "", audio, references, system, scene, speaker, language, source, row, seconds, borrows)
 
 
 def _text(values: Mapping[str, Any], *names: str) -> str | None:

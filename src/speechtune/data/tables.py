@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from speechtune.data.plain_rows import AUDIO, AUDIO_SUFFIXES, OTHER_SUFFIXES, is_clip
+from speechtune.data.plain_rows import AUDIO, AUDIO_SUFFIXES, OTHER_SUFFIXES, REFERENCE_AUDIO, TEXT, is_clip
 from speechtune.data.rows import UNREADABLE_REST, Place, Row
 
 _FOLDERS = ("", "wavs", "clips", "wav", "audio", "audios")
@@ -22,15 +22,15 @@ def first_lines(place: Place, count: int = 1) -> list[list[str]]:
 
 
 def is_table(place: Place) -> bool:
-    """Whether a file begins with a header that names a column of clips."""
+    """Whether a file begins with a header that names a column of clips or of texts."""
     (names,) = first_lines(place)
-    return len(names) > 1 and not {*AUDIO}.isdisjoint(_lower(names)) and not any(map(is_clip, names))
+    return len(names) > 1 and not {*AUDIO, *TEXT}.isdisjoint(_lower(names)) and not any(map(is_clip, names))
 
 
 def is_list(place: Place) -> bool:
     """Whether a file begins with a clip, or with the id of one and a vertical bar, and goes on with its text."""
     ((clip, *others),) = first_lines(place)
-    by_id = _delimiter(place) == "|" and _found(place.path.parent, clip, "", "")
+    by_id = _delimiter(place) == "|" and (_found(place.path.parent, clip, "", "") or any(map(is_clip, others[1:-1])))
     return bool(others and (is_clip(clip) or by_id))
 
 
@@ -41,7 +41,7 @@ def table_rows(place: Place) -> Iterator[Row]:
 
 def list_rows(place: Place) -> Iterator[Row]:
     """Rows of a list without header: audio|text, audio|text|normalised, audio|text|speaker, audio|speaker|text,
-    audio|text|normalised|seconds, or audio|speaker|language|text with any more; contents tell those of one width apart.
+    audio|text|normalised|seconds, audio|speaker|language|text with any more, or those of seed-tts-eval.
     """
     lines = first_lines(place, _LINES)
     return _rows(place, _columns([fields for fields in lines if len(fields) == len(lines[0])]), is_header=False)
@@ -62,6 +62,8 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
         if blanks(1) != blanks(2):  # a speaker has none
             return ["audio", "text", "speaker"] if blanks(1) else ["audio", "speaker", "text"]
         return ["audio", "text", "normalized_text"]
+    if is_clip(lines[0][2]):  # of seed-tts-eval
+        return ["audio" if width == 4 else "id", "ref_text", "ref_audio", "text", "audio"]
     if all(re.fullmatch(r"[\d.]+", fields[3]) for fields in lines):
         return ["audio", "text", "normalized_text", "seconds"]
     return ["audio", "speaker", "language", "text"] + [""] * (width - 4)
@@ -74,9 +76,9 @@ def _delimiter(place: Place) -> str:
 
 def _rows(place: Place, names: Sequence[str], is_header: bool) -> Iterator[Row]:
     path, delimiter = place.path, _delimiter(place)
-    audio = next(name for name in AUDIO if name in names)
+    clips = {next((name for name in kind if name in names), "") for kind in (AUDIO, REFERENCE_AUDIO)}
     quoting = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL  # a text may begin with a quotation mark
-    number, usual = 0, ("", "")
+    number, usual = 0, ("", ".wav")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         while True:
@@ -99,8 +101,9 @@ def _rows(place: Place, names: Sequence[str], is_header: bool) -> Iterator[Row]:
                 reason = f"{len(fields)} fields, but {len(names)} columns: does a text hold {delimiter!r}?"
                 yield Row(number, source, None, "bad_row", reason, delimiter.join(fields))
                 continue
-            usual = _found(path.parent, value[audio], *usual) or usual
-            value[audio] = _clip(value[audio], *usual)
+            for name in [name for name in clips if value.get(name)]:
+                usual = _found(path.parent, value[name], *usual) or usual
+                value[name] = _clip(value[name], *usual)
             yield Row(number, source, {k: _number(v) if k in ("duration", "offset") else v for k, v in value.items()})
 
 
@@ -112,11 +115,11 @@ def _found(folder: Path, name: str, *usual: str) -> tuple[str, str] | None:
 
 
 def _clip(name: str, place: str, ending: str) -> str:
-    return os.path.join(place, name + ("" if is_clip(name) else ending)) if name else ""
+    return os.path.join(place, name if is_clip(name) else name + ending)
 
 
 def _number(text: str) -> float | str:
     try:
-        return float(text)
+        return float(text or "nan")
     except ValueError:
         return text
