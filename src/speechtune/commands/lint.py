@@ -9,14 +9,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from speechtune.commands import print_json
-from speechtune.lint.lint import FixReport, lint, lint_paths, scripts_in
-from speechtune.lint.lint import fix as fix_script
+from speechtune.lint.lint import lint_paths
 
 
 def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) -> int:
     """Print the issues, fixed where `fix` says so; 1 where errors are left (notes do not count), else 0."""
-    lint_paths(paths)  # all are known to be readable before the first file is changed
-    reports = [fix_script(path) if fix else FixReport(str(path), [], lint(path)) for path in scripts_in(paths)]
+    reports = lint_paths(paths, fix=fix)
     left = [issue for report in reports for issue in report.left]
     errors = sum(issue.severity == "error" for issue in left)
     if as_json:
@@ -32,6 +30,7 @@ def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) ->
     for report in [report for report in reports if report.fixed]:
         codes = ", ".join(issue.code for issue in report.fixed)
         console.print(Text(f"{report.path}: fixed {codes}; the original is {report.backup}\n{report.diff}"))
+        console.print(Text(f"{report.path}: confirmed: read again, it compiles, and what was fixed is no longer found"))
     if left:
         table = Table(Column("where", overflow="fold"), "code", "issue", "--fix")
         for issue in left:

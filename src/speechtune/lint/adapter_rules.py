@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import libcst as cst
 
-from speechtune.lint.fixes import NotFixable, plan_inner_save, plan_save, plan_wrap
+from speechtune.lint.fixes import NotFixable, plan_inner_save, plan_keep, plan_save, plan_wrap
 from speechtune.lint.script import Fix, Match, Script, Training, Variable
 from speechtune.lint.syntax import argument, callee, calls_in, inside, is_name, keywords, literal, receiver
 
@@ -41,6 +41,31 @@ def unapplied_configs(script: Script) -> Iterator[Match]:
             "saved. Apply it before the trainer or optimizer is made: model = get_peft_model(model, config)"
         )
         yield _planned("L1", call, message, lambda call=call: plan_wrap(script, call))
+
+
+def dropped_models(script: Script) -> Iterator[Match]:
+    """L1 and L2: what makes a PEFT model of a base, or a base of a PEFT model, with its result dropped."""
+    for line in script.all(cst.Expr):
+        call = line.value
+        if not isinstance(call, cst.Call):
+            continue
+        if callee(call) == "get_peft_model" and (model := argument(call, "model", 0)) is not None:
+            message = (
+                f"the PEFT model that this makes is dropped: {script.code(model)} stays the base, and saving it writes "
+                f"no adapter. Keep it: {script.code(model)} = {script.code(call)}"
+            )
+            yield _planned("L1", call, message, lambda line=line, model=model: plan_keep(script, line, model))
+        elif callee(call) == "merge_and_unload" and (model := receiver(call)) is not None:
+            saves = [c for c in script.all(cst.Call) if callee(c) == "save_pretrained" and script.dominates(call, c)]
+            variable = script.variable(model)
+            saves = [save for save in saves if variable and script.variable(receiver(save)) == variable]
+            kept = variable and any(not script.rebound(variable, call, save) for save in saves)
+            if kept and script.is_wrap(script.call_at(model)):
+                message = (
+                    f"the merged model that this returns is dropped: {script.code(model)} is left an adapter without "
+                    f"layers, and that is saved. Keep it: {script.code(model)} = {script.code(call)}"
+                )
+                yield _planned("L2", call, message, lambda line=line, model=model: plan_keep(script, line, model))
 
 
 def _escapes(script: Script, expression: cst.BaseExpression, seen: set[Variable]) -> bool:
@@ -317,4 +342,4 @@ def _is_half(script: Script, node: cst.BaseExpression | None) -> bool:
     return any(script.comes_from(value, "torch", "float16", "half") or literal(value) == "float16" for value in values)
 
 
-RULES = (unapplied_configs, wrong_saves, half_adapters)
+RULES = (unapplied_configs, dropped_models, wrong_saves, half_adapters)

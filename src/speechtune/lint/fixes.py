@@ -2,17 +2,18 @@
 
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import libcst as cst
 
 from speechtune.errors import ConfigError
 from speechtune.lint.script import Binding, Fix, Script, Training
-from speechtune.lint.syntax import argument, callee, is_name, keywords, receiver
+from speechtune.lint.syntax import argument, callee, inside, is_name, keywords, receiver
 
 _LINES = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
@@ -21,8 +22,16 @@ class NotFixable(Exception):
     """Why an issue has to be fixed by hand."""
 
 
+class _Use(NamedTuple):
+    """Where a model is trained, or handed out by the function that makes it."""
+
+    node: cst.CSTNode
+    model: cst.BaseExpression
+    training: cst.Call | None = None
+
+
 def plan_wrap(script: Script, config: cst.Call) -> Fix:
-    """Apply a LoraConfig to the model that is trained: `model = get_peft_model(model, config)` before training."""
+    """Apply a LoraConfig to the model that is trained or returned: `model = get_peft_model(model, config)` before."""
     holder = script.parent(config)
     targets = [target.target for target in holder.targets] if isinstance(holder, cst.Assign) else []
     targets += [holder.target] if isinstance(holder, cst.AnnAssign) else []
@@ -31,15 +40,15 @@ def plan_wrap(script: Script, config: cst.Call) -> Fix:
         raise NotFixable("the configuration is not kept in a variable of its own")
     here = script.function(config)
     trained = [t for t in script.trainings if here in (None, script.function(t.call)) and script.variable(t.model)]
-    if not trained:
-        raise NotFixable("no Trainer or optimizer in reach takes a model from a variable")
-    if len({script.variable(t.model) for t in trained}) > 1:
-        raise NotFixable("several models are trained here, and which one is meant is not certain")
-    if len([c for c in script.all(cst.Call) if script.is_lora_config(c)]) > 1:
-        raise NotFixable("the script makes several LoraConfigs, and which one is meant is not certain")
-    first = trained[0]
+    uses = [_Use(training.call, training.model, training.call) for training in trained]
+    uses = uses or _returned_models(script, config)
+    if not uses:
+        raise NotFixable("no Trainer or optimizer in reach takes a model from a variable, and none is returned")
+    if len({script.variable(use.model) for use in uses}) > 1:
+        raise NotFixable("several models are trained here, or returned, and which one is meant is not certain")
+    first = uses[0]
     _check_model(script, first)
-    anchor = _wrap_anchor(script, name, first)
+    anchor = _wrap_anchor(script, _settled(script, config, name, first), first)
     function, imports = _wrap_function(script, config)
     if not all(isinstance(node, _LINES) for node in (anchor, *(node for node, _ in imports))):
         raise NotFixable("a statement beside which a line is needed shares its line with another")
@@ -47,47 +56,110 @@ def plan_wrap(script: Script, config: cst.Call) -> Fix:
     return Fix(insert=((anchor, f"{model} = {function}({model}, {name.value})"), *imports))
 
 
-def _check_model(script: Script, training: Training) -> None:
-    made = script.call_at(training.model)
-    value = script.value_at(training.model)
-    class_ = script.class_of(training.model)
+def _returned_models(script: Script, config: cst.Call) -> list[_Use]:
+    """Models that the function which makes the configuration loads, or is given, and returns after it."""
+    function, uses = script.function(config), []
+    for returned in inside(function.body, cst.Return) if function else ():
+        if script.function(returned) is not function or script.start(returned) < script.end(config):
+            continue
+        for node in inside(returned, cst.BaseExpression):
+            holder = script.parent(node)
+            handed = isinstance(holder, cst.Return | cst.Element | cst.DictElement | cst.Arg)
+            if handed and any(
+                _is_model(script, place) for place in script.bindings.get(script.variable(node) or (0, ""), ())
+            ):
+                uses.append(_Use(returned, node))
+    if function and uses:
+        _check_applied_nowhere(script, function.name.value)
+    return uses
+
+
+def _is_model(script: Script, place: Binding) -> bool:
+    if isinstance(script.parent(place.node), cst.Param):
+        return script.code(place.node).endswith("model")
+    made = script.code(place.value.func) if isinstance(place.value, cst.Call) else ""
+    return bool(re.search(r"[Mm]odel|For[A-Z]", made)) and not re.search("Config|Tokenizer|Processor", made)
+
+
+def _check_applied_nowhere(script: Script, function: str) -> None:
+    """Refuse where this file, or one beside it that imports it, may apply an adapter to what the function returns."""
+    for call in script.all(cst.Call):
+        made = script.call_at(argument(call, "model", 0)) if script.is_wrap(call) else None
+        if (script.is_wrap(call) and (made is None or callee(made) == function)) or "peft_config" in keywords(call):
+            raise NotFixable("this file may apply an adapter to it in another place")
+    imports = re.compile(rf"\b(from|import)\b.*\b{re.escape(script.path.stem)}\b")
+    for folder in (script.path.absolute().parent, script.path.absolute().parents[1]):
+        for other in folder.glob("*.py"):
+            text = other.read_text(encoding="utf-8", errors="replace") if other.is_file() else ""
+            if imports.search(text) and any(word in text for word in ("get_peft_model", "peft_config", "add_adapter")):
+                raise NotFixable(f"{other.name} imports it and applies an adapter by itself")
+
+
+def _settled(script: Script, config: cst.Call, name: cst.Name, use: _Use) -> cst.CSTNode:
+    """The configuration's name, or of several under one name the `if` whose every branch makes one."""
+    configs = [call for call in script.all(cst.Call) if script.is_lora_config(call)]
+    if not use.training:  # each function returns a model of its own
+        configs = [call for call in configs if script.function(call) is script.function(config)]
+    if len(configs) == 1:
+        return name
+    places = [place for place in script.bindings[script.variable(name) or (0, "")] if place.value in configs]
+    choices = {_statement_beside(script, place, use.node) for place in places}
+    choice = choices.pop()
+    branches = list(_branches(choice)) if isinstance(choice, cst.If) else [None]
+    chosen = {script.parent(script.statement(place.node)) for place in places}
+    if choices or len(places) < len(configs) or not chosen.issuperset(branches):
+        raise NotFixable("the script makes several LoraConfigs, and which one is meant is not certain")
+    return choice
+
+
+def _branches(choice: cst.If | cst.Else | None) -> Iterator[cst.BaseSuite | None]:
+    """Bodies of an `if` and what follows it; None at the end where there is no `else`."""
+    yield choice and choice.body
+    if isinstance(choice, cst.If):
+        yield from _branches(choice.orelse)
+
+
+def _check_model(script: Script, use: _Use) -> None:
+    made = script.call_at(use.model)
+    value = script.value_at(use.model)
+    class_ = script.class_of(use.model)
     if script.is_wrap(made):
         raise NotFixable("the model is a PEFT model already, made with another configuration")
     if class_ is not None:
         raise NotFixable(f"the model is a {class_.name.value} of this script; wrap the model inside it")
     if made is not None and any(name.startswith("torch.nn") for name in script.names(made.func)):
-        raise NotFixable(f"{script.code(training.model)}, which is trained, is a bare layer")
-    if isinstance(value, cst.BaseString) or any(part in script.code(training.model) for part in ("name", "path")):
+        raise NotFixable(f"{script.code(use.model)}, which is trained, is a bare layer")
+    if isinstance(value, cst.BaseString) or any(part in script.code(use.model) for part in ("name", "path")):
         raise NotFixable("the trainer gets the model by name; give it as peft_config=")
-    if {"peft_config", "**"} & keywords(training.call):
+    if use.training and {"peft_config", "**"} & keywords(use.training):
         raise NotFixable("the trainer may apply a configuration by itself")
     for call in script.all(cst.Call):
         added = callee(call) in {"add_adapter", "load_adapter"}
-        if added and script.variable(receiver(call)) == script.variable(training.model):
+        if added and script.variable(receiver(call)) == script.variable(use.model):
             raise NotFixable("the model has an adapter already, made with another configuration")
 
 
-def _wrap_anchor(script: Script, config: cst.Name, training: Training) -> cst.CSTNode:
+def _wrap_anchor(script: Script, config: cst.CSTNode, use: _Use) -> cst.CSTNode:
     """The statement after which both the model and the configuration are ready, and training has not begun."""
-    variable, function = script.variable(training.model), script.function(training.call)
+    variable, function = script.variable(use.model), script.function(use.node)
     places = script.bindings.get(variable, []) if variable else []
-    before = [b for b in places if script.function(b.node) is function and b.end <= script.start(training.call)]
+    before = [b for b in places if script.function(b.node) is function and b.end <= script.start(use.node)]
     if not before:
         raise NotFixable("the model is made in another function")
-    if script.start(training.call) < script.end(config):
+    if script.start(use.node) < script.end(config):
         raise NotFixable("the configuration is made after the optimizer or trainer; move it before")
     last = before[-1]
     if script.function(config) is function and last.end < script.start(config):
         anchor = script.statement(config)
     else:
-        anchor = _statement_beside(script, last, training.call)
+        anchor = _statement_beside(script, last, use.node)
         if not script.dominates(config, anchor) and script.function(config) is function:
             raise NotFixable("the configuration is made in a branch that may not be taken before the model is made")
     loops = [above for above in script.ancestors(anchor) if isinstance(above, cst.For | cst.While)]
     above = list(script.ancestors(last.node))
     if any(all(loop is not outer for outer in above) for loop in loops):
         raise NotFixable("in the loop, the model would be wrapped again at each turn")
-    if any(outer is anchor for outer in script.ancestors(training.call)):
+    if any(outer is anchor for outer in script.ancestors(use.node)):
         raise NotFixable("the model is made in the statement that holds the training, or is an argument")
     return anchor
 
@@ -119,6 +191,13 @@ def _wrap_function(script: Script, config: cst.Call) -> tuple[str, list[tuple[cs
     if home is None:
         return "get_peft_model", []  # both names came by `from peft import *`
     return "get_peft_model", [(script.statement(home), "from peft import get_peft_model")]
+
+
+def plan_keep(script: Script, line: cst.Expr, model: cst.BaseExpression) -> Fix:
+    """Keep in the model's variable what a call on it returns."""
+    if script.variable(model) is None:
+        raise NotFixable("the model is in no variable")
+    return Fix(replace=((line, f"{script.code(model)} = {script.code(line.value)}"),))
 
 
 def plan_save(script: Script, save: cst.Call, owner: cst.BaseExpression, training: Training) -> Fix:
@@ -191,7 +270,12 @@ class Edit(cst.CSTTransformer):
         updated: Any = super().on_leave(original_node, updated_node)
         for node, code in self.fix.replace:
             if node is original_node:
-                updated = cst.parse_expression(code)
+                line = isinstance(node, cst.Expr)
+                updated = (
+                    cst.ensure_type(cst.parse_statement(code), cst.SimpleStatementLine).body[0]
+                    if line
+                    else (cst.parse_expression(code))
+                )
         added = [cst.parse_statement(code) for node, code in self.fix.insert if node is original_node]
         return cst.FlattenSentinel([updated, *added]) if added else updated
 

@@ -1,8 +1,9 @@
 """A parsed script: its calls, what each variable is bound to, and what trains which model."""
 
+import ast
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,19 +61,21 @@ class Match:
 class Script:
     """A parsed file with positions, parents, scopes and qualified names; ConfigError if it cannot be parsed."""
 
-    def __init__(self, path: Path, source: bytes) -> None:
-        self.path = path
+    def __init__(self, path: Path, source: bytes, places: Sequence[tuple[int, int]] = ()) -> None:
+        """`places`, for a notebook: cell and line of each line of `source`."""
+        self.path, self.places = path, places
         try:
             # Not run. Python's own parser comes first: it says what is wrong and where, and it refuses nesting at which
             # libcst's would end the process.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compile(source, str(path), "exec", dont_inherit=True)
+                flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT if places else 0
+                compile(source, str(path), "exec", flags, dont_inherit=True)
             self._wrapper = metadata.MetadataWrapper(cst.parse_module(source))
         except (SyntaxError, ValueError, cst.ParserSyntaxError) as error:
             line = getattr(error, "lineno", None) or getattr(error, "raw_line", None) or 1
             reason = getattr(error, "msg", None) or str(error).splitlines()[0]
-            message = f"{path}:{line}: not readable as Python: {reason}; nothing was checked or changed"
+            message = f"{self.place(line)}: not readable as Python: {reason}; nothing was checked or changed"
             raise ConfigError(message) from error
         self.module = self._wrapper.module
 
@@ -95,6 +98,11 @@ class Script:
     def all(self, kind: type[Node]) -> list[Node]:
         """All nodes of one kind, in source order."""
         return self._nodes[kind]
+
+    def place(self, line: int) -> str:
+        """file:line, of a notebook file:cell N:line."""
+        cell, line = self.places[min(line, len(self.places)) - 1] if self.places else (0, line)
+        return f"{self.path}:cell {cell}:{line}" if cell else f"{self.path}:{line}"
 
     def code(self, node: cst.CSTNode) -> str:
         return self.module.code_for_node(node)
@@ -266,8 +274,8 @@ class Script:
         if call is None:
             return False
         owner = receiver(call)
-        made = callee(call) == "from_pretrained" and isinstance(owner, cst.Name) and owner.value.startswith("Peft")
-        return callee(call) == "get_peft_model" or callee(call).startswith(("PeftModel", "PeftMixed")) or made
+        class_ = owner.value if isinstance(owner, cst.Name) and callee(call) == "from_pretrained" else callee(call)
+        return callee(call) == "get_peft_model" or class_.startswith(("PeftModel", "PeftMixed", "AutoPeftModel"))
 
     @cached_property
     def trainings(self) -> list[Training]:

@@ -1,5 +1,6 @@
-"""Rules on the training step: no backward (L4), unmasked labels (L5), NaN shown as 0.0 (L6), hidden errors (L7)."""
+"""Rules on the training step: no backward (L4), labels (L5, L8), NaN shown as 0.0 (L6), hidden errors (L7)."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 import libcst as cst
@@ -202,6 +203,64 @@ def _changed_later(script: Script, node: cst.CSTNode, region: cst.CSTNode) -> bo
     return not reads or changed or any(isinstance(statement, cst.Expr) for statement in statements)
 
 
+def masked_end(script: Script) -> Iterator[Match]:
+    """L8: padding is the end token, and something masks every padding token in the labels."""
+    pads = list(_pad_tokens(script))
+    ends = [node for node, value in pads if _named(value, "eos_token", "eos_token_id")]
+    masking = next(_masks_of_padding(script), None)
+    if masking is None or len(ends) < len(pads):
+        return  # where it gets another token, too, it is not certain which one it has
+    for node in ends:
+        yield Match(
+            "L8",
+            node,
+            f"padding is the end token here, and line {script.start(masking)[0]} masks every padding token in the "
+            "labels: the end is never trained, so the model never stops. Give padding a token of its own, such as one "
+            "that the vocabulary reserves, or mask where attention_mask is 0",
+        )
+
+
+def _pad_tokens(script: Script) -> Iterator[tuple[cst.CSTNode, cst.BaseExpression]]:
+    """Places that choose the padding token of a tokenizer, and what they choose."""
+    for assign in script.all(cst.Assign):
+        for target in assign.targets:
+            own = _named(target.target, "pad_token", "pad_token_id") and "config" not in script.code(target.target)
+            if own and isinstance(target.target, cst.Attribute):
+                yield assign, assign.value
+    for call in calls_in([script.module], "add_special_tokens"):
+        for element in inside(call, cst.DictElement):
+            if literal(element.key) == "pad_token":
+                yield call, element.value
+    for call in calls_in([script.module], "from_pretrained"):
+        if (chosen := argument(call, "pad_token")) is not None:
+            yield call, chosen
+
+
+def _named(node: cst.BaseExpression | None, *names: str) -> bool:
+    return isinstance(node, cst.Attribute) and node.attr.value in names
+
+
+def _masks_of_padding(script: Script) -> Iterator[cst.CSTNode]:
+    """Places that take every padding token, by its id, out of the loss."""
+    for call in script.all(cst.Call):
+        causal = callee(call) == "DataCollatorForLanguageModeling" and is_name(argument(call, "mlm", 1), "False")
+        if (causal and script.comes_from(call.func, "transformers", callee(call))) or (
+            callee(call) == "DataCollatorForCompletionOnlyLM" or _is_padding(script, argument(call, "ignore_index"))
+        ):
+            yield call
+    for comparison in script.all(cst.Comparison):
+        sides = (comparison.left, *(target.comparator for target in comparison.comparisons))
+        statement = script.statement(comparison)
+        if any(_is_padding(script, side) for side in sides) and isinstance(statement, cst.SimpleStatementLine):
+            code = script.code(statement)
+            if re.search(r"-\s*100\b|ignore_index", code, re.IGNORECASE) and "attention_mask" not in code:
+                yield comparison
+
+
+def _is_padding(script: Script, node: cst.BaseExpression | None) -> bool:
+    return any(_named(value, "pad_token_id") for value in (node, script.value_at(node)))
+
+
 def hidden_nan(script: Script) -> Iterator[Match]:
     """L6, a note: fp16 training in which the Trainer prints a NaN loss as 0.0."""
     for call in script.all(cst.Call):
@@ -277,4 +336,4 @@ def _goes_on(handler: cst.ExceptHandler, noise: Iterable[str]) -> bool:
     return True
 
 
-RULES = (steps_without_backward, unmasked_labels, hidden_nan, swallowed_errors)
+RULES = (steps_without_backward, unmasked_labels, masked_end, hidden_nan, swallowed_errors)

@@ -11,8 +11,9 @@ from transformers import (
 )
 
 tokenizer = AutoTokenizer.from_pretrained("openai-community/gpt2")
-tokenizer.pad_token = tokenizer.eos_token
+tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
 model = AutoModelForCausalLM.from_pretrained("openai-community/gpt2")
+model.resize_token_embeddings(len(tokenizer))
 lora_config = LoraConfig(r=16, lora_alpha=32, target_modules=["c_attn"], task_type="CAUSAL_LM")
 model = get_peft_model(model, lora_config)
 model.print_trainable_parameters()
