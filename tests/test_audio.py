@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from speechtune import audio
-from speechtune.audio import audio_info, content_hash, find_defects, read_audio, write_wav
+from speechtune.audio import audio_info, content_hash, file_name, find_defects, read_audio, write_wav
 from speechtune.errors import AudioError
 from speechtune.types import Audio, AudioRef
 
@@ -298,6 +298,18 @@ def test_write_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "nan.wav").exists()
     with pytest.raises(AudioError, match=r"none/a\.wav: cannot be written: No such file"):
         write_wav(tmp_path / "none" / "a.wav", Audio(tone(0.1), RATE))
+
+
+def test_ids_that_read_alike_name_different_files(tmp_path: Path) -> None:
+    """Guards against two samples that share one wav: `Yes!` and `Yes?`, `s/1` and `s 1`, long ids."""
+    ids = ["Yes!", "Yes?", "Yes_", "s/1", "s 1", "s_1", "", ".", "..", ".a", "a", "/a", "é?", "é!", "\ud800", "a\0b"]
+    ids += ["x" * 5000, "x" * 5001, "字" * 300, "字" * 301]
+    names = {file_name(sample_id) for sample_id in ids}
+    assert len(names) == len(ids)
+    for name in names:
+        (tmp_path / f"{name}.wav").touch(exist_ok=False)
+    assert len(list(tmp_path.iterdir())) == len(ids) and not [name for name in names if name.startswith(".")]
+    assert [file_name(plain) for plain in ("LJ001-0001", "a_b.c", "日本")] == ["LJ001-0001", "a_b.c", "日本"]
 
 
 def test_content_hash_follows_bytes_and_segment_not_the_path(ramp: AudioRef, tmp_path: Path) -> None:

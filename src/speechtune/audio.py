@@ -30,6 +30,7 @@ DOWNLOAD_TIMEOUT_SECONDS = 30.0  # longest wait for a server to connect or to se
 DURATION_TOLERANCE_SECONDS = 0.5  # by how much a declared duration or the end of a segment may miss the file's end
 SILENCE_PEAK = 1e-3  # -60 dBFS: audio whose deviation from its mean never exceeds this is silent
 CLIPPING_LEVEL = 0.999  # absolute value from which a sample counts as full scale
+MAX_NAME_BYTES = 200  # of a file name made of an id; file systems take 255
 CLIPPING_SHARE = 1e-3  # of samples equal to their neighbour at full scale: from there on audio counts as clipped
 _CONTENTS = {
     rb"version https://git-lfs": "it is a Git LFS pointer in place of the audio: run `git lfs pull`",
@@ -127,8 +128,14 @@ def resample(audio: Audio, sampling_rate: int) -> Audio:
 
 
 def file_name(sample_id: str) -> str:
-    """A sample id as a file name that stays inside its folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in sample_id).lstrip(".") or "_"
+    """A sample id as a file name that stays inside its folder; other ids have other names.
+
+    Where the id does not fit as it is, a part of its hash follows what fits.
+    """
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in sample_id).lstrip(".")
+    name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "_"
+    digest = hashlib.sha256(sample_id.encode(errors="surrogatepass")).hexdigest()
+    return name if name == sample_id else f"{name}-{digest[:8]}"
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from PIL import Image
 import report_cases
 from helpers import DemoClip
 from report_cases import HIGGS, PHI4, make_bare_run, make_run, step_record, write_lines
+from speechtune.audio import file_name
 from speechtune.commands.report import run_report
 from speechtune.errors import ConfigError
 from speechtune.report.plots import downsample
@@ -210,10 +211,10 @@ def test_an_id_reaches_no_file_outside_the_samples(tmp_path: Path, demo_clips: l
 
 
 def test_a_clip_is_found_under_the_name_that_training_gave_its_file(tmp_path: Path, demo_clips: list[DemoClip]) -> None:
-    """Guards against reports without sound where ids hold slashes or spaces: training writes those as `_`."""
+    """Guards against reports without sound where ids hold what cannot stand in a file name."""
     run = make_run(tmp_path / "run", demo_clips[:1])
     write_lines(run / "samples" / "prompts.jsonl", [{"id": "a/b c", "text": "t"}])
-    (run / "samples" / "reference" / "p0.wav").rename(run / "samples" / "reference" / "a_b_c.wav")
+    (run / "samples" / "reference" / "p0.wav").rename(run / "samples" / "reference" / f"{file_name('a/b c')}.wav")
     assert page([read_run(run)]).count("<audio") == 1
 
 

@@ -4,6 +4,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from speechtune.cache.encode import ClipHasher
@@ -13,6 +14,7 @@ from speechtune.errors import ConfigError, ManifestError
 from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import answer_by_length, assessor
+from speechtune.storage.lock import locked
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers
 from speechtune.tasks.pronunciation.targets import TASKS, task_of, task_samples
 from speechtune.tasks.results import write_results
@@ -104,14 +106,14 @@ def evaluate_pronunciation(
     stored = open_adapter(adapter) if adapter else None
     config, family, loaded = assessor(model, stored)
     identity = model_identity(config, family, stored) | {"max_new_tokens": max_new_tokens}
-    answers = AnswerFile(out / ANSWERS_NAME, identity)
-    hasher = ClipHasher(cache_dir)
-    keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio is not None}
-    asked = list({key: sample for sample in samples if (key := keys[sample.id]) not in answers.texts}.values())
-    if asked:
-        outputs = answer_by_length(family, loaded, asked, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
-        for output in outputs:
+    with locked(out):
+        answers = AnswerFile(out / ANSWERS_NAME, identity)
+        hasher = ClipHasher(cache_dir)
+        keys = {sample.id: f"{task_of(sample)} {hasher(sample.audio)}" for sample in samples if sample.audio}
+        asked = list({key: sample for sample in samples if (key := keys[sample.id]) not in answers.texts}.values())
+        ask = partial(answer_by_length, family, loaded, asked, cache_dir)
+        for output in ask(batch_size=batch_size, max_tokens=max_new_tokens) if asked else ():
             answers.add(keys[output.sample_id], output.sample_id, output.text or "")
-    report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
-    write_results(report.to_json(), report.rows, out)
+        report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
+        write_results(report.to_json(), report.rows, out)
     return report

@@ -17,6 +17,7 @@ from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.generate import answer, provenance
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.files import StoredAdapter
+from speechtune.storage.lock import locked
 from speechtune.tasks.results import write_results
 from speechtune.tasks.voice_cloning.comparison import Comparison, compare
 from speechtune.tasks.voice_cloning.measures import VoiceRow, measure
@@ -83,13 +84,14 @@ def evaluate_voices(
     samples = read_seed_list(data) if data.suffix == ".lst" else load_samples(data, DataConfig())
     options = options or GenerationOptions()
     rows = {}
-    for system in systems:
-        spoken = _Spoken(out / file_name(system.name))
-        log.info("%s speaks %d prompts", system.name, len(samples))
-        family = spoken.speak(system, samples, options, codec, cache_dir, batch_size)
-        rows[system.name] = spoken.measure(samples, family.sampling_rate, scorers)
-    comparison = compare(rows, scorers)
-    write_results(comparison.to_json(), comparison.rows, out)
+    with locked(out):
+        for system in systems:
+            spoken = _Spoken(out / file_name(system.name))
+            log.info("%s speaks %d prompts", system.name, len(samples))
+            family = spoken.speak(system, samples, options, codec, cache_dir, batch_size)
+            rows[system.name] = spoken.measure(samples, family.sampling_rate, scorers)
+        comparison = compare(rows, scorers)
+        write_results(comparison.to_json(), comparison.rows, out)
     return comparison
 
 

@@ -14,6 +14,7 @@ from speechtune.cache.encode import encode_samples
 from speechtune.config import RunConfig
 from speechtune.family import Family
 from speechtune.lora.files import StoredAdapter
+from speechtune.storage.lock import locked
 from speechtune.types import GenerationOptions, Output, Sample
 
 log = logging.getLogger("speechtune")
@@ -52,9 +53,8 @@ def write_outputs(
     outputs: Iterator[Output], directory: Path, origin: Mapping[str, Any] | None = None
 ) -> list[dict[str, object]]:
     """Write one wav per output and `outputs.jsonl`; an output that reached the length cap is reported by name."""
-    directory.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    with (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:
+    with locked(directory), (directory / "outputs.jsonl").open("w", encoding="utf-8") as index:
         for output in outputs:
             row = write_output(output, directory / f"{file_name(output.sample_id)}.wav", origin)
             index.write(json.dumps(row, ensure_ascii=False) + "\n")

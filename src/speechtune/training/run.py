@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from speechtune.family import Family
 from speechtune.lora.apply import adapter_state, frozen, trainable
 from speechtune.lora.files import CARD_NAME, FOLDER_NAME
 from speechtune.lora.save import save_lora_adapters
+from speechtune.storage.lock import locked
 from speechtune.storage.verified_folder import STATE_NAME
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
 from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
@@ -58,7 +60,8 @@ def run_training(config: RunConfig, family: Family | None = None, *, lost_second
     Raises SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
-    with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog:
+    lock = locked(config.output_dir) if accelerator.is_main_process else nullcontext()
+    with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog, lock:
         outcome = _train(config, family, accelerator, watchdog)
         accelerator.wait_for_everyone()
     accelerator.end_training()
