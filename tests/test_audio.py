@@ -300,6 +300,19 @@ def test_write_refuses(tmp_path: Path) -> None:
         write_wav(tmp_path / "none" / "a.wav", Audio(tone(0.1), RATE))
 
 
+@pytest.mark.parametrize(("right", "cancels"), [(-1, True), (-0.97, True), (-0.5, False), (0, False)])
+def test_channels_that_cancel_each_other_out_are_an_error(tmp_path: Path, right: float, cancels: bool) -> None:
+    """Guards against speech that is silence once it is mixed down."""
+    both = np.stack([tone(0.2), right * tone(0.2)], axis=1)
+    ref = write(tmp_path / "stereo.wav", both)
+    if cancels:
+        with pytest.raises(AudioError, match="channels cancel each other out"):
+            read_audio(ref)
+    else:
+        assert np.abs(read_audio(ref).samples).max() > 0.01
+    assert not np.any(read_audio(write(tmp_path / "zero.wav", np.zeros_like(both))).samples)
+
+
 def test_ids_that_read_alike_name_different_files(tmp_path: Path) -> None:
     """Guards against two samples that share one wav: `Yes!` and `Yes?`, `s/1` and `s 1`, long ids."""
     ids = ["Yes!", "Yes?", "Yes_", "s/1", "s 1", "s_1", "", ".", "..", ".a", "a", "/a", "é?", "é!", "\ud800", "a\0b"]

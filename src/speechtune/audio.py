@@ -31,6 +31,7 @@ DURATION_TOLERANCE_SECONDS = 0.5  # by how much a declared duration or the end o
 SILENCE_PEAK = 1e-3  # -60 dBFS: audio whose deviation from its mean never exceeds this is silent
 CLIPPING_LEVEL = 0.999  # absolute value from which a sample counts as full scale
 MAX_NAME_BYTES = 200  # of a file name made of an id; file systems take 255
+CANCELLING = 0.03  # range of the mix of channels, relative to theirs, below which they cancel each other out
 CLIPPING_SHARE = 1e-3  # of samples equal to their neighbour at full scale: from there on audio counts as clipped
 _CONTENTS = {
     rb"version https://git-lfs": "it is a Git LFS pointer in place of the audio: run `git lfs pull`",
@@ -116,6 +117,10 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
     samples = frames[:, 0] if info.num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
     if not np.isfinite(samples).all():
         raise InvalidAudioError("not_finite", ref, "holds NaN or infinite samples")
+    loudest = float(np.ptp(frames, axis=0).max()) if info.num_channels > 1 else 0.0
+    if loudest > 2 * SILENCE_PEAK and float(np.ptp(samples)) < CANCELLING * loudest:
+        reason = "its channels cancel each other out (opposite phase): keep one, ffmpeg -i IN -af 'pan=mono|c0=c0' OUT"
+        raise InvalidAudioError("opposite_phase", ref, reason)
     return resample(Audio(samples, info.sampling_rate), sampling_rate or info.sampling_rate)
 
 

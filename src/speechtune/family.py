@@ -147,8 +147,10 @@ class Family(Protocol):
         """Per kind of target: how many the model finds when told all before them, and how many there are."""
         ...
 
-    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
-        """Measure answers to samples whose right answers are known."""
+    def score(
+        self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, training: Sequence[Sample]
+    ) -> Scored:
+        """Measure answers to samples whose right answers are known; `training` is what the model learnt from."""
         ...
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:

@@ -16,11 +16,12 @@ from assessment_helpers import write_folder
 from speechtune.config import DataConfig
 from speechtune.data.speechocean import read_speechocean
 from speechtune.errors import CheckpointError, ManifestError
+from speechtune.families.phi4_multimodal.scores import score_answers, warnings_of
 from speechtune.tasks.pronunciation import evaluation, metrics
 from speechtune.tasks.pronunciation.evaluation import EvaluationReport, evaluate_answers, print_evaluation
-from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, target_of, task_samples
+from speechtune.tasks.pronunciation.targets import SCORE_FIELDS, render_answer, target_of, task_of, task_samples
 from speechtune.tasks.results import write_results
-from speechtune.types import Mispronunciation, Pronunciation, Sample, Word
+from speechtune.types import Mispronunciation, Output, Pronunciation, Sample, Word
 
 jiwer = pytest.importorskip("jiwer")
 stats = pytest.importorskip("scipy.stats")
@@ -156,9 +157,31 @@ def test_failures_are_left_out_and_imputed_with_what_is_stated() -> None:
     assert (report.mdd.detection.parsed.false_acceptance, report.mdd.detection.imputed.false_acceptance) == (2, 3)
     assert report.mdd.phone_match_imputed.recall < report.mdd.phone_match.recall
     own = evaluate_answers(corpus(), texts)
-    assert own.apa and own.apa.baseline is None and own.apa.imputed_from == evaluation.OWN_MEANS
-    assert own.apa.scores.imputed_with and own.apa.scores.imputed_with["accuracy"] == pytest.approx(sum(TRUTHS) / 6)
-    assert any("no train-mean baseline" in note for note in own.notes) and evaluation.OWN_MEANS in printed(own)
+    assert own.apa and own.apa.baseline is None and own.apa.imputed_from is None
+    assert own.apa.scores.imputed is None and own.apa.scores.imputed_with is None
+    assert any("no train-mean baseline, and no score for a failure" in note for note in own.notes) and printed(own)
+
+
+def test_a_model_that_answers_nothing_gets_no_score() -> None:
+    """Guards against `mae 0.0` at `parse_rate 0.0`: failures were imputed with the evaluation set's own mean."""
+    samples = corpus()
+    answers = [Output(sample.id, None, "There is no speech.", True, 5) for sample in samples]
+    for training in ([], samples):
+        figures = score_answers(samples, answers, training).summary
+        assert figures["parse_rate"] == 0.0 and figures["wer"] == figures["per"] == 1.0
+        assert not [name for name in figures if name.startswith(("mae", "pcc"))]
+        assert not any("same total score" in line for line in warnings_of(figures))
+
+
+def test_a_failure_in_training_costs_what_the_training_mean_costs() -> None:
+    samples = [sample for sample in corpus() if task_of(sample) == "APA"]
+    texts = [text for sample, text in zip(corpus(), model_answers(), strict=True) if task_of(sample) == "APA"]
+    texts[0] = "There is no speech."
+    answers = [Output(sample.id, None, text, True, 5) for sample, text in zip(samples, texts, strict=True)]
+    figures = score_answers(samples, answers, samples[1:]).summary
+    mean = sum(TRUTHS[1:]) / len(TRUTHS[1:])
+    wanted = [abs(mean - TRUTHS[0]), *(abs(g - t) for g, t in zip(GUESSES[1:], TRUTHS[1:], strict=True))]
+    assert figures["mae_accuracy"] == pytest.approx(sum(wanted) / len(wanted))
 
 
 def test_figures_per_group() -> None:

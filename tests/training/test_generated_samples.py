@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from helpers import DemoClip, merged, read_records
 from phi4_cases import run_config, write_rows
+from speechtune.audio import file_name
 from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.training.run import run_training
@@ -69,7 +70,7 @@ def test_every_round_is_scored_and_kept_beside_the_bases(phi4_config: Callable[.
         rows = [json.loads(line) for line in (samples / f"step-{step}" / "scores.jsonl").read_text().splitlines()]
         assert [row["id"] for row in rows] == [row["id"] for row in prompts]
     assert sorted(path.stem for path in (samples / "reference").glob("*.wav")) == sorted(
-        row["id"].replace("#", "_") for row in prompts
+        file_name(row["id"]) for row in prompts
     )
 
 

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable
 
+from speechtune.errors import ConfigError
+
 
 def print_json(values: object, indent: int | None = None) -> None:
     """Print what a verb found as JSON; half of a surrogate pair in a text is no UTF-8, but escaped it is still JSON."""
@@ -17,3 +19,9 @@ def print_result(values: object, lines: Iterable[str], as_json: bool, status: in
     else:
         print("".join(f"{line}\n" for line in lines), end="")
     return status
+
+
+def require_words(flag: str, text: str | None) -> None:
+    """Refuse a flag whose text, where it is given, has no letter or digit."""
+    if text is not None and not any(character.isalnum() for character in text):
+        raise ConfigError(f"{flag} {text!r}: there is nothing to say in it")

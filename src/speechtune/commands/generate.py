@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speechtune.commands import print_result
+from speechtune.commands import print_result, require_words
 from speechtune.config import DataConfig
 from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
-from speechtune.inference.generate import answer, provenance, write_output, write_outputs
+from speechtune.inference.generate import answer, check_references, provenance, write_output, write_outputs
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
@@ -33,6 +33,8 @@ def run_generate(
     """Speak into one wav or, with a manifest, into a folder of them; print what was written; 0."""
     if (manifest is None) == (text is None):
         raise ConfigError("name a manifest, or one text with --text")
+    for flag, given_text in (("--text", text), ("--reference-text", reference_text)):
+        require_words(flag, given_text)
     if (reference is None) != (reference_text is None):
         raise ConfigError("--reference and --reference-text belong together")
     if text is None:
@@ -44,7 +46,8 @@ def run_generate(
         samples = [replace(sample, **given) for sample in read_prompts(manifest, DataConfig())]
     else:
         clips = (Clip(AudioRef(str(reference)), reference_text or ""),) if reference else ()
-        samples = [Sample(out.stem, text, None, clips, system, scene)]
+        samples = [Sample(out.stem, text, None, clips, system, scene, source="the command line")]
+    check_references(samples)
     options = GenerationOptions(**generation_options)
     stored = open_adapter(adapter) if adapter else None
     config = model_config(model, codec, stored)

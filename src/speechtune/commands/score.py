@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speechtune.commands import print_json
+from speechtune.commands import print_json, require_words
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.prompts import read_recordings
@@ -20,7 +20,6 @@ from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
 from speechtune.types import AudioRef, Sample
 
-_ACCEPTED = ("silent", "clipped")  # such clips can be assessed; the answer shows what is wrong with them
 _SHOWN = 20  # scores printed where they are also written to a file
 
 
@@ -29,6 +28,7 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
     if bool(audio) == (manifest is not None):
         raise ConfigError("name audio files, or one manifest with --manifest")
     if manifest is None:
+        require_words("--text", text)
         samples = [
             Sample(printable(str(path)), text or "", AudioRef(str(path)), source=str(path), row=number)
             for number, path in enumerate(audio, 1)
@@ -38,7 +38,7 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
         raise ConfigError("--text goes with audio files; a manifest names its own texts")
     if find_source(manifest) is None:
         return _checked(str(manifest), read_recordings(manifest, DataConfig()))
-    samples = load_samples(manifest, DataConfig(), default_split="test")
+    samples = _checked(str(manifest), load_samples(manifest, DataConfig(), default_split="test"))
     asked: dict[object, Sample] = {}
     for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
         labels = sample.pronunciation
@@ -47,10 +47,10 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
 
 
 def _checked(where: str, samples: list[Sample]) -> list[Sample]:
-    silent = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
+    missing = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
     check = check_audio(samples, DataConfig(), deep=True, max_seconds=MAX_CLIP_SECONDS)
-    issues = [issue for issue in check.issues if issue.code not in _ACCEPTED]
-    if lines := [*silent, *map(str, issues)]:
+    issues = [issue for issue in check.issues if issue.code != "clipped"]  # heard as such, and scored
+    if lines := [*missing, *map(str, issues)]:
         listed = "\n".join(f"  {line}" for line in lines)
         raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))
     return samples

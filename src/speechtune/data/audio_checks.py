@@ -90,7 +90,8 @@ def check_audio(
             if check is None and declared is not None:
                 check = _ClipCheck(durations.get(ref), durations.get(ref))
             for code, reason in _clip_issues(check, declared) if check else ():
-                role = "target" if index == 0 else f"reference {index}"
+                number = index + (sample.audio is None)
+                role = f"reference {number}" if number else "target"
                 issues.append(_issue(sample, code, f"{role} {ref}: {reason}"))
         digests = [special[ref].digest if ref in special else b"" for ref in own]
         if (sample.audio and own[0] in own[1:]) or (digests and digests[0] and digests[0] in digests[1:]):

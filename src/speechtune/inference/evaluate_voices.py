@@ -14,7 +14,7 @@ from speechtune.data.prompts import read_seed_list
 from speechtune.errors import ConfigError
 from speechtune.family import Family, Scorers
 from speechtune.inference.answer_file import AnswerFile, model_identity
-from speechtune.inference.generate import answer, provenance
+from speechtune.inference.generate import answer, check_references, provenance
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.files import StoredAdapter
 from speechtune.storage.lock import locked
@@ -82,6 +82,7 @@ def evaluate_voices(
     Raises ConfigError: a model that does not speak; ManifestError: issues in the data.
     """
     samples = read_seed_list(data) if data.suffix == ".lst" else load_samples(data, DataConfig())
+    check_references(samples)
     options = options or GenerationOptions()
     rows = {}
     with locked(out):

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,28 @@ from torch import nn
 
 from speechtune.audio import file_name, write_wav
 from speechtune.cache.encode import encode_samples
-from speechtune.config import RunConfig
+from speechtune.config import DataConfig, RunConfig
+from speechtune.data.audio_checks import check_audio
+from speechtune.errors import ManifestError
 from speechtune.family import Family
 from speechtune.lora.files import StoredAdapter
 from speechtune.storage.lock import locked
 from speechtune.types import GenerationOptions, Output, Sample
 
 log = logging.getLogger("speechtune")
+
+
+def check_references(samples: Sequence[Sample]) -> None:
+    """Decode every reference once: from a silent or empty one a model makes up a voice.
+
+    Raises ManifestError: those that cannot be used, by sample.
+    """
+    prompts = [replace(sample, audio=None, declared_seconds=(), borrows_reference=False) for sample in samples]
+    found = check_audio(prompts, DataConfig(), deep=True).issues
+    issues = [issue for issue in found if issue.code not in ("clipped", "too_long")]
+    if issues:
+        listed = "\n".join(f"  {issue}" for issue in issues)
+        raise ManifestError(f"{len(issues)} reference(s) cannot be used\n{listed}", tuple(issues))
 
 
 def answer(

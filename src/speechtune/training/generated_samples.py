@@ -18,7 +18,7 @@ from speechtune.config import DEFAULT_PROMPTS, RunConfig, has_evaluation_data, n
 from speechtune.errors import ConfigError
 from speechtune.family import Family, Scorers
 from speechtune.tensors import rng_state, set_rng_state
-from speechtune.types import GenerationOptions, Output
+from speechtune.types import GenerationOptions, Output, Sample
 
 log = logging.getLogger("speechtune")
 
@@ -36,6 +36,7 @@ class SampleGenerator:
     encoded: EncodedSet
     chosen: tuple[int, ...]
     scorers: Scorers
+    training: Sequence[Sample]
 
     @property
     def directory(self) -> Path:
@@ -55,7 +56,7 @@ class SampleGenerator:
             model.train(was_training)
             set_rng_state(states)
         samples = [self.encoded.samples[index] for index in self.chosen]
-        scored = self.family.score(samples, outputs, self.scorers)
+        scored = self.family.score(samples, outputs, self.scorers, self.training)
         self._write(step, outputs, scored.rows)
         return {**scored.summary, **accuracy}, outputs
 
@@ -138,7 +139,7 @@ def make_sample_generator(
         range(len(source)), key=lambda i: hashlib.sha256(f"{seed}:{source.samples[i].id}".encode()).digest()
     )
     chosen = tuple(sorted(ranked[: num_prompts(config)]))
-    return SampleGenerator(config, family, source, chosen, scorers)
+    return SampleGenerator(config, family, source, chosen, scorers, train_set.samples)
 
 
 def _check_best_metric(config: RunConfig, family: Family) -> None:

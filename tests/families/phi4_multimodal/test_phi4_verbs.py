@@ -289,6 +289,26 @@ def test_recordings_that_cannot_be_scored(run: Run, clips: list[Path], tmp_path:
     assert code == 2 and "long.jsonl:1" in err and "long.jsonl:2" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_clip_without_speech_gets_no_score(run: Run, clips: list[Path], tmp_path: Path, manifest: bool) -> None:
+    """Guards against 8/9/9/8 for silence, for stereo whose channels cancel out, and for 12 ms of sound."""
+    speech = soundfile.read(clips[0], dtype="float32")[0][:16_000]
+    stereo, silent = tmp_path / "opposite.wav", wav(tmp_path / "silent.wav", np.zeros(16_000))
+    soundfile.write(stereo, np.stack([speech, -0.99 * speech], 1), 16_000)
+    short = wav(tmp_path / "short.wav", speech[4000:4192])
+    rows = jsonl(tmp_path / "rows.jsonl", [{"audio": path.name} for path in (silent, stereo, short)])
+    code, out, err = run("score", *(["--manifest", rows] if manifest else [silent, stereo, short]), "--json")
+    assert (code, out) == (2, "") and "3 recording(s) cannot be scored" in err
+    for reason in ("silent: no sample deviates", "channels cancel each other out", "0.012 s is shorter than"):
+        assert reason in err
+
+
+def test_a_silent_clip_of_a_corpus_gets_no_score(run: Run, corpus: Path) -> None:
+    wav(corpus / "WAVE" / "t1.WAV", np.zeros(16_000))
+    code, out, err = run("score", "--manifest", corpus)
+    assert (code, out) == (2, "") and "t1" in err and "silent" in err
+
+
 def test_flags_that_do_not_go_together(run: Run, clips: list[Path], phi4_rows: Path, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         code, out, err = run("score", *arguments)
@@ -297,6 +317,7 @@ def test_flags_that_do_not_go_together(run: Run, clips: list[Path], phi4_rows: P
 
     assert "name audio files" in refused()
     assert "name audio files" in refused(clips[0], "--manifest", phi4_rows)
+    assert "--text '': there is nothing to say" in refused(clips[0], "--text", "")
     assert "a manifest names its own texts" in refused("--manifest", phi4_rows, "--text", "a bear")
     assert "no audio" in refused("--manifest", jsonl(tmp_path / "p.jsonl", [{"text": "a bear"}]))
     assert "--out names the JSONL file" in refused(clips[0], "--out", tmp_path)

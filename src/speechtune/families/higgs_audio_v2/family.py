@@ -315,7 +315,9 @@ class HiggsAudioV2Family(Family):
         logits_PKV = logits.unflatten(-1, (self.model_config.num_codebooks, -1))
         return count_correct_codes(logits_PKV, batch.inputs["audio_targets"], eos)
 
-    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+    def score(
+        self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, training: Sequence[Sample]
+    ) -> Scored:
         return score_speech(samples, outputs, scorers, self.sampling_rate)
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:

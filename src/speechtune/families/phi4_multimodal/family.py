@@ -314,8 +314,10 @@ class Phi4MultimodalFamily(Family):
             correct[f"token_accuracy_{head}"] = (int(right_P.sum()), batch.target_counts[head])
         return correct
 
-    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
-        return score_answers(samples, outputs)
+    def score(
+        self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, training: Sequence[Sample]
+    ) -> Scored:
+        return score_answers(samples, outputs, training)
 
     def score_warnings(self, scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
         return warnings_of(scores)

@@ -22,18 +22,20 @@ SCORE_NAMES = {
 FEW = 0.5
 
 
-def score_answers(samples: Sequence[Sample], outputs: Sequence[Output]) -> Scored:
-    """Figures over all answers, failures imputed: an answer that cannot be read must cost something.
+def score_answers(samples: Sequence[Sample], outputs: Sequence[Output], training: Sequence[Sample]) -> Scored:
+    """Figures over all answers, failures imputed with the training data's means: they must cost something.
 
-    Those that are not defined, such as a correlation of constant answers, are left out.
+    Those that are not defined are left out: a correlation of constant answers, a score that no answer holds.
     """
-    report = evaluate_answers(samples, [output.text for output in outputs])
+    report = evaluate_answers(samples, [output.text for output in outputs], training)
     figures: dict[str, float] = {}
     rates = []
     if report.apa is not None:
         rates.append((report.apa.parse_rate, report.apa.count))
-        for name, agreement in (report.apa.scores.imputed or report.apa.scores.parsed).items():
-            figures |= {f"pcc_{name}": agreement.pcc, f"mae_{name}": agreement.mae}
+        parsed = report.apa.scores.parsed
+        for name, agreement in (report.apa.scores.imputed or parsed).items():
+            if parsed[name].count:
+                figures |= {f"pcc_{name}": agreement.pcc, f"mae_{name}": agreement.mae}
     if report.mdd is not None:
         rates.append((report.mdd.parse_rate, report.mdd.count))
         figures |= {"wer": report.mdd.wer.imputed.rate, "per": report.mdd.per.imputed.rate}

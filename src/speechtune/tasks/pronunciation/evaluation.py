@@ -32,7 +32,6 @@ from speechtune.types import Sample
 ADULT_YEARS = 18
 MIN_GROUP_PCC = 3
 TRAIN_MEANS = "the mean scores of the training data"
-OWN_MEANS = "the mean scores of the evaluated references, for want of training data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +65,14 @@ class UtteranceRow:
 class ApaFigures:
     """Scores; `ceiling` holds the fields with rater data, `imputed_from` says where `scores.imputed_with` comes from.
 
-    `baseline` answers the training means to everything; None without training data.
+    `baseline` answers the training means to everything; it and `imputed_from` are None without training data.
     """
 
     count: int
     parse_rate: float
     truncated: int
     scores: ScoreReport
-    imputed_from: str
+    imputed_from: str | None
     baseline: ScoreReport | None
     ceiling: dict[str, RaterCeiling]
 
@@ -129,7 +128,7 @@ def evaluate_answers(
         samples: task samples.
         texts: the answers in the same order; None where there is none.
         train: training data, utterances or task samples, for the mean scores that replace failures and make the
-            baseline. Without it failures get the mean of the evaluated references, and there is no baseline.
+            baseline. Without it there is neither, and a failure has no score.
 
     Raises ValueError: another number of texts than of samples; ManifestError: a sample without task, or without labels
     and target.
@@ -205,18 +204,18 @@ def _apa_figures(
     references = [row.reference for row in rows]
     # an utterance gives up to two task samples with the same labels; its scores count once
     trained = [_reference_scores(sample) for sample in train if is_utterance(sample) or task_of(sample) == "APA"]
-    means = metrics.train_mean(trained or references)
+    means = metrics.train_mean(trained) if trained else None
     scores = metrics.score_report([row.parsed for row in rows], references, impute=means)
-    if not trained:
-        notes.append("no train-mean baseline: no training data with scores was given")
+    if means is None:  # the evaluated references' own means would make failures look like good answers
+        notes.append("no train-mean baseline, and no score for a failure: no training data with scores was given")
     # it answers the train mean to everything: "collapsed" in every field, but with an MAE
-    baseline = metrics.score_report([means] * len(rows), references) if trained else None
+    baseline = metrics.score_report([means] * len(rows), references) if means else None
     return ApaFigures(
         count=len(rows),
         parse_rate=scores.parse_rate,
         truncated=sum(row.truncated for row in rows),
         scores=scores,
-        imputed_from=TRAIN_MEANS if trained else OWN_MEANS,
+        imputed_from=TRAIN_MEANS if means else None,
         baseline=baseline,
         ceiling=_ceiling([sample for sample, _ in pairs], notes),
     )
@@ -308,7 +307,7 @@ def print_evaluation(report: EvaluationReport, console: Console) -> None:
         table.add_section()
         _add_mdd(table, report.mdd)
     console.print(table)
-    means = f"{report.apa.imputed_from}, " if report.apa is not None else ""
+    means = f"{report.apa.imputed_from}, " if report.apa and report.apa.imputed_from else ""
     imputed = f"imputed: {means}empty transcripts, and for detection the canonical phones"
     baseline = "baseline: the train mean of each score, and the canonical phones as the answer"
     console.print(Text("\n".join([imputed, baseline, *(f"note: {note}" for note in report.notes)])))

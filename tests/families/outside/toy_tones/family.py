@@ -131,7 +131,9 @@ class ToneFamily(Family):
         audio = Audio(tone.astype(np.float32), self.sampling_rate)
         return Output(sample.id, audio, None, stopped, len(answer), {"codes": codes_F})
 
-    def score(self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers) -> Scored:
+    def score(
+        self, samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, training: Sequence[Sample]
+    ) -> Scored:
         targets = [None if s.audio is None else read_audio(s.audio, self.sampling_rate) for s in samples]
         rows = measure(samples, outputs, targets, targets, scorers)
         return Scored(summarise(rows), [asdict(row) for row in rows])
