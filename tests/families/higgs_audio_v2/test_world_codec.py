@@ -103,6 +103,21 @@ def test_features_keep_speech_and_its_pitch(clips: list[Audio]) -> None:
     assert np.median(semitones) < 0.2
 
 
+def test_voiced_speech_is_found_voiced(clips: list[Audio]) -> None:
+    """Measured against WORLD's slow, careful tracker; the fast one alone finds three quarters of what that finds."""
+    import pyworld
+
+    found, wanted = [], []
+    for clip in clips[:2]:
+        num_frames = -(-len(clip.samples) // FRAME_SAMPLES)
+        wave = np.zeros(num_frames * FRAME_SAMPLES)
+        wave[: len(clip.samples)] = clip.samples
+        pitch, _ = pyworld.harvest(wave, 24_000, 60.0, 500.0, frame_period=10.0)
+        wanted.append(pitch[: 4 * num_frames] > 0)
+        found.append(analyse(clip.samples).pitch[:, 4:].ravel() > 0.5)
+    assert np.concatenate(found)[np.concatenate(wanted)].mean() > 0.9
+
+
 def test_loudness_does_not_count_and_the_end_is_padded(folder: Path, clips: list[Audio]) -> None:
     codec, samples = WorldCodec(str(folder)), clips[1].samples[: 50 * FRAME_SAMPLES + 1]
     loud, quiet = codec.encode([Audio(samples, 24_000), Audio(samples * np.float32(0.125), 24_000)])
