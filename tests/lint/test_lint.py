@@ -333,9 +333,14 @@ def test_run_lint_prints_the_change(
 
 
 def tiny_model() -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    config.num_attention_heads = config.num_key_value_heads = 2
-    config.head_dim = 8
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     return LlamaForCausalLM(config)
 
 

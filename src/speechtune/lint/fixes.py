@@ -65,9 +65,8 @@ def _returned_models(script: Script, config: cst.Call) -> list[_Use]:
         for node in inside(returned, cst.BaseExpression):
             holder = script.parent(node)
             handed = isinstance(holder, cst.Return | cst.Element | cst.DictElement | cst.Arg)
-            if handed and any(
-                _is_model(script, place) for place in script.bindings.get(script.variable(node) or (0, ""), ())
-            ):
+            places = script.bindings.get(script.variable(node) or (0, ""), ()) if handed else ()
+            if any(_is_model(script, place) for place in places):
                 uses.append(_Use(returned, node))
     if function and uses:
         _check_applied_nowhere(script, function.name.value)
