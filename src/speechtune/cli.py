@@ -6,11 +6,38 @@ takes here, and would need those functions, whose modules import torch.
 
 import argparse
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speechtune import __version__
 from speechtune.commands.guarded import guarded
+
+
+def number(
+    kind: type[int] | type[float], least: float, most: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
+    """A type of argument: a number from `least` (with `above`: over it) to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value if above else least <= value) or value > most or math.isinf(value):
+            what = "whole number" if kind is int else "number"
+            bounds = f"{'above' if above else 'at least'} {least:g}" + (
+                f" and at most {most:g}" if most < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {bounds}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)
+POSITIVE = number(float, 0, above=True)
+NOT_NEGATIVE = number(float, 0)
 
 
 class Verbs:
@@ -67,15 +94,20 @@ def _recipe_verbs(verbs: Verbs) -> None:
     validate("--metadata-only", action="store_true", help="do not decode the audio")
     validate("--audio-root", type=Path, help="confine every audio path to this folder")
     validate("--allow-urls", action="store_true", help="accept audio given as http(s) URL")
-    validate("--min-seconds", type=float, default=0.1, help="shortest clip accepted (default: %(default)s)")
-    validate("--max-seconds", type=float, default=60.0, help="longest clip accepted (default: %(default)s)")
+    validate("--min-seconds", type=NOT_NEGATIVE, default=0.1, help="shortest clip accepted (default: %(default)s)")
+    validate(
+        "--max-seconds",
+        type=POSITIVE,
+        default=60.0,
+        help="longest clip accepted (default: %(default)s)",
+    )
     encode = verbs.add("encode", "encode all clips of a recipe's data into the cache, resumably")
     encode("--verify", action="store_true", help="read all cached clips and encode damaged ones anew")
     encode("--shard", metavar="I/N", help="encode only this share of the clips, I from 0 to N-1")
     encode("--engine", choices=("local", "ray"), default="local", help="(default: %(default)s)")
-    encode("--shards", type=int, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)")
+    encode("--shards", type=COUNT, metavar="N", help="tasks of --engine ray (default: one per GPU or machine)")
     fit = verbs.add("fit", "measure what a recipe needs on this machine: batch.tokens, memory, time, cost")
-    fit("--price-per-hour", type=float, help="of this machine, in any currency: adds the cost")
+    fit("--price-per-hour", type=NOT_NEGATIVE, help="of this machine, in any currency: adds the cost")
     train = verbs.add("train", "train as a recipe says")
     train("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
     doctor = verbs.add("doctor", "check machine, files, data and one real training step; says the cure")
@@ -95,10 +127,10 @@ def _model_verbs(verbs: Verbs) -> None:
     generate("--scene", help="description of the scene")
     generate("--adapter", type=Path, help="PEFT folder")
     generate("--out", type=Path, required=True, help="wav file, or folder for a manifest")
-    generate("--top-k", type=int)
-    generate("--top-p", type=float)
-    generate("--ras-win-len", type=int, help="window of repetition-aware sampling, in rows")
-    generate("--ras-win-max-num-repeat", type=int, help="repeats in the window before a code is redrawn")
+    generate("--top-k", type=COUNT)
+    generate("--top-p", type=number(float, 0, 1, above=True))
+    generate("--ras-win-len", type=COUNT, help="window of repetition-aware sampling, in rows")
+    generate("--ras-win-max-num-repeat", type=COUNT, help="repeats in the window before a code is redrawn")
     score = verbs.add("score", "pronunciation of recordings: scores, words and phones as said")
     score("audio", type=Path, nargs="*", help="audio files")
     score("--text", help="what was to be read: phones are aligned with it")
@@ -117,13 +149,13 @@ def _model_verbs(verbs: Verbs) -> None:
     evaluate("--mos", help="voices: predictor of naturalness, distillmos or dnsmos")
     for verb in (generate, evaluate):
         verb("--codec", help="of voices: hub id or folder (default: the released one)")
-        verb("--seed", type=int, default=42, help="of voices (default: %(default)s)")
-        verb("--temperature", type=float, help="of voices: 0 is greedy")
+        verb("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of voices (default: %(default)s)")
+        verb("--temperature", type=NOT_NEGATIVE, help="of voices: 0 is greedy")
     for verb in (generate, score, evaluate):
         verb("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
         rows = "most rows of codes, 25 a second (default: 2048)" if verb is generate else "length cap of an answer"
-        verb("--max-new-tokens", type=int, help=rows)
-        verb("--batch-size", type=int, default=8, help="(default: %(default)s)")
+        verb("--max-new-tokens", type=COUNT, help=rows)
+        verb("--batch-size", type=COUNT, default=8, help="(default: %(default)s)")
         verb("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
 
 
@@ -155,7 +187,11 @@ def _adapter_verbs(verbs: Verbs) -> None:
     extract = adapters.add("extract", "rescue LoRA weights out of a full checkpoint", "adapters")
     extract("checkpoint", type=Path, help="checkpoint folder or weights file")
     extract("output", type=Path, help="new adapter folder")
-    extract("--alpha", type=float, help="lora_alpha of the training (default: files near the checkpoint)")
+    extract(
+        "--alpha",
+        type=POSITIVE,
+        help="lora_alpha of the training (default: files near the checkpoint)",
+    )
     extract("--base", help="hub id or folder of the base (default: files near the checkpoint)")
     extract("--rslora", action="store_true", default=None, help="the training scaled by sqrt(rank)")
     extract("--adapter-name", help="which adapter, where the checkpoint holds several")

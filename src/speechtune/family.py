@@ -85,6 +85,10 @@ class Family(Protocol):
         """Build the model from its configuration alone, on the meta device, for counting and matching."""
         ...
 
+    def check_base(self) -> None:
+        """Refuse, before hours of encoding, a base that `load` would refuse after them; ConfigError says why."""
+        self.skeleton()
+
     def component(self, parameter_name: str) -> str:
         """Name the component of the model a parameter belongs to, for tables."""
         return next((component for part, component in self.components.items() if part in parameter_name), "norms")

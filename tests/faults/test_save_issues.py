@@ -95,7 +95,7 @@ def test_disk_that_fills_up(disk: Path, tmp_path: Path, start: Callable[..., int
             pass
     assert wait(pid) == 3
     log = (tmp_path / "log").read_text()
-    assert "free space or set output_dir to another disk" in log
+    assert "free space or write to another disk" in log
     assert "trying once more" in log
     assert "CheckpointError" in log.splitlines()[-1]
     assert intact(disk / "run") >= 1

@@ -204,11 +204,11 @@ def test_too_little_room_is_found_before_the_run(tmp_path: Path, mount: Callable
     disk = tmp_path / "disk"
     mount(disk, "-t", "tmpfs", "-o", "size=20m", "tmpfs")
     check_writable(disk / "output", 1_000_000)
-    with pytest.raises(CheckpointError, match=r"0\.02 GB free, a save needs 0\.01 GB; free space or set output_dir"):
+    with pytest.raises(CheckpointError, match=r"0\.02 GB free, a save needs 0\.01 GB; free space or write"):
         check_writable(disk / "output", 10_000_000)
     assert names(disk / "output") == []
     (disk / "filler").write_bytes(b"0" * shutil.disk_usage(disk).free)
-    with pytest.raises(CheckpointError, match="the disk is full: free space or set output_dir to another disk"):
+    with pytest.raises(CheckpointError, match="the disk is full: free space or write to another disk"):
         check_writable(disk / "output", 0)
 
 
@@ -223,7 +223,7 @@ def test_a_read_only_folder_is_named_with_its_cure(tmp_path: Path, mount: Callab
         lambda: check_writable(disk / "new" / "output", 0),
         lambda: publish(disk, 1),
     ):
-        with pytest.raises(CheckpointError, match=r"read-only: set output_dir to one that can be written") as caught:
+        with pytest.raises(CheckpointError, match=r"read-only: write to one that is not") as caught:
             action()
         assert str(disk) in str(caught.value) and caught.value.exit_code == 3
 

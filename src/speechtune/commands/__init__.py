@@ -1,9 +1,25 @@
 """The verbs of the command line; only these modules print."""
 
 import json
+import os
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speechtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNBROKEN = 10_000  # columns: no table of ours is wider, and rich pads nothing up to it
+
+
+def wide_console() -> "Console":
+    """Where tables are printed: as wide as the terminal, and unbroken in a pipe or file."""
+    from rich.console import Console  # the parser needs none of it, and `--help` is to come at once
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNBROKEN)
 
 
 def print_json(values: object, indent: int | None = None) -> None:
@@ -25,3 +41,17 @@ def require_words(flag: str, text: str | None) -> None:
     """Refuse a flag whose text, where it is given, has no letter or digit."""
     if text is not None and not any(character.isalnum() for character in text):
         raise ConfigError(f"{flag} {text!r}: there is nothing to say in it")
+
+
+def check_output(out: Path, *, folder: bool) -> None:
+    """Refuse an --out that cannot be written before work begins.
+
+    Raises ConfigError: a file stands where a folder is written, or a folder where a file is; CheckpointError: no
+    permission, no space, a file system that is read-only.
+    """
+    from speechtune.storage.verified_folder import check_writable  # it imports torch
+
+    if out.exists() and out.is_dir() != folder:
+        wanted, there = ("folder", "file") if folder else ("file", "folder")
+        raise ConfigError(f"--out {out}: a {wanted} is written, and a {there} of that name exists; name another")
+    check_writable(out if folder else out.parent, 0)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from speechtune.commands import print_result
+from speechtune.commands import print_result, wide_console
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, settings_nearby
 from speechtune.export.find import find_adapters
@@ -31,7 +31,7 @@ def run_verify(
     reports = [verify_adapter(folder, base) for folder in folders]
     valid = bool(reports) and all(report.valid for report in reports)
     for report in [] if as_json else reports:
-        _print_verification(Console(), report, verbose)
+        _print_verification(wide_console(), report, verbose)
     rows = [asdict(report) for report in reports]
     values = {"valid": valid, "adapters": rows} if find_all else rows[0]
     lines = [] if reports else [f"no adapter under {path}"]
@@ -68,7 +68,7 @@ def run_find(root: Path, *, verbose: bool = False, as_json: bool = False) -> int
         shown = one.checks if verbose else [check for check in one.checks if check.status == "issue"]
         lines += [f"{one.path}: {check.name}: {check.status}: {check.detail}" for check in shown]
     if adapters and not as_json:
-        Console().print(table)
+        wide_console().print(table)
     extract_it = "a full checkpoint with LoRA weights inside: `speechtune adapters extract`"
     lines += [f"{path}: {extract_it}" for path in checkpoints]
     values = {"adapters": [asdict(one) for one in adapters], "full_checkpoints": checkpoints}

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from speechtune.commands import demo_pronunciation, demo_voice
+from speechtune.commands import demo_pronunciation, demo_voice, wide_console
 from speechtune.commands.report import write_report
 from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
@@ -59,7 +59,7 @@ def run_demo(what: str, directory: Path) -> int:
     table = Table("measured in this run", "value", title=f"speechtune demo {what}")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    wide_console().print(table)
     return 0
 
 

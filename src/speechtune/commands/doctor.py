@@ -13,20 +13,19 @@ from typing import Any, Literal, cast
 import torch
 from packaging.requirements import Requirement
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from speechtune.cache.encode import encode_samples
 from speechtune.cache.encoded_set import EncodedSet
-from speechtune.commands import print_json
+from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
 from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
 from speechtune.lora.files import read_adapter
 from speechtune.precision import plan_precision
-from speechtune.storage.model_folder import inspect_folder
+from speechtune.storage.model_folder import inspect_folder, is_missing_folder
 from speechtune.storage.verified_folder import check_writable, write_verified
 from speechtune.tensors import checksums
 from speechtune.training import guards
@@ -59,7 +58,7 @@ def run_doctor(recipe: Path | None, overrides: Sequence[str], *, as_json: bool) 
         colours = {"pass": "green", "warn": "yellow", "fail": "red"}
         for result in results:
             table.add_row(result.check, f"[{colours[result.verdict]}]{result.verdict}[/]", result.detail, result.cure)
-        Console().print(table)
+        wide_console().print(table)
     return 2 if any(result.verdict == "fail" for result in results) else 0
 
 
@@ -132,6 +131,9 @@ def model_folders(trial: "Trial") -> Iterator[Result]:
     parts = {"model": (trial.config.model.path, None), **trial.family.parts}
     for part, (place, _) in parts.items():
         name = f"{part} files"
+        if is_missing_folder(place):
+            yield Result(name, "fail", f"{place}: no such folder", f"correct the path of the {part}")
+            continue
         if not Path(place).is_dir():
             yield Result(name, "warn", f"{place} is a hub id: its files are checked when they are downloaded")
             continue

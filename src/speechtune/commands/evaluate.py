@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from speechtune.commands import print_json
+from speechtune.commands import check_output, print_json, wide_console
 from speechtune.data.sources import find_source
 from speechtune.errors import ConfigError
 from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation
@@ -39,6 +38,7 @@ def run_evaluate(
     no_base: bool,
 ) -> int:
     """Evaluate what the data is for, and print the table, or with `as_json` what metrics.json holds; 0."""
+    check_output(out, folder=True)
     sizes: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
     report: Comparison | EvaluationReport
     if find_source(data) is None and not train and not tasks:
@@ -54,7 +54,7 @@ def run_evaluate(
     if as_json:
         print_json(report.to_json())
     elif isinstance(report, EvaluationReport):
-        print_evaluation(report, Console())
+        print_evaluation(report, wide_console())
     else:
-        print_comparison(report, Console())
+        print_comparison(report, wide_console())
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from speechtune.commands import print_json
+from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig, world_size
 from speechtune.errors import ConfigError
 from speechtune.families import load_config
@@ -87,7 +87,7 @@ def _show(answer: dict[str, Any], results: list[Fit], limit: int) -> None:
             continue
         row += [f"{fit.tokens_per_second:,.0f}", f"{fit.audio_seconds / fit.seconds:.1f}"]
         table.add_row(*row, f"{fit.peak_bytes / GIB:.2f}", f"{fit.peak_bytes / limit:.0%}")
-    console = Console()
+    console = wide_console()
     console.print(table)
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:,.2f}"
     console.print(

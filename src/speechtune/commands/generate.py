@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speechtune.commands import print_result, require_words
+from speechtune.commands import check_output, print_result, require_words
 from speechtune.config import DataConfig
 from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
 from speechtune.inference.generate import answer, check_references, provenance, write_output, write_outputs
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
+
+SOUND_FILES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 
 
 def run_generate(
@@ -37,6 +39,10 @@ def run_generate(
         require_words(flag, given_text)
     if (reference is None) != (reference_text is None):
         raise ConfigError("--reference and --reference-text belong together")
+    suffix = out.suffix.lower()
+    if suffix != ".wav" if manifest is None else suffix in SOUND_FILES:
+        raise ConfigError(f"--out {out}: generate writes wav: name a .wav file for --text, or a folder for a manifest")
+    check_output(out, folder=manifest is not None)
     if text is None:
         assert manifest is not None
         if reference is not None:

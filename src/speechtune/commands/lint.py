@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from speechtune.commands import print_json
+from speechtune.commands import print_json, wide_console
 from speechtune.lint.lint import lint_paths
 
 
@@ -26,7 +25,7 @@ def run_lint(paths: Sequence[Path], fix: bool = False, as_json: bool = False) ->
         }
         print_json(values)
         return 1 if errors else 0
-    console = Console()
+    console = wide_console()
     for report in [report for report in reports if report.fixed]:
         codes = ", ".join(issue.code for issue in report.fixed)
         console.print(Text(f"{report.path}: fixed {codes}; the original is {report.backup}\n{report.diff}"))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speechtune.commands import print_json, require_words
+from speechtune.commands import check_output, print_json, require_words, wide_console
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.prompts import read_recordings
@@ -93,8 +93,8 @@ def run_score(
     as_json: bool,
 ) -> int:
     """Score recordings, print them, and write JSONL to `out`; 0."""
-    if out is not None and out.is_dir():
-        raise ConfigError(f"{out}: a folder; --out names the JSONL file to write")
+    if out is not None:
+        check_output(out, folder=False)
     samples = read_requests(audio, text, manifest)
     if any(sample.text and canonical_phones(sample) is None for sample in samples):
         pronunciation_dictionary()  # a missing package is reported before hours of answering
@@ -110,5 +110,5 @@ def run_score(
         print_json({"scores": [score.to_json() for score in scores]})
     elif out is None or len(scores) <= _SHOWN:
         for score in scores:
-            print_score(score, Console())
+            print_score(score, wide_console())
     return 0

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
-from speechtune.commands import print_json
+from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig
 from speechtune.families import create_family, load_config
 from speechtune.lora.apply import apply_lora
@@ -40,5 +38,5 @@ def show_plan(config: RunConfig) -> int:
     if config.lora.enabled:
         model = apply_lora(model, family, config.lora, config.train.seed)
     print(config.to_yaml())
-    show_counts(model, family, Console())
+    show_counts(model, family, wide_console())
     return 0

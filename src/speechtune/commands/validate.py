@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from speechtune.commands import print_json
+from speechtune.commands import print_json, wide_console
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import Progress, check_audio
 from speechtune.data.manifest import read_samples
@@ -215,5 +215,5 @@ def run_validate(manifest: Path, *, metadata_only: bool, as_json: bool, **limits
     if as_json:
         print_json(asdict(report), indent=2)
     else:
-        print_report(report, Console())
+        print_report(report, wide_console())
     return 2 if report.issues else 0

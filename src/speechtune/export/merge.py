@@ -90,6 +90,7 @@ def merge(
     """
     if output.exists():
         raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")
+    check_writable(output.parent, 0)
     family = create_family(config)
     base = family.load(MERGE_PLAN)
     stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast

@@ -92,13 +92,20 @@ def adapter_layouts() -> dict[str, AdapterLayout]:
     return {name: layout for family in families for name, layout in family.adapter_layouts.items()}
 
 
-def family_of(model_path: str) -> str:
-    """Name of the family a base model belongs to, from its config.json.
+def family_of(model_path: str, trained_on: str | None = None) -> str:
+    """Name of the family a base model belongs to, from its config.json; `trained_on` names that of an adapter for it.
 
-    Raises ConfigError: no configuration there, or a model type of no family.
+    Raises ConfigError: no configuration there, a model type of no family, or of another one than the adapter's.
     """
     from transformers.utils.hub import cached_file
 
+    folder = Path(model_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        models = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; a model lies in {models[-1]}" if models else ""
+        raise ConfigError(
+            f"{model_path}: no model folder: config.json is missing{hint} (an adapter is named with --adapter)"
+        )
     try:
         file = cached_file(model_path, "config.json")
         model_type = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("model_type")
@@ -107,4 +114,8 @@ def family_of(model_path: str) -> str:
     names = {kind: name for name in family_packages() for kind in family_part(name, "").MODEL_TYPES}
     if model_type not in names:
         raise ConfigError(f"{model_path}: model_type {model_type!r} belongs to no family; known: {', '.join(names)}")
+    if trained_on not in (None, names[model_type]):
+        raise ConfigError(
+            f"{model_path} is a base of {names[model_type]}, the adapter was trained on one of {trained_on}"
+        )
     return names[model_type]

@@ -39,12 +39,12 @@ def model_config(model: str | None, codec: str | None, adapter: StoredAdapter | 
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
     values: dict[str, Any] = {"path": path} | ({"codec_path": codec} if codec else {})
-    lora = {}
+    lora, family = {}, family_of(path, recipe.family if recipe else None)
     if recipe:  # what the adapter was trained on, unless the caller says otherwise
         replaced = {"path", "revision"} if model and model != recipe.model["path"] else set()
         values = {name: value for name, value in recipe.model.items() if name not in replaced} | values
         lora = {"trainable_tokens": recipe.trainable_tokens}
-    return build_config({"family": family_of(path), "model": values, "lora": lora}, f"model {path}")
+    return build_config({"family": family, "model": values, "lora": lora}, f"model {path}")
 
 
 def load_model(

@@ -38,10 +38,15 @@ def inspect_folder(directory: Path) -> list[Issue]:
     return issues
 
 
+def is_missing_folder(place: str) -> bool:
+    """Whether a text can only mean a local folder, which is not there: hub ids have one slash, and no dot in front."""
+    return (place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place) and not Path(place).is_dir()
+
+
 def require_sound(place: str, option: str) -> None:
     """Refuse a local model folder that is missing or has corrupt files (ConfigError names each); a hub id passes."""
     directory = Path(place)
-    if not directory.is_dir() and place.startswith(("/", ".", "~")):
+    if is_missing_folder(place):
         raise ConfigError(f"{option}={place}: no such folder")
     issues = inspect_folder(directory) if directory.is_dir() else []
     if issues:
@@ -90,6 +95,10 @@ def require_fit(place: str, missing: Iterable[str], mismatched: Iterable[Any]) -
 def load_tokenizer(settings: ModelConfig, revision: str | None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base; ConfigError where there is none, or it does not load."""
     require_sound(settings.path, "model.path")
+    folder = Path(settings.path)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        # transformers would ask for sentencepiece, which does not help
+        raise ConfigError(f"model.path={folder}: tokenizer.json is missing; copy the base's tokenizer files there")
     try:
         # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
         return AutoTokenizer.from_pretrained(settings.path, revision=revision, trust_remote_code=False)

@@ -149,8 +149,8 @@ def check_writable(output_dir: Path, bytes_needed: int) -> None:
         raise _save_error(output_dir, error) from error
     if free < bytes_needed + SPACE_MARGIN_BYTES:
         raise CheckpointError(
-            f"{output_dir}: {free / 1e9:.2f} GB free, a save needs {bytes_needed / 1e9:.2f} GB; free space or set "
-            "output_dir to another disk"
+            f"{output_dir}: {free / 1e9:.2f} GB free, a save needs {bytes_needed / 1e9:.2f} GB; free space or write "
+            "to another disk"
         )
 
 
@@ -163,12 +163,12 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def _save_error(directory: Path, error: OSError) -> CheckpointError:
-    in_the_way = "a file stands where a folder should be: remove it or set output_dir elsewhere"
-    no_permission = "no permission: change the folder's owner or mode, or set output_dir elsewhere"
+    in_the_way = "a file stands where a folder should be: remove it or write elsewhere"
+    no_permission = "no permission: change the folder's owner or mode, or write elsewhere"
     cures = {
-        errno.ENOSPC: "the disk is full: free space or set output_dir to another disk",
-        errno.EDQUOT: "the quota is used up: free space or set output_dir to another disk",
-        errno.EROFS: "the file system is read-only: set output_dir to one that can be written",
+        errno.ENOSPC: "the disk is full: free space or write to another disk",
+        errno.EDQUOT: "the quota is used up: free space or write to another disk",
+        errno.EROFS: "the file system is read-only: write to one that is not",
         errno.EACCES: no_permission,
         errno.EPERM: no_permission,
         errno.ENOENT: "a folder above it cannot be made: name another",

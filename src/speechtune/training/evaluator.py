@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -56,7 +57,16 @@ class Evaluator:
         if first_step > 0:
             log.warning("no samples were generated before the first step of this run: there are no base scores")
             return
+        steps = total_steps - first_step
+        rounds = 1 + math.ceil(steps / self.job.config.evaluate.every_steps)
+        log.info(
+            "evaluation: %d prompts are answered before the first step and in %d rounds of the %d steps; lower its "
+            "cost with evaluate.prompts (0: none) or evaluate.every_steps",
+            *(len(generator.chosen), rounds - 1, steps),
+        )
         record = self._record(BASE_STEP)
+        seconds = record.eval_seconds
+        log.info("evaluation: this round took %.0f s; all %d take about %.0f s", seconds, rounds, rounds * seconds)
         self.base_scores = dict(record.scores)
         if main:
             file.write_text(json.dumps(self.base_scores) + "\n", encoding="utf-8")

@@ -102,6 +102,11 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
 def _open_output(config: RunConfig) -> None:
     """Make the run directory ready, unless another run's checkpoints lie in it."""
     check_writable(config.output_dir, 0)
+    if config.tracking.trackers and config.tracking.logging_dir:
+        check_writable(config.tracking.logging_dir, 0)
+    resume = config.checkpoint.resume
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise ConfigError(f"checkpoint.resume={resume} (--resume): no such folder; name a checkpoint-N folder, or auto")
     if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
         raise ConfigError(
             f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
@@ -114,6 +119,7 @@ def _open_output(config: RunConfig) -> None:
 
 def _check_before_encoding(config: RunConfig, family: Family, plan: PrecisionPlan) -> None:
     """Refuse what would stop the run after hours of encoding."""
+    family.check_base()
     unknown = sorted(set(config.train.head_weights) - set(family.heads))
     if unknown:
         raise ConfigError(f"train.head_weights: no head {unknown[0]!r}; {family.name} has: {', '.join(family.heads)}")

@@ -170,10 +170,14 @@ class HiggsAudioV2Family(Family):
             return folder_fingerprint(path)
         return f"{self.codec_path}@{hub_commit(self.codec_path, self.config.model.codec_revision)}"
 
+    def check_base(self) -> None:
+        require_sound(self.config.model.path, "model.path")
+        _ = self.model_config, self.tokenizer
+
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its text head (a default load would drop it) onto the plan's device."""
+        self.check_base()
         settings = self.config.model
-        require_sound(settings.path, "model.path")
         if is_legacy(Path(settings.path)):
             model = load_legacy(Path(settings.path), plan.base_dtype, settings.attention)
         else:

@@ -179,13 +179,18 @@ class Phi4MultimodalFamily(Family):
         settings = (e.feature_size, e.sampling_rate, e.hop_length, e.n_fft, e.win_length, e.preemphasis)
         return f"phi4_multimodal log-mel v1 {settings} filters {float(np.abs(e.mel_filters).sum()):.6f}"
 
-    def load(self, plan: PrecisionPlan) -> nn.Module:
-        """Load the base with its speech LoRA merged, stacked, or left out as configured."""
+    def check_base(self) -> None:
         settings = self.config.model
         require_sound(settings.path, "model.path")
         if settings.attention == "flash_attention_2":
             raise ConfigError("model.attention=flash_attention_2: the speech encoder needs a bias; use sdpa or eager")
-        _ = self.model_config  # refuses other architectures with a better message
+        # other architectures are refused with a better message than loading would give
+        _ = self.model_config, self.tokenizer, self.speech.path
+
+    def load(self, plan: PrecisionPlan) -> nn.Module:
+        """Load the base with its speech LoRA merged, stacked, or left out as configured."""
+        self.check_base()
+        settings = self.config.model
         model, info = load_pretrained(Phi4MultimodalForCausalLM, settings, self.revision, plan.base_dtype)
         require_fit(settings.path, info["missing_keys"], info["mismatched_keys"])
         if unused := sorted(info["unexpected_keys"]):
@@ -212,9 +217,15 @@ class Phi4MultimodalFamily(Family):
     def expand(self, samples: Sequence[Sample]) -> list[Sample]:
         """One sample per task of each labelled utterance, in the mix of `data.tasks`.
 
-        Raises ManifestError: samples with neither labels of pronunciation nor a task.
+        Raises ManifestError: samples with neither labels of pronunciation nor a task, or none of the tasks asked for.
         """
         data = self.config.data
+        if unlabelled := [sample for sample in samples if sample.pronunciation is None]:
+            raise ManifestError(
+                f"{unlabelled[0].source}: {len(unlabelled)} of {len(samples)} samples carry no pronunciation labels: "
+                "phi4_multimodal trains on Speechocean762, or on rows with 'task' and 'target' (docs/data.md); "
+                "voice-cloning data is for higgs_audio_v2"
+            )
         result = task_samples(samples, data.tasks, self.config.train.seed, data.star_policy)
         if samples and not result:
             raise ManifestError(f"data.tasks={data.tasks} leaves no sample of data.train")
