@@ -70,16 +70,18 @@ def segment_frames(ref: AudioRef, info: AudioInfo) -> tuple[int, int]:
 
     A segment that ends up to `DURATION_TOLERANCE_SECONDS` past the file's end is cut there, any other is an error.
     """
-    start = round(ref.offset_seconds * info.sampling_rate)
     if ref.offset_seconds < 0:
         raise InvalidAudioError("bad_offset", ref, f"the offset {ref.offset_seconds:g} s is negative")
+    # in seconds first: frames of 1e308 s are infinite, and cannot be rounded
+    start = round(min(ref.offset_seconds, info.duration_seconds) * info.sampling_rate)
     if start >= info.num_frames:
         reason = f"the offset {ref.offset_seconds:g} s lies past the end of the file ({info.duration_seconds:.2f} s)"
         raise InvalidAudioError("bad_offset", ref, reason)
     available = info.num_frames - start
     if ref.duration_seconds is None:
         return start, available
-    count = round(ref.duration_seconds * info.sampling_rate)
+    most = info.duration_seconds + 2 * DURATION_TOLERANCE_SECONDS
+    count = round(min(ref.duration_seconds, most) * info.sampling_rate)
     if count <= 0:
         raise InvalidAudioError("bad_duration", ref, f"the segment is empty ({ref.duration_seconds:g} s)")
     if count - available > DURATION_TOLERANCE_SECONDS * info.sampling_rate:
