@@ -285,6 +285,15 @@ def test_texts_of_tables_are_kept(tmp_path: Path) -> None:
     assert (first.text, first.declared_seconds, second.source) == ('Hi; "you"\nthere', (0.5,), f"{tmp_path}/b.csv:4")
 
 
+def test_a_table_whose_clips_are_called_by_id(tmp_path: Path) -> None:
+    """Guards against LJSpeech's metadata with a header line, which was refused for want of a column of clips."""
+    write(tmp_path, {"metadata.csv": "id|text|normalized_text\nLJ-1|Dr. A|Doctor A\n"}, "wavs/LJ-1.wav")
+    (one,) = samples(tmp_path)
+    assert (one.text, one.audio and one.audio.path) == ("Doctor A", f"{tmp_path}/wavs/LJ-1.wav")
+    write(tmp_path, {"other.csv": "id|text\nnowhere|Hi\n"})
+    assert only(tmp_path / "other.csv").code == "unknown_format"
+
+
 def test_broken_tables(tmp_path: Path) -> None:
     """Guards against an open quote that swallows the rows behind it, and a bar in a text that shifts the columns."""
     write(tmp_path, {"a.csv": 'audio,text\na.wav,Hi\nb.wav,"So\na.wav,No\n'}, "a.wav", "b.wav")

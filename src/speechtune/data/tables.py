@@ -35,8 +35,15 @@ def is_list(place: Place) -> bool:
 
 
 def table_rows(place: Place) -> Iterator[Row]:
-    """Rows of a table with a header; clips are looked for beside it and in the usual folders."""
-    return _rows(place, _lower(first_lines(place)[0]), is_header=True)
+    """Rows of a table with a header; clips are looked for beside it and in the usual folders.
+
+    Where no column is called as clips usually are, the first one counts as theirs if its first value leads to one.
+    """
+    header, *rows = first_lines(place, 2)
+    names = _lower(header)
+    if rows and {*AUDIO}.isdisjoint(names) and _found(place.path.parent, rows[0][0], "", ""):
+        names[0] = "audio"
+    return _rows(place, names, is_header=True)
 
 
 def list_rows(place: Place) -> Iterator[Row]:
