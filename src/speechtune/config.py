@@ -199,7 +199,7 @@ class TrackingConfig(Section, frozen=True):
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Trackers of accelerate; empty for none."""
     logging_dir: Path | None = None
-    """Folder for trackers; None means `logs` in the run directory."""
+    """Folder for trackers, in which each run has its own; None means `logs` in the run directory."""
 
 
 class RunConfig(Section, frozen=True):

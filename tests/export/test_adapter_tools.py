@@ -42,6 +42,7 @@ from speechtune.families.higgs_audio_v2.boson import BOSON, boson_name, rename_k
 from speechtune.family import NATIVE
 from speechtune.inference.load import model_config, open_adapter
 from speechtune.lora.layouts import in_layout
+from speechtune.lora.prompts import PROMPTS_NAME
 from speechtune.storage.verified_folder import verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -390,6 +391,7 @@ def test_merge_from_any_layout(
 ) -> None:
     source = placed(kind, run, tmp_path)
     assert run_merge(source, tmp_path / "merged") == 0
+    assert kind not in KINDS[:2] or (tmp_path / "merged" / PROMPTS_NAME).is_file(), "how the merged model was trained"
     merged = HiggsAudioV2ForConditionalGeneration.from_pretrained(tmp_path / "merged", use_text_head=True).eval()
     assert float((plain_logits(merged, tiny_base) - adapted_logits).abs().max()) < 1e-5
     adapted = live_model(tiny_base, run / "checkpoint-4")

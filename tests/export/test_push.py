@@ -77,6 +77,7 @@ def run(adapter_run: Path, tmp_path: Path) -> Path:
 def test_adapter_card_recipe_and_last_samples_go_in_one_commit(hub: HfApi, run: Path) -> None:
     plan = plan_upload(run, NAME, private=True)
     wanted = {"adapter_model.safetensors", "adapter_config.json", "README.md", "MANIFEST.json", "base_recipe.json"}
+    wanted |= {"prompts.json"}
     assert set(plan.files) == wanted | {"samples/a.wav"}
     assert Path(plan.files["samples/a.wav"]).parent.name == "step-20"
     assert "/commit/" in upload(plan, api=hub)

@@ -195,3 +195,36 @@ def test_planted_issues_of_a_training_are_seen(
         assert main(["report", str(tmp_path / name)]) == 0
         page = (tmp_path / name / "report.md").read_text()
         assert warnings(name) and all(" ".join(m.split()[:4]) in page for _, m in warnings(name)[-1:])
+
+
+def test_an_adapter_is_asked_as_it_was_trained_and_each_id_has_its_wav(
+    adapter_run: Path,
+    tiny_base: Path,
+    demo_clips: list[DemoClip],
+    cache_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Guards against prompts that an adapter was not trained with, and ids that sanitise alike sharing a wav."""
+    clip, other = sorted(demo_clips, key=lambda clip: clip.duration_seconds)[:2]
+    row = {"text": "Yes.", "reference": str(clip.path), "reference_text": clip.text}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"id": name, **row}) + "\n" for name in ("Yes!", "Yes?")))
+    words = ["--adapter", adapter_run, "--codec", tiny_base / "codec", "--cache-dir", cache_dir]
+    words += ["--out", tmp_path / "out", "--max-new-tokens", 12]
+    assert main([str(word) for word in ("generate", rows, *words)]) == 0
+    assert capsys.readouterr().err.count("prompts get the system message and scene of the training") == 1
+    assert len(list((tmp_path / "out").glob("Yes_-*.wav"))) == 2
+    chat = tmp_path / "chat.jsonl"
+    first, last = (
+        {"role": "assistant", "content": [{"type": "audio", "audio_url": str(c.path)}]} for c in (clip, other)
+    )
+    turns = [{"role": "user", "content": clip.text}, first, {"role": "user", "content": other.text}, last]
+    chat.write_text("".join(json.dumps({"id": name, "messages": turns}) + "\n" for name in ("s/1", "s 1")))
+    assert (
+        main([str(word) for word in ("evaluate", chat, *words[:-4], "--out", tmp_path / "measured", *words[-2:])]) == 0
+    )
+    told = capsys.readouterr().err
+    assert told.count("prompts get the system message and scene of the training") == 1, "the base was trained with none"
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "utterances.jsonl").read_text().splitlines()]
+    assert len({line["audio"] for line in lines}) == len(lines) == 4

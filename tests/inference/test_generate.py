@@ -28,8 +28,8 @@ def test_each_id_gets_a_wav_of_its_own(tmp_path: Path) -> None:
         assert abs(float(read_audio(AudioRef(str(row["audio"]))).samples.mean()) - level) < 1e-3
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert main(["generate", *map(str, words), "--model", "nowhere/at-all", "--out", "never.wav"]) == 2
+def refused(capsys: pytest.CaptureFixture[str], *words: object, out: Path = Path("never.wav")) -> str:
+    assert main(["generate", *map(str, words), "--model", "nowhere/at-all", "--out", str(out)]) == 2
     return capsys.readouterr().err
 
 
@@ -47,7 +47,7 @@ def test_a_reference_without_speech_is_refused(tmp_path: Path, capsys: pytest.Ca
         assert f"reference 1 {tmp_path / name}: " in (told := refused(capsys, *words)) and reason in told
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "text": "Hi.", "reference": "silent.wav", "reference_text": "What is said."}\n')
-    told = refused(capsys, rows)
+    told = refused(capsys, rows, out=tmp_path / "out")
     assert "rows.jsonl:1: a: reference 1" in told and "1 reference(s) cannot be used" in told
     assert "rows.jsonl:1" in told
 

@@ -10,6 +10,7 @@ from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
 from speechtune.inference.generate import answer, check_references, provenance, write_output, write_outputs
 from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.lora.prompts import as_trained
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
 SOUND_FILES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
@@ -57,6 +58,7 @@ def run_generate(
     options = GenerationOptions(**generation_options)
     stored = open_adapter(adapter) if adapter else None
     config = model_config(model, codec, stored)
+    samples = as_trained(samples, stored.directory if stored else Path(config.model.path))
     family, loaded = load_model(config, stored, ability="speak")
     origin = provenance(config, stored)
     outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from speechtune.lora.apply import adapter_off, load_adapter, model_tensors
 from speechtune.lora.base_identity import check_base
 from speechtune.lora.files import StoredAdapter
 from speechtune.lora.layouts import in_layout
+from speechtune.lora.prompts import PROMPTS_NAME
 from speechtune.precision import PrecisionPlan
 from speechtune.storage.files import folder_fingerprint
 from speechtune.storage.model_folder import load_tokenizer
@@ -113,6 +115,8 @@ def merge(
         merged.save_pretrained(aside, max_shard_size=max_shard_size)
         if save_tokenizer:
             family.save_assets(aside)
+        if (prompts := adapter.directory / PROMPTS_NAME).is_file():
+            shutil.copyfile(prompts, aside / PROMPTS_NAME)
         (aside / "merge_info.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     write_verified(output, write, model_tensors(merged))

@@ -17,6 +17,7 @@ from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.generate import answer, check_references, provenance
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.files import StoredAdapter
+from speechtune.lora.prompts import as_trained
 from speechtune.storage.lock import locked
 from speechtune.tasks.results import write_results
 from speechtune.tasks.voice_cloning.comparison import Comparison, compare
@@ -89,8 +90,9 @@ def evaluate_voices(
         for system in systems:
             spoken = _Spoken(out / file_name(system.name))
             log.info("%s speaks %d prompts", system.name, len(samples))
-            family = spoken.speak(system, samples, options, codec, cache_dir, batch_size)
-            rows[system.name] = spoken.measure(samples, family.sampling_rate, scorers)
+            prompts = as_trained(samples, system.adapter.directory if system.adapter else Path(system.model or ""))
+            family = spoken.speak(system, prompts, options, codec, cache_dir, batch_size)
+            rows[system.name] = spoken.measure(prompts, family.sampling_rate, scorers)
         comparison = compare(rows, scorers)
         write_results(comparison.to_json(), comparison.rows, out)
     return comparison

@@ -14,11 +14,12 @@ from torch import distributed, nn
 from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
 from speechtune.lora.base_identity import RECIPE_NAME
 from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, FOLDER_NAME, WEIGHTS_NAME
+from speechtune.lora.prompts import PROMPTS_NAME
 from speechtune.storage.verified_folder import MANIFEST_NAME, check_writable, write_verified
 
 log = logging.getLogger("speechtune")
 
-ADAPTER_FILES = frozenset({WEIGHTS_NAME, BIN_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, MANIFEST_NAME})
+ADAPTER_FILES = frozenset({WEIGHTS_NAME, BIN_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, PROMPTS_NAME, MANIFEST_NAME})
 COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
 SHARDED_TYPES = ("DTensor", "FlatParameter")  # of parameters
 NO_SHARDS = "FSDP and DeepSpeed ZeRO-3 are not supported here; train the adapter with DDP, or save the full state dict"

@@ -127,8 +127,8 @@ def headline(report: RunReport) -> Rows:
         rows.append(("training loss, first → last", f"{figure(losses[0])} → {figure(losses[-1])}"))
     rows += [(measure_label(name), change(base, value)) for name, base, value in progress(report)[:4]]
     if proof := section(report.summary, "proof"):
-        moved = f"{figure(proof.get('lora_b_moved'))} of {figure(proof.get('lora_b_total'))}"
-        rows.append(("lora_B moved", moved if proof.get("lora_b_total") else "full fine-tuning"))
+        what, kind = ("lora_B", "lora_b") if proof.get("lora_b_total") else ("trained tensors", "tensors")
+        rows.append((f"{what} moved", f"{figure(proof.get(f'{kind}_moved'))} of {figure(proof.get(f'{kind}_total'))}"))
     if report.summary.get("seconds") is not None:
         rows.append(("time", time_of(report.summary["seconds"])))
     return rows
@@ -140,7 +140,7 @@ def identity_rows(report: RunReport) -> Rows:
     model, lora, train = section(config, "model"), section(config, "lora"), section(config, "train")
     identity, base = section(report.trainer_state, "identity"), section(info, "base")
     hardware, proof = section(info, "hardware"), section(report.summary, "proof")
-    rate, warmup = figure(train.get("learning_rate")), figure(train.get("warmup_steps"))
+    rate, warmup = figure(train.get("learning_rate")), figure(info.get("warmup_steps", train.get("warmup_steps")))
     rows: Rows = [
         ("family", str(config.get("family") or identity.get("family") or "-")),
         ("base", str(base.get("path") or model.get("path") or "-")),
@@ -160,7 +160,9 @@ def identity_rows(report: RunReport) -> Rows:
     versions = {"speechtune": info.get("speechtune") or report.summary.get("speechtune"), **section(info, "versions")}
     rows.append(("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value) or "-"))
     if proof:
-        rows.append(("frozen base unchanged", "yes, bit for bit" if proof.get("base_unchanged") is True else "NO"))
+        unchanged = "yes, bit for bit" if proof.get("base_unchanged") is True else "NO"
+        full = not proof.get("lora_b_total")  # earlier versions said 0 and True of full fine-tuning
+        rows.append(("frozen base unchanged", "no base was kept: full fine-tuning" if full else unchanged))
         rows.append(("trainable parameters", figure(proof.get("trainable_parameters"))))
     return rows
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -55,7 +56,7 @@ class RunParts:
 
     Attributes:
         config_yaml: the recipe, as text.
-        notes: texts by file name that lie beside a saved adapter.
+        notes: texts by file name that lie beside the weights.
         write_assets: writes what the folder of a full model needs besides weights and config.
     """
 
@@ -112,15 +113,15 @@ def checkpoint_writer(
 def save_weights(
     model: nn.Module, directory: Path, notes: Mapping[str, str], state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a model's adapter with its notes, or the full model, into a folder; `state` as for `model_tensors`."""
+    """Write a model's adapter, or the full model, with its notes into a folder; `state` as for `model_tensors`."""
     if isinstance(model, PeftModel):
         model.save_pretrained(
             str(directory), save_embedding_layers=False, state_dict=state, selected_adapters=[ADAPTER]
         )
-        for name, text in notes.items():
-            (directory / name).write_text(text, encoding="utf-8")
     else:
         cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
+    for name, text in notes.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -190,7 +191,10 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         chosen, passed_over = newest_valid(output_dir)
         for path, issue in passed_over:
             log.warning("resume passes over %s: %s", path, issue)
-        log.info("resuming from %s", chosen) if chosen else log.info("nothing to resume in %s: a fresh run", output_dir)
+        if chosen is None:
+            log.warning("checkpoint.resume=auto: nothing to resume in %s: the run begins at step 0", output_dir)
+        else:
+            log.info("resuming from %s", chosen)
         return chosen
     chosen = Path(resume)
     if issues := verify_folder(chosen):
@@ -220,6 +224,8 @@ def restore(
         if not force:
             raise CheckpointError(f"{message}; checkpoint.force=true resumes all the same")
         log.warning("%s; resumed by force", message)
+    if changes := changed_options(directory, parts.config_yaml):
+        log.warning("%s: the run goes on with other options than before: %s", directory, ", ".join(changes))
     restore_weights(parts.model, directory)
     saved = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     parts.optimizer.load_state_dict(cut_optimizer_state(saved["optimizer"], parts.optimizer))
@@ -230,6 +236,20 @@ def restore(
     else:
         log.warning("%s holds random states of %d ranks: dropout differs from there on", directory, len(rng_states))
     return state
+
+
+def changed_options(checkpoint: Path, config_yaml: str) -> list[str]:
+    """Options in which a recipe differs from the one that a checkpoint was trained with, as `NAME: OLD -> NEW`."""
+    file = checkpoint / "config.yaml"
+    then, now = _options(file.read_text(encoding="utf-8") if file.is_file() else ""), _options(config_yaml)
+    names = [name for name in now if name in then and not name.startswith(("checkpoint.", "tracking."))]
+    return [f"{name}: {then[name]} -> {now[name]}" for name in names if then[name] != now[name]]
+
+
+def _options(config_yaml: str) -> dict[str, object]:
+    sections: dict[str, object] = yaml.safe_load(config_yaml) or {}
+    nested = {section: values for section, values in sections.items() if isinstance(values, dict)}
+    return {f"{section}.{name}": value for section, values in nested.items() for name, value in values.items()}
 
 
 def restore_weights(model: nn.Module, directory: Path) -> None:

@@ -3,6 +3,7 @@
 Sharding is torch's own `fully_shard`: accelerate, given an FSDP plugin on a CPU, ran DDP without saying so.
 """
 
+import hashlib
 import importlib.util
 import logging
 import math
@@ -51,7 +52,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without this accelerate starts single processes under torchrun on a CPU
         log_with=list(tracking.trackers) or None,
-        project_dir=tracking.logging_dir or config.output_dir / "logs",
+        project_dir=tracker_folder(config),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=SETUP_TIMEOUT)],
     )
     expected = {DistributedType.NO} if ranks == 1 else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -62,6 +63,14 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     configure_logging(accelerator.is_main_process)
     return accelerator
+
+
+def tracker_folder(config: RunConfig) -> Path:
+    """Where trackers write: a folder of the run's own, also in a `tracking.logging_dir` that several runs share."""
+    if (shared := config.tracking.logging_dir) is None:
+        return config.output_dir / "logs"
+    run = config.output_dir.resolve()
+    return shared / f"{run.name}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}"
 
 
 def _check_sharding(config: RunConfig) -> None:

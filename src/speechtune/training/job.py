@@ -23,8 +23,9 @@ class Job:
 
     Attributes:
         identity: what a resume must find unchanged.
-        notes: texts by file name that lie beside a saved adapter.
+        notes: texts by file name that lie beside the saved weights.
         sample_generator: None where no samples are generated during training.
+        checkpoint: the run goes on from it; None for a fresh start.
     """
 
     config: RunConfig
@@ -36,6 +37,7 @@ class Job:
     identity: Mapping[str, Any]
     notes: Mapping[str, str]
     sample_generator: SampleGenerator | None = None
+    checkpoint: Path | None = None
 
     def weighted(self, losses: Mapping[str, float]) -> float:
         """Sum of the heads' losses, each times its `train.head_weights`."""

@@ -23,8 +23,8 @@ from speechtune.storage.verified_folder import prune
 from speechtune.tensors import checksums, gather, rng_state, set_rng_state
 from speechtune.training import guards
 from speechtune.training.batching import BatchLoader, BatchPlan
-from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, choose_checkpoint, restore
-from speechtune.training.distributed import Engine, check_same_checkpoint, sum_heads, sum_over_ranks
+from speechtune.training.checkpoint import RunParts, RunState, Saver, checkpoint_writer, restore
+from speechtune.training.distributed import Engine, sum_heads, sum_over_ranks
 from speechtune.training.evaluator import Evaluator
 from speechtune.training.job import Job, Objective, TrainResult
 from speechtune.training.tracking import Record, Stopwatch, Tracker, log_details
@@ -64,12 +64,17 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig, devi
     )
 
 
+def warmup_steps(total_steps: int, config: TrainConfig) -> int:
+    """Steps of warm-up: those of the recipe, but at most a tenth of the run."""
+    return min(config.warmup_steps, math.ceil(total_steps / 10))
+
+
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Learning rate of step `step` (from 0): linear warm-up that starts above zero, then the schedule's decay.
 
     A pure function, so that there is nothing to save or restore.
     """
-    warmup = min(config.warmup_steps, math.ceil(total_steps / 10))
+    warmup = warmup_steps(total_steps, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
@@ -108,7 +113,9 @@ class Run:
         torch.manual_seed(config.train.seed + self.accelerator.process_index)
         self._resume()
         tracker = Tracker(self.accelerator, config.output_dir, config.tracking.log_every_steps, self.state.step)
-        evaluator = Evaluator(self.job, self.accelerator, self.engine.plain, tracker, self.watch)
+        evaluator = Evaluator(
+            self.job, self.accelerator, self.engine.plain, tracker, self.watch, scores=tracker.past_scores()
+        )
         evaluator.evaluate_base(self.state.step, self.total_steps)
         wanted = self.job.eval_set is not None or self.job.sample_generator is not None
         self.job.model.train()
@@ -145,13 +152,11 @@ class Run:
         return TrainResult(self.state, first_losses, interruption.signal or None, best, scores, self.watch.seconds())
 
     def _resume(self) -> None:
-        """Go on from the checkpoint that the recipe asks for, if any."""
-        resumed = choose_checkpoint(self.config.output_dir, self.config.checkpoint.resume)
-        check_same_checkpoint(self.accelerator, resumed)
-        if resumed is None:
+        """Go on from the job's checkpoint, if there is one."""
+        if self.job.checkpoint is None:
             return
         identity, force = self.state.identity, self.config.checkpoint.force
-        state = restore(resumed, self.parts, identity, self.accelerator.process_index, force=force)
+        state = restore(self.job.checkpoint, self.parts, identity, self.accelerator.process_index, force=force)
         self.state = replace(state, total_steps=self.total_steps, identity=identity)
         self.unproven = False  # its first step lies in the run before
 

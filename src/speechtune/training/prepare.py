@@ -43,12 +43,15 @@ from speechtune.lora.apply import (
 )
 from speechtune.lora.base_identity import RECIPE_NAME, describe_base
 from speechtune.lora.files import CARD_NAME
+from speechtune.lora.prompts import PROMPTS_NAME, describe_prompts
 from speechtune.precision import PrecisionPlan, plan_precision
-from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints
+from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints, read_state
 from speechtune.tensors import tensors_fingerprint
-from speechtune.training.checkpoint import ADAM_MOMENTS
+from speechtune.training.checkpoint import ADAM_MOMENTS, choose_checkpoint
+from speechtune.training.distributed import check_same_checkpoint
 from speechtune.training.generated_samples import make_sample_generator, prepare_scorers
 from speechtune.training.job import Job, checkpoint_activations
+from speechtune.training.loop import warmup_steps
 from speechtune.training.tracking import WARNINGS_NAME, flatten
 from speechtune.types import Sample
 
@@ -56,6 +59,7 @@ log = logging.getLogger("speechtune")
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "soundfile", "soxr")
 INFO_NAME = "run_info.json"
+CONFIG_NAME = "config.yaml"
 
 
 def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None = None) -> Job:
@@ -69,6 +73,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
     family = family or create_family(config)
     lora = config.lora
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
+    checkpoint = choose_checkpoint(config.output_dir, config.checkpoint.resume)
+    check_same_checkpoint(accelerator, checkpoint)
     _check_before_encoding(config, family, plan)
     scorers = prepare_scorers(config, family)
     train_set, eval_set = encode_sets(config, family, accelerator)
@@ -81,6 +87,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
         "seed": config.train.seed,
     }
     notes = {CARD_NAME: model_card(config, family, train_set)}
+    if "speak" in family.abilities:
+        notes[PROMPTS_NAME] = describe_prompts(train_set.samples)
     if lora.enabled:
         notes[RECIPE_NAME] = describe_base(config, family, model, plan).to_json()
         model = apply_lora(model, family, lora, config.train.seed)
@@ -89,14 +97,30 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
     if config.train.gradient_checkpointing is True:
         checkpoint_activations(model)
     generator = None if scorers is None else make_sample_generator(config, family, train_set, eval_set, scorers)
-    job = Job(config, family, model, plan, train_set, eval_set, identity, notes, generator)
+    job = Job(config, family, model, plan, train_set, eval_set, identity, notes, generator, checkpoint)
     if accelerator.is_main_process:
         log.info("precision: %s", plan.describe())
         show_counts(model, family)
         check_writable(config.output_dir, sum(p.nbytes for p in trainable(model).values()) * (1 + ADAM_MOMENTS))
-        (config.output_dir / INFO_NAME).write_text(json.dumps(run_info(job), indent=1) + "\n", encoding="utf-8")
-        accelerator.init_trackers("speechtune", {k: str(v) for k, v in flatten(config.model_dump()).items()})
     return job
+
+
+def record_start(job: Job, accelerator: Accelerator, total_steps: int) -> None:
+    """Write down what is about to be trained, on the main process, and start the trackers."""
+    if not accelerator.is_main_process:
+        return
+    config, directory = job.config, job.config.output_dir
+    _write_config(config)
+    warmup = warmup_steps(total_steps, config.train)
+    if warmup < config.train.warmup_steps:
+        message = "train.warmup_steps=%d: shortened to %d, a tenth of the run's %d steps"
+        log.warning(message, config.train.warmup_steps, warmup, total_steps)
+    info = {**run_info(job), "total_steps": total_steps, "warmup_steps": warmup}
+    (directory / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    # Steps that a run took before it was killed, and takes again, would stand in TensorBoard's curves twice.
+    first = read_state(job.checkpoint)["step"] + 1 if job.checkpoint else 0
+    options = {name: str(value) for name, value in flatten(config.model_dump()).items()}
+    accelerator.init_trackers("speechtune", options, {"tensorboard": {"purge_step": first}})
 
 
 def _open_output(config: RunConfig) -> None:
@@ -114,7 +138,12 @@ def _open_output(config: RunConfig) -> None:
         )
     clear_leftovers(config.output_dir)
     (config.output_dir / WARNINGS_NAME).touch()
-    (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    if config.checkpoint.resume is None or not (config.output_dir / CONFIG_NAME).is_file():
+        _write_config(config)  # so that there is a report on a run that fails while it is prepared
+
+
+def _write_config(config: RunConfig) -> None:
+    (config.output_dir / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _check_before_encoding(config: RunConfig, family: Family, plan: PrecisionPlan) -> None:
@@ -238,28 +267,34 @@ def describe_data(train_set: EncodedSet, eval_set: EncodedSet | None) -> dict[st
 def model_card(
     config: RunConfig, family: Family, train_set: EncodedSet, scores: Mapping[str, float] | None = None
 ) -> str:
-    """The text of README.md; `scores` are those of the run's last (or best) evaluation by name."""
+    """The text of README.md; `scores` are those of the run's last (or best) evaluation by name, None on the way."""
     base, lora, data = config.model.path, config.lora, describe_data(train_set, None)
     rows = [f"| {name} | {value:.4g} |" for name, value in (scores or {}).items()]
     table = "\n".join(["| figure | value |", "|---|---|", *rows])
+    without = "No evaluation was made in this run." if scores is not None else "Saved on the way: see `metrics.jsonl`."
+    kind, how, load = "LoRA adapter for", "", "Load it with `PeftModel.from_pretrained(base, folder)`."
+    if lora.enabled:
+        how = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets `{lora.targets}`"
+    else:
+        kind, load = "Full fine-tuning of", "Load it with `from_pretrained(folder)`: it is a complete model."
+        how = "all weights" + (f" but those of `{config.train.freeze}`" if config.train.freeze else "")
     return f"""---
 {_metadata(config, family, scores or {}).to_yaml()}
 ---
-# LoRA adapter for {Path(base).name if Path(base).exists() else base}
+# {kind} {Path(base).name if Path(base).exists() else base}
 
 Trained with speechtune {__version__} on {data["samples"]} samples ({data["hours"]:.2f} h, \
-{data["speakers"]} speakers): rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, \
-targets `{lora.targets}`, learning rate {config.train.learning_rate:g}, seed {config.train.seed}.
+{data["speakers"]} speakers): {how}, learning rate {config.train.learning_rate:g}, seed {config.train.seed}.
 
-Load it with `PeftModel.from_pretrained(base, folder)`. {family.card_note}
+{load} {family.card_note}
 
 ## Evaluation
 
-{table if rows else "No evaluation was made in this run."}
+{table if rows else without}
 
 ## Use
 
-{family.card_use} The licence of the base model holds for this adapter too.
+{family.card_use} The licence of the base model holds for it too.
 """
 
 
@@ -279,10 +314,10 @@ def _metadata(config: RunConfig, family: Family, scores: Mapping[str, float]) ->
     ]
     return ModelCardData(
         base_model=None if Path(base).exists() else base,
-        library_name="peft",
+        library_name="peft" if config.lora.enabled else "transformers",
         license=family.base_license,
         pipeline_tag=family.pipeline_tag,
-        tags=["lora", "speechtune"],
+        tags=["lora", "speechtune"] if config.lora.enabled else ["speechtune"],
         model_name=config.output_dir.name,
         eval_results=results or None,
         ignore_metadata_errors=False,

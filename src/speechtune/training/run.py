@@ -16,32 +16,45 @@ from speechtune import __version__
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.family import Family
-from speechtune.lora.apply import adapter_state, frozen, trainable
+from speechtune.lora.apply import frozen, trainable
 from speechtune.lora.files import CARD_NAME, FOLDER_NAME
 from speechtune.lora.save import save_lora_adapters
 from speechtune.storage.lock import locked
-from speechtune.storage.verified_folder import STATE_NAME
+from speechtune.storage.verified_folder import STATE_NAME, read_state
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
 from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
 from speechtune.training.distributed import start_accelerator
 from speechtune.training.job import Job, TrainResult
 from speechtune.training.loop import Run
 from speechtune.training.memory_budget import settle_budget, settle_checkpointing
-from speechtune.training.prepare import model_card, prepare
+from speechtune.training.prepare import model_card, prepare, record_start
 from speechtune.training.tracking import add_warnings
 from speechtune.training.watchdog import LOST_SECONDS, Watchdog
 
 log = logging.getLogger("speechtune")
 
+SUMMARY_NAME = "summary.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Evidence, measured on the model in memory, that a run trained the adapter and nothing else."""
+    """Evidence, measured on the model in memory, of what a run trained.
 
-    lora_b_total: int
-    lora_b_moved: int
-    base_unchanged: bool
+    Attributes:
+        lora_b_total: of the adapter; like the next two None after full fine-tuning, which has neither adapter nor base.
+        lora_b_moved: of these, how many changed.
+        base_unchanged: the base is bit for bit what it was.
+        trainable_parameters: numbers in what was trained.
+        tensors_total: tensors that were trained.
+        tensors_moved: of these, how many changed.
+    """
+
+    lora_b_total: int | None
+    lora_b_moved: int | None
+    base_unchanged: bool | None
     trainable_parameters: int
+    tensors_total: int
+    tensors_moved: int
 
 
 @dataclass(frozen=True)
@@ -73,38 +86,54 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
     job = prepare(config, accelerator, family)
     for settle in (settle_checkpointing, settle_budget):
         job = settle(job, accelerator.num_processes, lambda value: min(gather_object([value])))
-    frozen_before, adapter_before = tensors_fingerprint(frozen(job.model)), lora_b_checksums(job.model)
+    frozen_before, before = tensors_fingerprint(frozen(job.model)), checksums(trainable(job.model))
     run = Run(job, accelerator)
     watchdog.step = lambda: run.state.step
+    finished = _is_finished(job, run.total_steps)
+    if not finished:
+        record_start(job, accelerator, run.total_steps)
     try:
         result = run.train()
     except TrainingError as error:
         if main:
             add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
         raise
-    proof = prove(job.model, adapter_before, tensors_fingerprint(frozen(job.model)) == frozen_before)
-    if result.signal is None:
+    proof = prove(job.model, before, tensors_fingerprint(frozen(job.model)) == frozen_before)
+    if result.signal is None and not finished:
         _save_adapter(job, result, main=main)
         if main:
             _write_summary(config.output_dir, result, proof)
     return Outcome(result, proof, job)
 
 
-def lora_b_checksums(model: nn.Module) -> dict[str, str]:
-    """Checksum of every lora_B of the adapter that is trained; empty for a full model."""
-    state = adapter_state(model) if isinstance(model, PeftModel) else {}
-    return checksums({name: tensor for name, tensor in state.items() if "lora_B" in name})
+def _is_finished(job: Job, total_steps: int) -> bool:
+    """Whether the run that is to go on has nothing left to do; its files are then left as they are."""
+    directory, step = job.config.output_dir, read_state(job.checkpoint)["step"] if job.checkpoint else 0
+    if step < total_steps or not (directory / SUMMARY_NAME).is_file():
+        return False
+    message = (
+        "%s: this run is finished, at step %d of %d: nothing is trained, and nothing written. To go on, raise "
+        "train.max_steps or train.epochs; to begin anew, choose another output_dir"
+    )
+    log.warning(message, directory, step, total_steps)
+    return True
 
 
-def prove(model: nn.Module, adapter_before: Mapping[str, str], base_unchanged: bool) -> Proof:
-    """Measure the proof on a trained model; `adapter_before` are its lora_B checksums before the first step."""
-    after = lora_b_checksums(model)
-    moved = sum(adapter_before[name] != now for name, now in after.items())
-    if after and not moved:
-        raise TrainingError(f"training changed none of the {len(after)} lora_B: nothing was learnt")
-    if not base_unchanged:
+def prove(model: nn.Module, before: Mapping[str, str], frozen_unchanged: bool) -> Proof:
+    """Measure the proof on a trained model; `before` are the checksums of what is trained before the first step."""
+    parameters = trainable(model)
+    moved = {name for name, now in checksums(parameters).items() if before[name] != now}
+    lora = isinstance(model, PeftModel)
+    chosen = [name for name in parameters if "lora_B" in name] if lora else list(parameters)
+    num_moved = len(moved & set(chosen))
+    if chosen and not num_moved:
+        raise TrainingError(
+            f"training changed none of the {len(chosen)} {'lora_B' if lora else 'tensors'}: nothing was learnt"
+        )
+    if not frozen_unchanged:
         raise TrainingError("the frozen base changed during training: the adapter would not fit the original base")
-    return Proof(len(after), moved, base_unchanged, sum(p.numel() for p in trainable(model).values()))
+    of_adapter = (len(chosen), num_moved, True) if lora else (None, None, None)
+    return Proof(*of_adapter, sum(p.numel() for p in parameters.values()), len(parameters), len(moved))
 
 
 def _save_adapter(job: Job, result: TrainResult, *, main: bool) -> None:
@@ -136,4 +165,4 @@ def _write_summary(output_dir: Path, result: TrainResult, proof: Proof) -> None:
         "scores": dict(result.scores),
         "time": dict(result.seconds),
     }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (output_dir / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -96,6 +96,16 @@ class Tracker:
             keep_until(output_dir / WARNINGS_NAME, resume_step)
             self.path.touch()
 
+    def past_scores(self) -> dict[int, dict[str, float]]:
+        """Loss and scores of the evaluations before a resume, by step; empty on other ranks than the main one."""
+        scores: dict[int, dict[str, float]] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.accelerator.is_main_process else ():
+            record = json.loads(line)
+            if "scores" in record:
+                loss = {} if record["eval_loss"] is None else {"eval_loss": record["eval_loss"]}
+                scores[record["step"]] = {**loss, **record["scores"]}
+        return scores
+
     def write(self, record: Record | EvaluationRecord, total_steps: int) -> None:
         """Write one record everywhere it goes."""
         if not self.accelerator.is_main_process:

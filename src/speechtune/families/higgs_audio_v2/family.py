@@ -225,7 +225,7 @@ class HiggsAudioV2Family(Family):
         if with_target and sample.system not in self._prompts_seen:
             self._prompts_seen.add(sample.system)
             if sample.system is not None:
-                log.info("prompts carry the system message %r: generate with --system to match", sample.system)
+                log.info("prompts carry the system message %r; it is kept beside the weights", sample.system)
         ids: list[int] = []
         rows: list[np.ndarray] = [np.zeros((0, config.num_codebooks), np.int64)]
         for part, codes_FK in zip(parts, [*features, None], strict=True):
