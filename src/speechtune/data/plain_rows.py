@@ -35,7 +35,7 @@ def read_row(context: Context) -> Sample | None:
         return chatml_sample(context, value)
     if not value.keys().isdisjoint(AUDIO):
         return plain_sample(context, value)
-    context.issue("unknown_format", f"names no clip; {advice(value)}")
+    context.issue("unknown_format", f"no audio is named; {advice(value)}")
     return None
 
 
