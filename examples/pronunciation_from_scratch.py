@@ -27,7 +27,7 @@ from speechtune.data.sources import load_samples
 from speechtune.families import build_config
 from speechtune.families.phi4_multimodal.audio import log_mel
 from speechtune.families.phi4_multimodal.tiny import make_model
-from speechtune.inference.evaluate_pronunciation import evaluate
+from speechtune.inference.evaluate_pronunciation import evaluate_pronunciation
 from speechtune.tasks.pronunciation.evaluation import print_evaluation
 from speechtune.tasks.pronunciation.targets import SCORE_FIELDS
 from speechtune.training.run import run_training
@@ -111,7 +111,7 @@ def main() -> int:
     if outcome.result.signal is not None:
         return 128 + outcome.result.signal
     checkpoint = options.out / "run" / f"checkpoint-{options.steps}"
-    report = evaluate(
+    report = evaluate_pronunciation(
         options.data / "test",
         train=options.data / "train",
         model=str(checkpoint),
