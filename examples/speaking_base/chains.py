@@ -1,0 +1,216 @@
+"""Training batches: chains of clips of one voice, each clip predicted from those before it.
+
+A chain is a prompt of Higgs Audio v2 with references (`layout.render_prompt`); unlike there, every clip in it is a
+target. It is a function of the seed, the step and the list of shards.
+
+Shapes: S positions, R audio rows, K codebooks, F frames of a clip, G guided rows.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.families.higgs_audio_v2.layout import AUDIO, delay_rows, render_prompt, target_arrays
+from speechtune.types import AudioRef, Batch, Encoded, Sample
+
+SPELT_SHARE = 0.04  # of words given as letters
+NEIGHBOUR_SHARE, RANDOM_SHARE = 0.12, 0.03  # of input codes that are replaced: a model must live with its own errors
+DEVELOPMENT_EVERY = 100  # clips
+MOST_HEARD = "af_heart"
+MOST_HEARD_SHARE, PLAIN_SHARE = 0.4, 0.4
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A clip.
+
+    Attributes:
+        words: token ids of each word, phonemes as far as the tokenizer knows it.
+        letters: token ids of each word as letters.
+        codes: (F, K) by voice.
+        places: (F, 3), the word that each frame belongs to, and which of how many of its symbols.
+    """
+
+    words: list[list[int]]
+    letters: list[list[int]]
+    codes: dict[str, np.ndarray]
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Where the rows of a batch should look: positions (G,), the positions they look at (G,), and the token there."""
+
+    rows: torch.Tensor
+    looked_at: torch.Tensor
+    token: torch.Tensor
+    next_token: torch.Tensor
+
+
+class Clips:
+    """All clips of some shards, by voice."""
+
+    def __init__(self, shards: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.space = self.ids(" ")[0]
+        self.by_voice: dict[str, list[Spoken]] = {}
+        self.development: dict[str, list[Spoken]] = {}
+        for index, (row, codes, places) in enumerate(item for shard in shards for item in read_codes(shard)):
+            if row["split"] == "train":
+                clip = self._clip(row, codes, places)
+                held_out = index % DEVELOPMENT_EVERY == 0
+                for voice in row["voices"][:1] if held_out else row["voices"]:
+                    (self.development if held_out else self.by_voice).setdefault(voice, []).append(clip)
+        self.by_voice = {voice: clips for voice, clips in self.by_voice.items() if len(clips) > 3}
+        self.plain = sorted(voice for voice in self.by_voice if "~" not in voice and voice != MOST_HEARD)
+        self.count = sum(len(self.by_voice[voice]) for voice in self.plain) + len(self.by_voice.get(MOST_HEARD, ()))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _clip(self, row: dict[str, Any], codes: dict[str, np.ndarray], places: np.ndarray) -> Spoken:
+        words: list[list[int]] = [[]]
+        for token in self.ids(row["text"]):
+            if token == self.space:
+                words.append([])
+            else:
+                words[-1].append(token)
+        known = {token: self.tokenizer.convert_tokens_to_ids(token) for token in set(row["text"].lower())}
+        letters = [[known[letter] for letter in word] for word in row["text"].lower().split()]
+        return Spoken(words, letters, codes, places)
+
+    def draw_voice(self, draw: random.Random) -> str:
+        """A voice: often the one with most clips, and often one made of another by warping."""
+        often = MOST_HEARD in self.by_voice and (not self.plain or draw.random() < MOST_HEARD_SHARE)
+        plain = MOST_HEARD if often else draw.choice(self.plain)
+        made = sorted(voice for voice in self.by_voice if voice.startswith(f"{plain}~"))
+        return plain if not made or draw.random() < PLAIN_SHARE else draw.choice(made)
+
+
+def read_codes(path: Path) -> list[tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray]]:
+    """Rows, codes by voice and places of a shard's clips."""
+    with np.load(path, allow_pickle=False) as shard:
+        rows, codes, places = json.loads(shard["rows"].tobytes()), shard["codes"], shard["places"]
+    found, code, place = [], 0, 0
+    for row in rows:
+        own = {}
+        for voice in row["voices"]:
+            own[voice] = codes[code : code + row["frames"]]
+            code += row["frames"]
+        found.append((row, own, places[place : place + row["frames"]]))
+        place += row["frames"]
+    return found
+
+
+class Chains:
+    """Makes batches of chains."""
+
+    def __init__(
+        self, family: HiggsAudioV2Family, clips: Clips, neighbours: Sequence[np.ndarray], seed: int, most_positions: int
+    ) -> None:
+        """
+        Args:
+            family: collates, and knows the model's ids.
+            clips: what chains are made of.
+            neighbours: of each codebook the nearest other entries of each entry, (V, 3).
+            seed: of all draws.
+            most_positions: chains end before they are longer.
+        """
+        self.family, self.clips, self.neighbours = family, clips, neighbours
+        self.seed, self.most_positions = seed, most_positions
+        blank = Sample("", "\0", AudioRef(data=b"x"))
+        self.head, self.between, self.tail = (
+            clips.ids(part) for part in re.split(f"\0|{re.escape(AUDIO)}", render_prompt(blank, with_target=True))
+        )
+        header = clips.ids("<|start_header_id|>user<|end_header_id|>")
+        self.first, self.turn = self.head[: -len(header)], header
+
+    def batch(self, step: int, num_chains: int) -> tuple[Batch, Guided]:
+        """The batch of a step."""
+        draw = random.Random(f"{self.seed} {step}")
+        chains = []
+        for index in range(num_chains):
+            voice = self.clips.draw_voice(draw)
+            clips = self.clips.by_voice[voice]
+            chosen = draw.sample(clips, min(len(clips), 12))
+            chains.append(self.chain(chosen, voice, draw, np.random.default_rng([self.seed, step, index])))
+        return self.collate(chains)
+
+    def development_batch(self, most: int) -> tuple[Batch, Guided]:
+        """Clips that no chain of training holds, each behind one of its voice that is known."""
+        draw, noise = random.Random(self.seed), None
+        voices = sorted(voice for voice in self.clips.development if voice in self.clips.by_voice)
+        pairs = [(self.clips.by_voice[v][0], clip, v) for v in voices for clip in self.clips.development[v]][:most]
+        return self.collate([self.chain([first, clip], voice, draw, noise) for first, clip, voice in pairs])
+
+    def collate(self, chains: Sequence[tuple[Encoded, np.ndarray]]) -> tuple[Batch, Guided]:
+        """Chains end to end."""
+        batch = self.family.collate([encoded for encoded, _ in chains])
+        starts = np.cumsum([0, *(encoded.num_tokens for encoded, _ in chains)])[:-1]
+        offsets = [np.array([[start], [start], [0], [0]]) for start in starts]
+        guided = np.concatenate([g + offset for (_, g), offset in zip(chains, offsets, strict=True)], axis=1)
+        return batch, Guided(*torch.from_numpy(guided))
+
+    def chain(
+        self, clips: Sequence[Spoken], voice: str, draw: random.Random, noise: np.random.Generator | None
+    ) -> tuple[Encoded, np.ndarray]:
+        """Clips of a voice in a row, as many as fit, and what guides their rows, (4, G)."""
+        config = self.family.model_config
+        ids, rows, parts, guides = list(self.first), [], [], []
+        for clip in clips:
+            spelt = [noise is not None and draw.random() < SPELT_SHARE for _ in clip.words]
+            words = [b if s and b else a for a, b, s in zip(clip.words, clip.letters, spelt, strict=True)]
+            tokens = [token for word in words for token in (*word, self.clips.space)][:-1]
+            codes_FK = clip.codes[voice]
+            rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
+            fillers = config.num_codebooks - 1
+            held = [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
+            asked = [*self.turn, *tokens, *self.between]
+            if len(ids) + len(asked) + len(held) + len(self.tail) > self.most_positions and parts:
+                break
+            text_start, row_start = len(ids) + len(self.turn), len(ids) + len(asked)
+            ids += [*asked, *held, *self.tail]
+            parts.append(target_arrays(np.asarray(ids, np.int32), rows_RK, len(codes_FK), len(self.tail)))
+            rows.append(rows_RK if noise is None else self.disturbed(rows_RK, noise))
+            guides.append(_guide(clip.places, words, tokens, self.clips.space, text_start, row_start))
+        arrays = {"input_ids": np.asarray(ids, np.int32), "audio_rows": np.concatenate(rows).astype(np.int16)}
+        for name in ("audio_positions", "audio_targets", "text_positions", "text_targets"):
+            arrays[name] = np.concatenate([part[name] for part in parts])
+        seconds = sum(len(clip.places) for clip in clips[: len(parts)]) / 25
+        return Encoded(voice, arrays, len(ids), seconds), np.concatenate(guides, axis=1)
+
+    def disturbed(self, rows_RK: np.ndarray, noise: np.random.Generator) -> np.ndarray:
+        """Rows with some codes replaced, by near ones or by any."""
+        changed_RK = rows_RK.copy()
+        for k, neighbours_V3 in enumerate(self.neighbours):
+            column_R = changed_RK[:, k]
+            codes_R, draws_R = column_R < len(neighbours_V3), noise.random(len(column_R))
+            near_R, any_R = codes_R & (draws_R < NEIGHBOUR_SHARE), codes_R & (draws_R > 1 - RANDOM_SHARE)
+            which = noise.integers(neighbours_V3.shape[1], size=near_R.sum())
+            column_R[near_R] = neighbours_V3[column_R[near_R], which]
+            column_R[any_R] = noise.integers(len(neighbours_V3), size=any_R.sum())
+        return changed_RK
+
+
+def _guide(
+    places_F3: np.ndarray, words: Sequence[list[int]], tokens: list[int], space: int, text_start: int, row_start: int
+) -> np.ndarray:
+    """What row t looks at while it predicts frame t: (position, looked at, token, next token) by frame, (4, F)."""
+    starts = np.cumsum([0, *(len(word) + 1 for word in words)])
+    word_F, symbol_F, symbols_F = places_F3.T.astype(np.int64)
+    lengths_F = np.asarray([len(word) for word in words])[word_F]
+    inside_F = np.where(symbols_F == 0, lengths_F, symbol_F * lengths_F // np.maximum(symbols_F, 1))
+    token_F = np.minimum(starts[word_F] + inside_F, len(tokens) - 1)
+    ids = np.asarray([*tokens, space])
+    rows_F = row_start + np.arange(len(places_F3))
+    return np.stack([rows_F, text_start + token_F, ids[token_F], ids[token_F + 1]])

@@ -1,0 +1,20 @@
+#!/bin/sh
+# All data of the speaking base, from nothing, into one folder; may be killed and started again.
+#   examples/speaking_base/make_data.sh FOLDER [PROCESSES]
+set -e
+folder=$1
+processes=${2:-1}
+scripts=$(dirname "$0")
+export OMP_NUM_THREADS=1
+mkdir -p "$folder"
+[ -e "$folder/assets/voices" ] || python "$scripts/assets.py" --output "$folder/assets"
+for part in $(seq 0 $((processes - 1))); do
+    python "$scripts/speech.py" --assets "$folder/assets" --output "$folder/speech" --part "$part" --parts "$processes" &
+    makers="$makers $!"
+done
+for maker in $makers; do wait "$maker"; done
+python "$scripts/features.py" --speech "$folder/speech" --output "$folder/features"
+[ -e "$folder/codec" ] || python "$scripts/fit_codec.py" --features "$folder/features" --output "$folder/codec" \
+    --per-voice 150 --warps 4
+python "$scripts/codes.py" --features "$folder/features" --codec "$folder/codec" --output "$folder/codes"
+[ -e "$folder/tokenizer" ] || python "$scripts/make_tokenizer.py" --speech "$folder/speech" --output "$folder/tokenizer"

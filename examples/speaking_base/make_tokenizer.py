@@ -1,0 +1,31 @@
+"""Write the tokenizer of the words that the speech has.
+
+python examples/speaking_base/make_tokenizer.py --speech speech --output tokenizer
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from text import lexicon_of, make_tokenizer
+
+
+def main() -> None:
+    """Write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--speech", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    pairs: list[tuple[str, str]] = []
+    for path in sorted(arguments.speech.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as shard:
+            pairs += [(row["text"], row["phonemes"]) for row in json.loads(shard["rows"].tobytes())]
+    lexicon = lexicon_of(pairs)
+    tokenizer = make_tokenizer(lexicon)
+    tokenizer.save_pretrained(arguments.output)
+    print(f"{len(lexicon)} words, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()
