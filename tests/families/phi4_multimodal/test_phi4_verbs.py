@@ -467,7 +467,7 @@ def test_data_that_is_not_for_assessment(run: Run, clips: list[Path], phi4_rows:
     only_apa = jsonl(tmp_path / "apa.jsonl", [task_row(audio=str(clips[0]))])
     wrong = [
         ((prompts, "--tasks", "APA"), "no pronunciation data"),
-        ((prompts,), "holds neither 'messages'"),
+        ((prompts,), "expected 'messages', or 'audio' and 'text'"),
         ((tmp_path / "gone",), "gone"),
         ((phi4_rows, "--train", prompts), f"--train {prompts}: no pronunciation data"),
         ((only_apa, "--tasks", "MDD"), "holds no MDD samples"),
