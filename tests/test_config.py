@@ -37,7 +37,7 @@ speed.fast_forward speed.compile speed.liger speed.parallel
 evaluate.enabled evaluate.every_steps evaluate.batch_size evaluate.prompts evaluate.temperature evaluate.asr
 evaluate.speaker evaluate.mos evaluate.best_metric evaluate.patience
 checkpoint.every_steps checkpoint.keep_last checkpoint.final checkpoint.resume checkpoint.force
-tracking.log_every_steps tracking.detail_every_steps tracking.trackers tracking.logging_dir
+tracking.log_every_steps tracking.log_saves tracking.detail_every_steps tracking.trackers tracking.logging_dir
 """
 
 DEFAULTS = {

@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+OWN = ("trainer", "src/train_single_config_remote.py")
 STANDALONE = Path(__file__).with_name("standalone_lora_saving.py")
-SKIPPED = {"__pycache__", "build", "dist", "node_modules", "site-packages", "venv"}
+SKIPPED = {"__pycache__", "build", "dist", "node_modules", "site-packages", "tests", "venv"}
 PEFT_NAMES = {"LoraConfig", "get_peft_model"}
 
 
@@ -43,6 +45,8 @@ def traces(tree: ast.AST) -> Iterator[tuple[int, str]]:
             name = last_name(node.func)
             if name in PEFT_NAMES or name.endswith("Trainer"):
                 yield node.lineno, f"{name}(...)"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("speechtune.legacy."):
+            yield node.lineno, f"trains by {node.module}, which saves verified adapters by itself"
         elif isinstance(node, ast.ClassDef):
             bases = [last_name(base) for base in node.bases]
             if any(base.endswith("Trainer") for base in bases):
@@ -58,24 +62,31 @@ def main() -> int:
     """Print the function, or the list; exit status 1 if a list is empty, 2 if there is no such folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--list", "--list-scripts", type=Path, metavar="FOLDER", nargs="?", const=Path(), help="list training scripts"
+        "--list",
+        "--list-scripts",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="list training scripts (without FOLDER: of this folder and of speechtune)",
     )
     parser.add_argument("--script", type=Path, help="where one script builds its trainer; `speechtune lint` checks it")
     parser.add_argument("--generate-function", action="store_true", help="print the function (also without any flag)")
     options = parser.parse_args()
-    if options.script is not None:
-        options.list = options.script
-    if options.list is None:
+    if options.script is None and options.list is None:
         print(STANDALONE.read_text(encoding="utf-8"), end="")
         return 0
-    if not options.list.exists():
-        print(f"{options.list}: no such file or folder", file=sys.stderr)
+    wanted = options.script or Path(options.list)
+    if not wanted.exists():
+        print(f"{wanted}: no such file or folder", file=sys.stderr)
         return 2
-    lines = list(trainer_scripts(options.list))
+    folders = [wanted]
+    if options.list == "" and not ROOT.is_relative_to(Path.cwd()):
+        folders += [ROOT / name for name in OWN if (ROOT / name).exists()]
+    lines = [line for folder in folders for line in trainer_scripts(folder)]
     for line in lines:
         print(line)
     if not lines:
-        print(f"{options.list}: no script builds a Trainer, a LoraConfig or a PEFT model", file=sys.stderr)
+        print(f"{wanted}: no script builds a Trainer, a LoraConfig or a PEFT model", file=sys.stderr)
     return 0 if lines else 1
 
 

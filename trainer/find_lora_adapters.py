@@ -4,7 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from speechtune.commands.guarded import guarded
+try:
+    from speechtune.commands.guarded import guarded
+except ModuleNotFoundError as error:
+    print(f"{sys.argv[0]}: {error.name} is missing: run `pip install -e .` in speechtune's folder", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> int:

@@ -2,7 +2,11 @@
 
 import sys
 
-from speechtune.legacy.train_v2 import main
+try:
+    from speechtune.legacy.train_v2 import main
+except ModuleNotFoundError as error:
+    print(f"{sys.argv[0]}: {error.name} is missing: run `pip install -e .` in speechtune's folder", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -194,6 +194,8 @@ class TrackingConfig(Section, frozen=True):
 
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between console lines; metrics.jsonl gets every step."""
+    log_saves: bool = True
+    """Console lines on what each save wrote, file by file, and verified; False leaves one line a checkpoint."""
     detail_every_steps: int | None = Field(default=None, ge=1)
     """Steps between console lines that name the samples of the step, their positions and targets; None for none."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -288,7 +290,7 @@ def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[objec
     if not isinstance(values, dict):
         raise ConfigError(f"{recipe}: a recipe is a mapping of sections, found {type(values).__name__}")
     # Names are not looked at here: validation refuses an unknown one, in the recipe and in an override alike.
-    issues = [issue for override in overrides if (issue := _apply(values, override)) is not None]
+    issues = [issue for override in overrides if (issue := apply_override(values, override)) is not None]
     where = f"{recipe}, with {len(overrides)} override(s)" if overrides else str(recipe)
     return build_config(values, where, kind_of(values.get("family")), issues)
 
@@ -305,7 +307,7 @@ def option_names(section: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _apply(values: dict[str, Any], override: str) -> str | None:
+def apply_override(values: dict[str, Any], override: str) -> str | None:
     """Put one override into nested `values`; what is wrong with its form, if anything."""
     name, separator, text = override.partition("=")
     if not name or not separator:
@@ -378,6 +380,11 @@ def world_size() -> int:
 
 
 DEFAULT_PROMPTS = 4
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of its launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def num_prompts(config: RunConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from helpers import DemoClip
 from speechtune.errors import ConfigError
 from speechtune.families.higgs_audio_v2 import tiny
-from speechtune.legacy.train_v2 import FLAGS, parse
+from speechtune.legacy import in_flags
+from speechtune.legacy.train_v2 import FLAGS, main, parse
 from speechtune.storage.verified_folder import find_checkpoints, verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -147,12 +150,20 @@ def test_train_v2_ddp_in_full(tmp_path: Path, tiny_base: Path, demo_clips: list[
     assert step == (3 if CORPUS.is_dir() else 1), "12 samples by 2 ranks of 2 are 3 steps"
     assert verify_folder(checkpoint) == []
     assert (checkpoint / "model.safetensors").is_file()
+    output = tmp_path / "output"
+    assert (output / "model.safetensors").samefile(checkpoint / "model.safetensors"), "no second copy of the weights"
+    assert not (output / "config.json").samefile(checkpoint / "config.json")
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(output)
+    stored = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items() if name in stored)
+    assert not [name for name in ("optimizer.pt", "rng_state.pt", "MANIFEST.json") if (output / name).exists()]
+    assert AutoTokenizer.from_pretrained(output).vocab_size
     assert not (tmp_path / "output/lora_adapters").exists()
 
 
 def test_the_table_has_every_documented_flag_and_default() -> None:
     assert set(DOCUMENTED.split()) <= {flag.name.removeprefix("--") for flag in FLAGS}
-    config = parse(REQUIRED)
+    config, _ = parse(REQUIRED)
     assert (config.train.epochs, config.train.batch_size, config.evaluate.batch_size) == (3, 4, 1)
     assert (config.train.learning_rate, config.train.warmup_steps, config.train.seed) == (5e-5, 100, 42)
     assert (config.tracking.log_every_steps, config.checkpoint.every_steps) == (10, 500)
@@ -166,11 +177,11 @@ def test_the_table_has_every_documented_flag_and_default() -> None:
 
 def test_flags_reach_their_options(caplog: pytest.LogCaptureFixture) -> None:
     """Guards against flags that are swallowed."""
-    config = parse([*REQUIRED, "--bf16", "--disable_eval", "--freeze_llm", "--report_to", "none"])
+    config, _ = parse([*REQUIRED, "--bf16", "--disable_eval", "--freeze_llm", "--report_to", "none"])
     assert (config.train.precision, config.evaluate.enabled) == ("bf16", False)
     assert config.train.freeze
     assert config.tracking.trackers == ()
-    detailed = parse([*REQUIRED, "--enable_strategic_logging", "--strategic_logging_steps", "7"])
+    detailed, _ = parse([*REQUIRED, "--enable_strategic_logging", "--strategic_logging_steps", "7"])
     assert detailed.tracking.detail_every_steps == 7
 
 
@@ -183,3 +194,74 @@ def test_messages_name_the_flags() -> None:
     assert all(
         f"{flag}: Input should be" in str(caught.value) for flag in ("num_train_epochs", "strategic_logging_steps")
     )
+
+
+def test_flags_for_faulty_rows_resuming_and_looking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, dry_run = parse([*REQUIRED, "--on_error", "quarantine", "--force_resume", "--dry_run"])
+    assert (config.data.on_error, config.checkpoint.force, dry_run) == ("quarantine", True, True)
+    config, dry_run = parse([*REQUIRED, "--set", "data.quarantine_limit=0.5", "--set", "lora.targets=default"])
+    assert (config.data.on_error, config.data.quarantine_limit, dry_run) == ("fail", 0.5, False)
+    assert config.lora.targets == "default" and not config.checkpoint.force
+    assert main([*REQUIRED, "--on_error", "skip"]) == 2
+    assert "--on_error: Input should be 'fail' or 'quarantine'" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_recipe_and_writes_nothing(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model_path", str(tiny_base / "model"), "--audio_tokenizer_path", str(tiny_base / "codec")]
+    arguments += ["--train_data_file", "none.json", "--output_dir", str(tmp_path / "out"), "--use_lora", "--dry_run"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "family: higgs_audio_v2" in printed and "train: none.json" in printed and "trainable" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("go on with checkpoint.resume=auto, or", "go on with --resume auto, or"),
+        ("checkpoint.force=true resumes all the same", "--force_resume resumes all the same"),
+        ("or set data.on_error=quarantine", "or set --on_error quarantine"),
+        ("output_dir=/tmp/a.b/out holds", "--output_dir /tmp/a.b/out holds"),
+        ("set train.precision=bf16 or", "set --bf16 or"),
+        ("train.precision=fp16 computes", "--set train.precision=fp16 computes"),
+        ("more than data.quarantine_limit (0.05)", "more than --set data.quarantine_limit (0.05)"),
+        ("/data.train/data.evals and model.layers.0", "/data.train/data.evals and model.layers.0"),
+    ],
+)
+def test_options_are_named_as_they_can_be_typed(message: str, typed: str) -> None:
+    assert in_flags(message, FLAGS) == typed
+    assert in_flags(typed, FLAGS) == typed
+
+
+def test_log_lines_name_the_flags(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against advice in a warning about an option that this command line does not take."""
+    (tmp_path / "train.json").write_text("[]")
+    arguments = ["--model_path", str(tiny_base / "model"), "--audio_tokenizer_path", str(tiny_base / "codec")]
+    arguments += ["--train_data_file", str(tmp_path / "train.json"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"--output_dir {tmp_path / 'out'} holds" in error and "--resume auto" in error
+    assert "checkpoint.resume" not in error and "output_dir=" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (REQUIRED[:4], "the following arguments are required: --train_data_file"),
+        ([*REQUIRED, "--warmup_steps", "-3"], "--warmup_steps: Input should be"),
+        ([*REQUIRED, "--output_dir", "/proc/none"], "saving failed"),
+    ],
+    ids=["usage", "configuration", "run"],
+)
+def test_two_ranks_say_what_is_wrong_once(flags: list[str], message: str) -> None:
+    """Guards against a message for each of eight ranks, and against exit codes that all say 1."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "trainer/train_v2_ddp.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.stderr.count(message) == 1, result.stderr
+    expected = 3 if message == "saving failed" else 2
+    assert re.search(rf"exitcode\s*: {expected} \(", result.stderr), "torchrun names the ranks' own exit code"
+    assert result.returncode == 1, "torchrun's own"

@@ -111,3 +111,18 @@ def test_alone_it_says_what_to_install(tmp_path: Path) -> None:
     result = launched("train.py", folder=tmp_path, launcher=alone, PYTHONPATH="")
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"{alone}: speechtune is missing: pip install 'speechtune[lint]'"]
+
+
+LAUNCHERS = "trainer/train_v2.py trainer/train_v2_ddp.py trainer/merger.py trainer/find_lora_adapters.py"
+LAUNCHERS += " tools/fix_lora_saving.py tools/verify_lora_adapters.py src/train_single_config_remote.py"
+
+
+@pytest.mark.parametrize("name", LAUNCHERS.split())
+def test_every_launcher_says_what_to_install(name: str, tmp_path: Path) -> None:
+    """Guards against a traceback where the repository was cloned and not installed."""
+    alone = tmp_path / "launcher.py"
+    alone.write_text((ROOT / name).read_text("utf-8"))
+    result = launched(folder=tmp_path, launcher=alone, PYTHONPATH="")
+    assert result.returncode == 2
+    message = f"{alone}: speechtune is missing: run `pip install -e .` in speechtune's folder"
+    assert result.stderr.splitlines() == [message]

@@ -478,3 +478,16 @@ def test_training_scripts_are_listed_and_not_run(tmp_path: Path) -> None:
     (tmp_path / "python2.py").unlink()
     assert run_tool(TOOLS / "lora_saving_patch.py", "--list", ".", folder=tmp_path).returncode == 1
     assert run_tool(TOOLS / "lora_saving_patch.py", "--list", "absent", folder=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("where", ["the project", "another folder"])
+def test_the_projects_own_trainers_are_listed(where: str, tmp_path: Path) -> None:
+    """Guards against a list without the very scripts that the original's named."""
+    root = TOOLS.parent
+    done = run_tool(
+        TOOLS / "lora_saving_patch.py", "--list-scripts", folder=root if where == "the project" else tmp_path
+    )
+    assert done.returncode == 0
+    said = {line.split(":")[0].removeprefix(f"{root}/") for line in done.stdout.splitlines() if "by itself" in line}
+    assert {"trainer/train_v2.py", "trainer/train_v2_ddp.py", "src/train_single_config_remote.py"} <= said
+    assert "tests/" not in done.stdout

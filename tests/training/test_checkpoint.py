@@ -16,9 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from speechtune.config import RunConfig
-from speechtune.errors import CheckpointError
+from speechtune.errors import AdapterError, CheckpointError
+from speechtune.export.extract import extract
+from speechtune.export.find import find_adapters
+from speechtune.export.verify import verify_adapter
 from speechtune.families import create_family
+from speechtune.inference.load import open_adapter
 from speechtune.lora.apply import apply_lora, model_tensors, trainable
+from speechtune.lora.files import adapter_folder
+from speechtune.lora.save import save_lora_adapters
 from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import verify_folder
 from speechtune.tensors import rng_state
@@ -119,6 +125,44 @@ def test_a_checkpoint_verifies_and_holds_what_is_trained(
     assert stored == expected
     weights = "model.safetensors" if kind == "full fine-tuning" else "adapter_model.safetensors"
     assert {weights, "trainer_state.json", "optimizer.pt", "rng_state.pt", "config.yaml"} <= set(os.listdir(folder))
+
+
+def test_the_save_of_a_checkpoint_tells_what_the_final_one_tells(
+    tmp_path: Path, trained: Callable[..., Trained], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against checkpoints of which only a name is logged; `tracking.log_saves` is the level's switch."""
+    monkeypatch.setattr(logging.getLogger("speechtune"), "propagate", True)
+    one = trained(1)
+    with caplog.at_level(logging.INFO, "speechtune.saving"):
+        folder = one.save(tmp_path / "run" / "checkpoint-3")
+        of_checkpoint = caplog.messages[:]
+        caplog.clear()
+        save_lora_adapters(one.model, tmp_path / "other" / "lora_adapters", save_embedding_layers=False)
+    kinds = ("Model to save type", "Adapter:", "Output directory", "Write test passed", "  adapter_", "Verified")
+    for kind in kinds:
+        told, final = ([line for line in lines if line.startswith(kind)] for lines in (of_checkpoint, caplog.messages))
+        assert len(told) == len(final) > 0, kind
+        if kind in ("Adapter:", "  adapter_", "Verified"):
+            assert told == final
+    assert f"  optimizer.pt  {(folder / 'optimizer.pt').stat().st_size} bytes" in of_checkpoint
+    with caplog.at_level(logging.WARNING, "speechtune.saving"):
+        caplog.clear()
+        one.save(tmp_path / "run" / "checkpoint-4")
+    assert caplog.messages == []
+
+
+def test_adapters_inside_a_checkpoint_are_understood(tmp_path: Path, trained: Callable[..., Trained]) -> None:
+    """Guards against "no such folder" for the place that the original's documents name."""
+    folder = trained(1).save(tmp_path / "checkpoint-3")
+    inside = folder / "lora_adapters"
+    assert open_adapter(inside).directory == folder and adapter_folder(inside) == folder
+    assert choose_checkpoint(tmp_path, str(inside)) == folder
+    assert find_adapters(inside) == find_adapters(folder)
+    assert verify_adapter(inside).valid
+    extract(inside, tmp_path / "extracted", alpha=8)
+    inside.mkdir()  # where it is there, it is meant
+    with pytest.raises(AdapterError):
+        open_adapter(inside)
 
 
 @pytest.mark.parametrize("copy", [True, False])

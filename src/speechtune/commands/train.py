@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from speechtune.commands import print_json, wide_console
-from speechtune.config import RunConfig
+from speechtune.config import RunConfig, is_first_rank
 from speechtune.families import create_family, load_config
 from speechtune.lora.apply import apply_lora
 from speechtune.training.prepare import show_counts
@@ -23,16 +23,19 @@ def train(config: RunConfig, *, as_json: bool = False, resume: str = "checkpoint
     """Train and report; 128 + signal number when a signal ended the run, which `resume` continues where it is given."""
     outcome = run_training(config)
     result = outcome.result
-    if as_json:
+    if as_json and is_first_rank():
         print_json({"state": asdict(result.state), "proof": asdict(outcome.proof), "signal": result.signal})
     if result.signal is not None:
-        print(f"stopped at step {result.state.step}; go on with {resume}", file=sys.stderr)
+        if is_first_rank():
+            print(f"stopped at step {result.state.step}; go on with {resume}", file=sys.stderr)
         return 128 + result.signal
     return 0
 
 
 def show_plan(config: RunConfig) -> int:
     """Resolve a recipe without weights or data: print it, then what its adapter would train on the real dimensions."""
+    if not is_first_rank():
+        return 0
     family = create_family(config)
     model = family.skeleton()
     if config.lora.enabled:

@@ -15,7 +15,15 @@ from peft import LoraConfig
 from speechtune.errors import AdapterError
 from speechtune.export.verify import Verification, verify_adapter
 from speechtune.families import adapter_layouts
-from speechtune.lora.files import CONFIG_NAME, FOLDER_NAME, KEY_PREFIX, layout_of, read_tensors, write_adapter
+from speechtune.lora.files import (
+    CONFIG_NAME,
+    FOLDER_NAME,
+    KEY_PREFIX,
+    in_checkpoint,
+    layout_of,
+    read_tensors,
+    write_adapter,
+)
 from speechtune.storage.verified_folder import STATE_NAME, write_verified
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -96,6 +104,7 @@ def extract(
     Raises AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or no file gives alpha;
     CheckpointError: the output exists or cannot be written.
     """
+    checkpoint = in_checkpoint(checkpoint)
     weights = read_lora(checkpoint, adapter_name)
     if not weights.ranks:
         raise AdapterError(f"{checkpoint}: no lora_A in any of its weights; there is no adapter to extract")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from speechtune.errors import AdapterError
-from speechtune.lora.files import BIN_NAME, CONFIG_NAME, WEIGHTS_NAME
+from speechtune.lora.files import BIN_NAME, CONFIG_NAME, WEIGHTS_NAME, in_checkpoint
 from speechtune.storage.verified_folder import ASIDE
 
 MAX_HEADER_BYTES = 100 << 20
@@ -20,6 +20,7 @@ def find_adapters(root: Path) -> tuple[list[Path], list[Path]]:
 
     Raises AdapterError: `root` is no folder.
     """
+    root = in_checkpoint(root)
     if not root.is_dir():
         raise AdapterError(f"{root}: no such folder")
     adapters, checkpoints = [], []

@@ -65,12 +65,13 @@ def _no_family(name: str) -> str:
     return f"no family {name!r}; there are: {', '.join(family_packages())}"
 
 
-def build_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate nested `values` with the options of the family they name.
+def build_config(values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate nested `values`, overrides applied, with the options of the family they name.
 
     Raises ConfigError: starts with `where` and lists every issue.
     """
-    return config.build_config(values, where, config_class(values.get("family")))
+    issues = [issue for override in overrides if (issue := config.apply_override(values, override)) is not None]
+    return config.build_config(values, where, config_class(values.get("family")), issues)
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -1,11 +1,16 @@
 """The original pipelines' command lines, translated into recipes: what their flags have in common."""
 
+import argparse
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from speechtune.errors import SpeechtuneError
+from speechtune.config import RunConfig, option_names
+from speechtune.errors import ConfigError, SpeechtuneError
+
+log = logging.getLogger("speechtune")
 
 
 class Flag(NamedTuple):
@@ -22,14 +27,42 @@ class Flag(NamedTuple):
         return self.name.removeprefix("--").replace("-", "_")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours, so that several ranks show them once."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
 @contextmanager
-def flags_in_messages(flags: Iterable[Flag]) -> Iterator[None]:
-    """Let our errors name these flags where they name their options, which this command line does not take."""
+def flags_in_messages(flags: Sequence[Flag]) -> Iterator[None]:
+    """Let errors and log lines name these flags, and --set, where they name options of a recipe."""
+
+    def reword(record: logging.LogRecord) -> bool:
+        record.msg, record.args = in_flags(record.getMessage(), flags), ()
+        return True
+
+    log.addFilter(reword)
     try:
         yield
     except SpeechtuneError as error:
-        message = str(error)
-        for flag in flags:
-            message = re.sub(rf"(?<![\w.]){re.escape(flag.option)}(?![\w.]*\w)", flag.name, message)
-        error.args = (message,)
+        error.args = (in_flags(str(error), flags),)
         raise
+    finally:
+        log.removeFilter(reword)
+
+
+def in_flags(message: str, flags: Sequence[Flag]) -> str:
+    """A message with what can be typed here, a flag or `--set`, in the place of options and of `option=value`."""
+
+    def typed(match: re.Match[str], flag: Flag) -> str:
+        value = match[1]
+        if not isinstance(flag.default, bool):
+            return f"{flag.name} {value}" if value else flag.name
+        return flag.name if value in (None, "true", flag.name.removeprefix("--")) else match[0]
+
+    for flag in flags:
+        option = rf"(?<![\w./-]){re.escape(flag.option)}(?:=(\S*\w))?(?![\w.]*\w)"
+        message = re.sub(option, lambda match, flag=flag: typed(match, flag), message)
+    others = "|".join(re.escape(name) for name in option_names(RunConfig) if "." in name)
+    return re.sub(rf"(?<!--set )(?<![\w./-])({others})(?![\w.]*\w)", r"--set \1", message)

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from speechtune.commands.guarded import guarded, print_once
 from speechtune.config import RunConfig, shipped_recipes
 from speechtune.data.sources import as_paths
 from speechtune.errors import ConfigError, ManifestError
 from speechtune.families import load_config
-from speechtune.legacy import Flag, flags_in_messages
+from speechtune.legacy import Flag, Parser, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
@@ -36,6 +37,7 @@ FLAGS = (
     Flag("--model", "model.path", "microsoft/Phi-4-multimodal-instruct", "base model: hub id or folder"),
     Flag("--speech-lora-path", "model.speech_lora_path", None, "the base's speech LoRA (default: from the base)"),
 )
+RESUME = Flag("--resume", "checkpoint.resume", None, "go on from the newest checkpoint, or this one")
 UNSUPPORTED = {
     "--deepspeed": "DeepSpeed is not used here: a LoRA run has optimizer state for the adapter alone, so there is "
     "nothing worth spreading",
@@ -49,7 +51,7 @@ INSTEAD = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The original's flags, and those added here."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train Phi-4-multimodal to assess pronunciation, with the original pipeline's flags.",
         epilog="A flag replaces what the recipe CONFIG says; --set comes last.",
         allow_abbrev=False,
@@ -64,8 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp16", action="store_true", help="float16 base for GPUs without bfloat16; adapters: float32")
     for name in UNSUPPORTED:
         parser.add_argument(name, nargs="?", const="", help="not supported; says what to use instead")
-    resume = "go on from the newest checkpoint, or this one"
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=RESUME.help)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and counts; load no weights")
     more = "any other option of a recipe; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help=more)
@@ -75,13 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with the original's flags; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(given)
+    try:
+        options = build_parser().parse_args(given)
+    except ConfigError as error:
+        print_once(f"speechtune: ConfigError: {error}")
+        return error.exit_code
     if options.gpus is not None:
         os.environ[VISIBLE] = options.gpus
     elif "RANK" not in os.environ:  # under torchrun the ranks share the GPUs that it was given
         os.environ.setdefault(VISIBLE, GPUS)
-    from speechtune.commands.guarded import guarded
-
     return guarded(lambda: run(options, given))
 
 
@@ -90,12 +93,13 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     for name, reason in UNSUPPORTED.items():
         if getattr(options, name.removeprefix("--")) is not None:
             raise ConfigError(f"{name}: {reason}. Instead: {INSTEAD}")
-    with flags_in_messages(flag for flag in FLAGS if getattr(options, flag.key) is not None):
+    typed = [RESUME, *(flag for flag in FLAGS if getattr(options, flag.key) is not None)]
+    with flags_in_messages(typed):
         config = configure(options)
-    if options.dry_run:
-        from speechtune.commands.train import show_plan
+        if options.dry_run:
+            from speechtune.commands.train import show_plan
 
-        return show_plan(config)
+            return show_plan(config)
     require_data(config)
     processes = processes_to_start(options.gpus)
     if processes > 1:
@@ -105,7 +109,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         os.execv(sys.executable, [sys.executable, *launch, sys.argv[0], *given])
     from speechtune.commands.train import train
 
-    return train(config, resume="--resume")
+    with flags_in_messages(typed):
+        return train(config, resume="--resume")
 
 
 def configure(options: argparse.Namespace) -> RunConfig:

@@ -1,6 +1,5 @@
 """The original pipeline's training command lines, mapped onto `RunConfig` in one table."""
 
-import argparse
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 from speechtune.config import RunConfig
 from speechtune.families import build_config
-from speechtune.legacy import Flag, flags_in_messages
+from speechtune.legacy import Flag, Parser, flags_in_messages
 
 log = logging.getLogger("speechtune")
 
@@ -42,6 +41,13 @@ FLAGS = (
     Flag("--strategic_logging_steps", "tracking.detail_every_steps", 100, "steps between lines about the samples"),
     Flag("--enable_strategic_logging", "tracking.detail_every_steps", False, "log the samples of a step at times"),
     Flag("--resume", "checkpoint.resume", "", "auto, or a checkpoint to go on from (not in the original)"),
+    Flag(
+        "--force_resume",
+        "checkpoint.force",
+        False,
+        "resume with other data, base or seed, too (not in the original)",
+    ),
+    Flag("--on_error", "data.on_error", "fail", "fail, or quarantine invalid rows (not in the original)"),
 )
 NOTHING_TO_FREEZE = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
 FIXED = {  # what the original left to its trainer's defaults
@@ -53,9 +59,9 @@ FIXED = {  # what the original left to its trainer's defaults
 LLM_PARAMETERS = r"model\.(embed_tokens|layers|norm)\..*"
 
 
-def parse(arguments: Sequence[str] | None = None) -> RunConfig:
-    """Turn an original command line into a configuration."""
-    parser = argparse.ArgumentParser(description="Higgs Audio v2 training with the original pipeline's flags.")
+def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
+    """Turn an original command line into a configuration, and whether it is only to be shown."""
+    parser = Parser(description="Higgs Audio v2 training with the original pipeline's flags.")
     for flag in FLAGS:
         if flag.default is REQUIRED:
             parser.add_argument(flag.name, required=True, help=flag.help)
@@ -66,6 +72,9 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
             parser.add_argument(flag.name, type=type(flag.default), default=flag.default, help=shown)
     for name in NOTHING_TO_FREEZE:
         parser.add_argument(name, action="store_true", help="accepted; this base has no Whisper encoder to freeze")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved recipe and counts; load no weights")
+    more = "any other option of a recipe, after all flags; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help=more)
     given = vars(parser.parse_args(arguments))
     ignored = [name for name in NOTHING_TO_FREEZE if given[name.removeprefix("--")]]
     if ignored:
@@ -74,8 +83,9 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     for option, value in options_of(given).items():
         section, _, key = option.rpartition(".")
         sections[section][key] = value
+    values = {"family": "higgs_audio_v2", **sections.pop(""), **sections}
     with flags_in_messages(FLAGS):
-        return build_config({"family": "higgs_audio_v2", **sections.pop(""), **sections}, "command line")
+        return build_config(values, "command line", given["set"]), given["dry_run"]
 
 
 def options_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -97,11 +107,11 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with the original's flags; returns the exit code."""
     from speechtune.commands.guarded import guarded
-    from speechtune.commands.train import train
+    from speechtune.commands.train import show_plan, train
 
     def run() -> int:
-        config = parse(arguments)
+        config, dry_run = parse(arguments)
         with flags_in_messages(FLAGS):
-            return train(config, resume="--resume auto")
+            return show_plan(config) if dry_run else train(config, resume="--resume auto")
 
     return guarded(run)

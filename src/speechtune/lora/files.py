@@ -76,11 +76,18 @@ def adapter_folder(path: Path) -> Path:
 
     Raises AdapterError: no such folder.
     """
+    path = in_checkpoint(path)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such folder; name the folder that holds {CONFIG_NAME}")
     inner = path / FOLDER_NAME
     names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)
     return inner if inner.is_dir() and not any((path / name).exists() for name in names) else path
+
+
+def in_checkpoint(path: Path) -> Path:
+    """The checkpoint where `path` is a `lora_adapters` in it: the original's adapters lay there, ours lie beside."""
+    missing = path.name == FOLDER_NAME and not path.exists()
+    return path.parent if missing and (path.parent / CONFIG_NAME).is_file() else path
 
 
 def read_adapter(directory: Path, layouts: Mapping[str, AdapterLayout] | None = None) -> StoredAdapter:

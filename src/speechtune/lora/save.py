@@ -1,7 +1,6 @@
 """Save the LoRA adapter of any training script: unwrapped, checked, written, read back, compared."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,9 @@ from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
 from speechtune.lora.base_identity import RECIPE_NAME
 from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, FOLDER_NAME, WEIGHTS_NAME
 from speechtune.lora.prompts import PROMPTS_NAME
-from speechtune.storage.verified_folder import MANIFEST_NAME, check_writable, write_verified
+from speechtune.storage.verified_folder import MANIFEST_NAME, check_place, log_saved, write_verified
 
-log = logging.getLogger("speechtune")
+log = logging.getLogger("speechtune.saving")
 
 ADAPTER_FILES = frozenset({WEIGHTS_NAME, BIN_NAME, CONFIG_NAME, CARD_NAME, RECIPE_NAME, PROMPTS_NAME, MANIFEST_NAME})
 COMPILED_PART = "_orig_mod."  # torch.compile puts it into the names of what it wraps: no plain base has them
@@ -83,9 +82,7 @@ def save_lora_adapters(
         log.error("Saving LoRA adapters to %s failed: %s: %s", directory, type(error).__name__, error)
         log.debug("where it failed:", exc_info=True)
         raise
-    for path in sorted(directory.iterdir()):
-        log.info("  %s  %d bytes", path.name, path.stat().st_size)
-    log.info("Verified: %d tensors read back equal to those in memory, %s written", len(tensors), MANIFEST_NAME)
+    log_saved(directory, tensors)
     log.info("LoRA adapters saved and verified in %s", directory)
     return directory
 
@@ -181,14 +178,19 @@ def _check_state(state: Mapping[str, torch.Tensor], allow_untrained: bool) -> No
             f"{len(broken)} of {len(state)} adapter tensors hold NaN or infinity (first {broken[0]}): the training "
             "broke down before this save; keep the adapter's weights in float32 and go back to an earlier checkpoint"
         )
-    moved = sum(bool(tensor.any()) for tensor in b_parts.values())
-    if not moved and not allow_untrained:
+    if not log_adapter(state) and not allow_untrained:
         raise AdapterError(
             f"all {len(b_parts)} lora_B are exactly zero: this adapter was never trained. Was another object trained "
             "than the one saved? Pass allow_untrained=True to save it anyway"
         )
-    count = sum(tensor.numel() for tensor in state.values())
+
+
+def log_adapter(state: Mapping[str, torch.Tensor]) -> int:
+    """Say what an adapter to be saved holds; the number of its lora_B that are no longer zero."""
+    b_parts = [tensor for key, tensor in state.items() if any(mark in key for mark in STARTS_AT_ZERO)]
+    moved, count = sum(bool(tensor.any()) for tensor in b_parts), sum(tensor.numel() for tensor in state.values())
     log.info("Adapter: %d tensors, %d parameters, %d of %d lora_B trained", len(state), count, moved, len(b_parts))
+    return moved
 
 
 def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: bool) -> None:
@@ -204,11 +206,7 @@ def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: 
             )
         if not replace:
             raise CheckpointError(f"{directory}: exists already; remove it, choose another, or pass replace=True")
-    parent, existed = directory.parent, directory.parent.is_dir()
-    needed = sum(tensor.nbytes for tensor in state.values())
-    check_writable(parent, needed)
-    log.info("Output directory %s: %s", "exists" if existed else "created", parent)
-    log.info("Write test passed: %d bytes needed, %.1f GB free", needed, shutil.disk_usage(parent).free / 1e9)
+    check_place(directory.parent, sum(tensor.nbytes for tensor in state.values()))
 
 
 def _write(

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from speechtune.errors import CheckpointError, Issue
 from speechtune.storage.files import file_blake3, map_file, write_atomically
 
-log = logging.getLogger("speechtune")
+saves = logging.getLogger("speechtune.saving")  # a level of its own: `tracking.log_saves` switches it off
 
 MANIFEST_NAME = "MANIFEST.json"
 STATE_NAME = "trainer_state.json"
@@ -152,6 +152,41 @@ def check_writable(output_dir: Path, bytes_needed: int) -> None:
             f"{output_dir}: {free / 1e9:.2f} GB free, a save needs {bytes_needed / 1e9:.2f} GB; free space or write "
             "to another disk"
         )
+
+
+def check_place(output_dir: Path, bytes_needed: int) -> None:
+    """`check_writable` before a save, with log lines."""
+    existed = output_dir.is_dir()
+    check_writable(output_dir, bytes_needed)
+    free = shutil.disk_usage(output_dir).free
+    saves.info("Output directory %s: %s", "exists" if existed else "created", output_dir)
+    saves.info("Write test passed: %d bytes needed, %.1f GB free", bytes_needed, free / 1e9)
+
+
+def log_saved(directory: Path, tensors: Collection[str]) -> None:
+    """Say what a verified save left, file by file."""
+    for path in sorted(directory.iterdir()):
+        saves.info("  %s  %d bytes", path.name, path.stat().st_size)
+    saves.info("Verified: %d tensors read back equal to those in memory, %s written", len(tensors), MANIFEST_NAME)
+
+
+def share_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Lay files of one folder into another, in this order; weights as hard links where the disk knows them.
+
+    Raises CheckpointError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        for name in names:
+            (target / name).unlink(missing_ok=True)
+        for name in names:
+            try:
+                if not name.endswith(".safetensors"):  # small files are changed by hand: each folder has its own
+                    raise OSError
+                os.link(source / name, target / name)
+            except OSError:
+                shutil.copyfile(source / name, target / name)
+    except OSError as error:
+        raise _save_error(target, error) from error
 
 
 def read_state(directory: Path) -> dict[str, Any]:

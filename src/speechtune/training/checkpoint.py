@@ -17,13 +17,18 @@ from transformers import PreTrainedModel
 
 from speechtune.errors import CheckpointError
 from speechtune.lora.apply import ADAPTER, model_tensors, trainable
-from speechtune.lora.files import WEIGHTS_NAME
+from speechtune.lora.files import WEIGHTS_NAME, in_checkpoint
+from speechtune.lora.save import log_adapter
 from speechtune.storage.verified_folder import (
+    MANIFEST_NAME,
     STATE_NAME,
-    check_writable,
+    check_place,
     find_checkpoints,
+    log_saved,
     newest_valid,
     read_state,
+    saves,
+    share_files,
     verify_folder,
     write_verified,
 )
@@ -33,6 +38,7 @@ log = logging.getLogger("speechtune")
 
 OPTIMIZER_NAME = "optimizer.pt"
 RNG_NAME = "rng_state.pt"
+NOT_OF_THE_MODEL = {OPTIMIZER_NAME, RNG_NAME, "config.yaml", STATE_NAME, MANIFEST_NAME}
 ADAM_MOMENTS = 2
 
 
@@ -103,9 +109,14 @@ def checkpoint_writer(
             parts.write_assets(aside)
 
     def publish() -> Path:
-        check_writable(directory.parent, bytes_needed)
+        saves.info("Model to save type: %s", type(model).__name__)
+        if isinstance(model, PeftModel):
+            log_adapter(tensors)
+        check_place(directory.parent, bytes_needed)
         # Only a folder that did not verify can stand at a step that is reached again: it gives way.
-        return write_verified(directory, write, tensors, replace=True)
+        write_verified(directory, write, tensors, replace=True)
+        log_saved(directory, tensors)
+        return directory
 
     return publish
 
@@ -122,6 +133,14 @@ def save_weights(
         cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
     for name, text in notes.items():
         (directory / name).write_text(text, encoding="utf-8")
+
+
+def publish_model(checkpoint: Path, output_dir: Path) -> None:
+    """Lay the full model of a checkpoint into the run's own folder, where `from_pretrained` finds it."""
+    names = [path.name for path in checkpoint.iterdir() if path.is_file() and path.name not in NOT_OF_THE_MODEL]
+    # config.json comes last: without it no half of a model is loaded.
+    share_files(checkpoint, output_dir, sorted(names, key=lambda name: (name == "config.json", name)))
+    log.info("the model of %s lies in %s", checkpoint.name, output_dir)
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -196,7 +215,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
         else:
             log.info("resuming from %s", chosen)
         return chosen
-    chosen = Path(resume)
+    chosen = in_checkpoint(Path(resume))
     if issues := verify_folder(chosen):
         raise CheckpointError(f"{resume}: cannot resume from it: " + "; ".join(map(str, issues)))
     step = read_state(chosen)["step"]

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from speechtune.config import RunConfig, num_prompts, world_size
-from speechtune.errors import CheckpointError, ConfigError, TrainingError
+from speechtune.config import RunConfig, is_first_rank, num_prompts, world_size
+from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError, TrainingError
 from speechtune.training.tracking import configure_logging
 
 log = logging.getLogger("speechtune")
@@ -101,6 +101,19 @@ def _check_restarts() -> None:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, and start several nodes with "
             "--rdzv-backend=c10d"
         )
+
+
+def on_first_rank(work: Callable[[], object]) -> None:
+    """Do something on rank 0 alone, the others wait; where it fails, all of them raise its error."""
+    error: SpeechtuneError | None = None
+    if is_first_rank():
+        try:
+            work()
+        except SpeechtuneError as raised:
+            error = raised
+    (error,) = broadcast_object_list([error])
+    if error is not None:
+        raise error
 
 
 def check_same_checkpoint(accelerator: Accelerator, chosen: Path | None) -> None:

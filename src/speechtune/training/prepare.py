@@ -42,13 +42,13 @@ from speechtune.lora.apply import (
     trainable,
 )
 from speechtune.lora.base_identity import RECIPE_NAME, describe_base
-from speechtune.lora.files import CARD_NAME
+from speechtune.lora.files import CARD_NAME, in_checkpoint
 from speechtune.lora.prompts import PROMPTS_NAME, describe_prompts
 from speechtune.precision import PrecisionPlan, plan_precision
-from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints, read_state
+from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints, read_state, saves
 from speechtune.tensors import tensors_fingerprint
 from speechtune.training.checkpoint import ADAM_MOMENTS, choose_checkpoint
-from speechtune.training.distributed import check_same_checkpoint
+from speechtune.training.distributed import check_same_checkpoint, on_first_rank
 from speechtune.training.generated_samples import make_sample_generator, prepare_scorers
 from speechtune.training.job import Job, checkpoint_activations
 from speechtune.training.loop import warmup_steps
@@ -67,9 +67,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
 
     Raises SpeechtuneError: anything that would make the run fail or unreal later.
     """
-    if accelerator.is_main_process:
-        _open_output(config)
-    accelerator.wait_for_everyone()
+    on_first_rank(lambda: _open_output(config))
     family = family or create_family(config)
     lora = config.lora
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
@@ -125,16 +123,17 @@ def record_start(job: Job, accelerator: Accelerator, total_steps: int) -> None:
 
 def _open_output(config: RunConfig) -> None:
     """Make the run directory ready, unless another run's checkpoints lie in it."""
+    saves.setLevel(logging.NOTSET if config.tracking.log_saves else logging.WARNING)
     check_writable(config.output_dir, 0)
     if config.tracking.trackers and config.tracking.logging_dir:
         check_writable(config.tracking.logging_dir, 0)
     resume = config.checkpoint.resume
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise ConfigError(f"checkpoint.resume={resume} (--resume): no such folder; name a checkpoint-N folder, or auto")
+    if resume not in (None, "auto") and not in_checkpoint(Path(resume)).is_dir():
+        raise ConfigError(f"checkpoint.resume={resume}: no such folder; name a checkpoint-N folder, or auto")
     if config.checkpoint.resume is None and find_checkpoints(config.output_dir):
         raise ConfigError(
             f"output_dir={config.output_dir} holds the checkpoints of an earlier run: go on with "
-            "checkpoint.resume=auto (--resume auto with the original's flags), or choose another folder"
+            "checkpoint.resume=auto, or choose another folder"
         )
     clear_leftovers(config.output_dir)
     (config.output_dir / WARNINGS_NAME).touch()

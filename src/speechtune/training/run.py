@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from speechtune.lora.save import save_lora_adapters
 from speechtune.storage.lock import locked
 from speechtune.storage.verified_folder import STATE_NAME, read_state
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
-from speechtune.training.checkpoint import cpu_copy, restore_weights, weights_of, write_state
-from speechtune.training.distributed import start_accelerator
+from speechtune.training.checkpoint import cpu_copy, publish_model, restore_weights, weights_of, write_state
+from speechtune.training.distributed import on_first_rank, start_accelerator
 from speechtune.training.job import Job, TrainResult
 from speechtune.training.loop import Run
 from speechtune.training.memory_budget import settle_budget, settle_checkpointing
@@ -73,8 +73,8 @@ def run_training(config: RunConfig, family: Family | None = None, *, lost_second
     Raises SpeechtuneError: with the reason; checkpoints saved before it stay.
     """
     accelerator = start_accelerator(config)
-    lock = locked(config.output_dir) if accelerator.is_main_process else nullcontext()
-    with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog, lock:
+    with Watchdog(accelerator, config.output_dir, lost_seconds) as watchdog, ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(locked(config.output_dir)))
         outcome = _train(config, family, accelerator, watchdog)
         accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -100,7 +100,7 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
         raise
     proof = prove(job.model, before, tensors_fingerprint(frozen(job.model)) == frozen_before)
     if result.signal is None and not finished:
-        _save_adapter(job, result, main=main)
+        _save_final(job, result, main=main)
         if main:
             _write_summary(config.output_dir, result, proof)
     return Outcome(result, proof, job)
@@ -136,14 +136,18 @@ def prove(model: nn.Module, before: Mapping[str, str], frozen_unchanged: bool) -
     return Proof(*of_adapter, sum(p.numel() for p in parameters.values()), len(parameters), len(moved))
 
 
-def _save_adapter(job: Job, result: TrainResult, *, main: bool) -> None:
-    """Write `lora_adapters/`; a full model lies in its last checkpoint. Shards are gathered, so all ranks call this."""
+def _save_final(job: Job, result: TrainResult, *, main: bool) -> None:
+    """Write `lora_adapters/`, or lay a full model into the run's folder. All ranks call this: shards are gathered."""
     model, config = job.model, job.config
+    best_checkpoint = result.best_checkpoint if config.checkpoint.final == "best" else None
     if not isinstance(model, PeftModel):
+        if main:
+            last = config.output_dir / f"checkpoint-{result.state.step}"
+            publish_model(best_checkpoint or last, config.output_dir)
         return
-    if config.checkpoint.final == "best" and result.best_checkpoint is not None:
-        restore_weights(model, result.best_checkpoint)
-        best = result.best_checkpoint.name
+    if best_checkpoint is not None:
+        restore_weights(model, best_checkpoint)
+        best = best_checkpoint.name
         log.info("lora_adapters holds the weights of %s, the best by %s", best, config.evaluate.best_metric)
     weights = cpu_copy(weights_of(model), keep=main) if is_sharded(model) else None
     if main:
