@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 
-from speechtune.config import is_first_rank, world_size
 from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
 
 EXTRAS = {
@@ -35,6 +34,8 @@ def limit_kernel_caches() -> None:
 
 def print_once(message: str) -> None:
     """Print an error; of ranks of one torchrun that meet the same one, the first alone does."""
+    from speechtune.config import world_size
+
     if world_size() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -51,6 +52,7 @@ def print_once(message: str) -> None:
 
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`, print our own errors as one message, and return the exit code."""
+    from speechtune.config import is_first_rank
     from speechtune.training.tracking import configure_logging
 
     configure_logging(is_first_rank())
