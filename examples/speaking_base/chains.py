@@ -48,12 +48,24 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Guided:
-    """Where the rows of a batch should look: positions (G,), the positions they look at (G,), and the token there."""
+    """Where the rows of a batch should look.
+
+    Attributes:
+        rows, looked_at: positions (G,) in the flattened batch.
+        token, next_token: ids (G,) of what is there, and behind it.
+        counts: rows of each chain.
+    """
 
     rows: torch.Tensor
     looked_at: torch.Tensor
     token: torch.Tensor
     next_token: torch.Tensor
+    counts: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> "Guided":
+        """The same with its tensors on `device`."""
+        tensors = (self.rows, self.looked_at, self.token, self.next_token)
+        return Guided(*(tensor.to(device) for tensor in tensors), counts=self.counts)
 
 
 class Clips:
@@ -159,7 +171,7 @@ class Chains:
         starts = np.cumsum([0, *(encoded.num_tokens for encoded, _ in chains)])[:-1]
         offsets = [np.array([[start], [start], [0], [0]]) for start in starts]
         guided = np.concatenate([g + offset for (_, g), offset in zip(chains, offsets, strict=True)], axis=1)
-        return batch, Guided(*torch.from_numpy(guided))
+        return batch, Guided(*torch.from_numpy(guided), counts=tuple(len(g[0]) for _, g in chains))
 
     def chain(
         self, clips: Sequence[Spoken], voice: str, draw: random.Random, noise: np.random.Generator | None

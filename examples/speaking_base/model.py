@@ -89,13 +89,19 @@ class KnowsEntries(nn.Module):
 
     def __init__(self, features: Sequence[np.ndarray], hidden: int, scale: float) -> None:
         super().__init__()
-        self.features = [torch.from_numpy(part.astype(np.float32)) for part in features]
+        for index, part in enumerate(features):
+            self.register_buffer(f"features_{index}", torch.from_numpy(part.astype(np.float32)), persistent=False)
         self.projections = nn.ParameterList(torch.randn(part.shape[1], hidden) * scale for part in features)
+
+    def known(self, projections: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The projected part, (K * V, D)."""
+        features = (self.get_buffer(f"features_{index}") for index in range(len(projections)))
+        pairs = zip(features, projections, strict=True)
+        return torch.cat([part.to(projection) @ projection for part, projection in pairs])
 
     def forward(self, free: torch.Tensor) -> torch.Tensor:
         """The table."""
-        pairs = zip(self.features, self.projections, strict=True)
-        return free + torch.cat([features @ projection for features, projection in pairs])
+        return free + self.known(list(self.projections))
 
 
 class SpeakingBase(nn.Module):
@@ -159,12 +165,12 @@ class SpeakingBase(nn.Module):
         query_GE = _rotate(query_GE, cos_NE[guided.rows], sin_NE[guided.rows]) * heads.head_dim**-0.5
         key_NE = _rotate(key_NE, cos_NE, sin_NE)
         total, start = query_GE.new_zeros(()), 0
-        for length in batch.lengths:
-            own = (guided.rows >= start) & (guided.rows < start + length)
-            rows, looked_at = guided.rows[own] - start, guided.looked_at[own] - start
-            scores = query_GE[own] @ key_NE[start : start + length].T
-            scores = scores.masked_fill(torch.arange(length) > rows[:, None], -1e9)
-            total = total + functional.cross_entropy(scores, looked_at, reduction="sum")
+        parts = (x.split(guided.counts) for x in (query_GE, guided.rows, guided.looked_at))
+        for length, query, rows, looked_at in zip(batch.lengths, *parts, strict=True):
+            scores = query @ key_NE[start : start + length].T
+            future = torch.arange(start, start + length, device=rows.device) > rows[:, None]
+            scores = scores.masked_fill(future, -1e9)
+            total = total + functional.cross_entropy(scores, looked_at - start, reduction="sum")
             start += length
         return total / len(guided.rows)
 
@@ -183,8 +189,7 @@ class SpeakingBase(nn.Module):
         ):
             prefix = f"model.{path}.parametrizations.weight"
             projections = [ours[f"{prefix}.0.projections.{k}"] for k in range(len(CODEBOOK_WEIGHTS))]
-            features = table.parametrizations.weight[0].features
-            known = torch.cat([part @ projection for part, projection in zip(features, projections, strict=True)])
+            known = table.parametrizations.weight[0].known(projections)
             folded[f"{path}.weight"] = ours[f"{prefix}.original"] + known
         model.load_state_dict(folded, strict=False)
         missing = set(dict(model.named_parameters())) - set(folded)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from chains import Chains, Clips
+from chains import Chains, Clips, Guided
 from model import SpeakingBase, entry_features, make_config, nearest_entries, total_loss
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from speechtune.families.higgs_audio_v2.codec_world import WorldCodec
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.higgs_audio_v2.options import Config, HiggsModelConfig
+from speechtune.types import Batch
 
 BETAS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.95), 0.1, 1.0
 WARMUP_STEPS, AVERAGED_STEPS = 100, 500
@@ -52,7 +53,8 @@ class Run:
         self.codec = WorldCodec(str(arguments.codec))
         self.tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(arguments.tokenizer))
         config = make_config(self.tokenizer, self.codec, arguments.hidden, arguments.layers)
-        self.base = SpeakingBase(config, entry_features(self.codec))
+        self.device = torch.device(arguments.device)
+        self.base = SpeakingBase(config, entry_features(self.codec)).to(self.device)
         matrices = [p for n, p in self.base.named_parameters() if "_proj" in n]
         others = [p for n, p in self.base.named_parameters() if "_proj" not in n]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -75,7 +77,7 @@ class Run:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         name = f"state-{self.step}.safetensors"
-        save_file({key: value.detach().clone() for key, value in tensors.items()}, self.output / name)
+        save_file({key: value.detach().cpu().clone() for key, value in tensors.items()}, self.output / name)
         state = {"step": self.step, "positions": self.positions, "seconds": self.seconds, "tensors": name}
         state["arguments"] = {key: str(value) for key, value in vars(self.arguments).items()}
         temporary = self.output / f"state.{os.getpid()}.tmp"
@@ -94,7 +96,7 @@ class Run:
             part, _, name = key.partition(".")
             parts[part][name] = value
         self.base.load_state_dict(parts["base"])
-        self.average = parts["average"]
+        self.average = {name: value.to(self.device) for name, value in parts["average"].items()}
         saved: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in parts["optimizer"].items():
             index, _, name = key.partition(".")
@@ -110,13 +112,13 @@ class Run:
         scale = min(1.0, (self.step + 1) / WARMUP_STEPS, max(LAST_RATE, left))
         return self.arguments.learning_rate * scale
 
-    def train_step(self) -> dict[str, float]:
-        """One step; returns its losses."""
+    def train_step(self, made: tuple[Batch, Guided] | None = None) -> dict[str, float]:
+        """One step, on the batch that was made for it; returns its losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        batch, guided = self.chains.batch(self.step, self.arguments.chains)
+        batch, guided = (part.to(self.device) for part in made or self.chains.batch(self.step, self.arguments.chains))
         guidance = 1.0 if self.step < GUIDANCE_FADES * self.arguments.steps else GUIDANCE_LATE
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.arguments.bf16), parametrize.cached():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16), parametrize.cached():
             losses = self.base.losses(batch, guided)
             loss = total_loss(losses, guidance)
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,10 +140,25 @@ class Run:
         """Losses of the averaged weights on clips that no batch holds."""
         current = {name: value.detach().clone() for name, value in self.base.state_dict().items()}
         self.base.load_state_dict(self.average)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.arguments.bf16), parametrize.cached():
-            losses = self.base.losses(*self.chains.development_batch(48))
+        made = (part.to(self.device) for part in self.chains.development_batch(48))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bf16), parametrize.cached():
+            losses = self.base.losses(*made)
         self.base.load_state_dict(current)
         return {name: value.item() for name, value in losses.items()}
+
+
+class Steps(torch.utils.data.Dataset[tuple[Batch, Guided]]):
+    """The batches that a run has still to take, one after the other."""
+
+    def __init__(self, run: Run) -> None:
+        self.chains, self.num_chains = run.chains, run.arguments.chains
+        self.first, self.count = run.step, run.arguments.steps - run.step
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Batch, Guided]:
+        return self.chains.batch(self.first + index, self.num_chains)
 
 
 def show(losses: dict[str, float]) -> str:
@@ -156,8 +173,10 @@ def main() -> None:
     for name in ("--codes", "--codec", "--tokenizer", "--output"):
         parser.add_argument(name, type=Path, required=True)
     for name, default in (("--steps", 40_000), ("--chains", 8), ("--chain-positions", 512), ("--hidden", 256),
-                          ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200)):  # fmt: skip
+                          ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200),
+                          ("--workers", 0)):  # fmt: skip
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
@@ -169,8 +188,10 @@ def main() -> None:
     print(f"{run.clips.count} clips, {voices} voices, {size:.2f} M parameters, step {run.step}", flush=True)
     started, sums = time.monotonic(), dict[str, float]()
     last = started
-    while run.step < arguments.steps and time.monotonic() - started < 60 * arguments.minutes:
-        losses = run.train_step()
+    for made in torch.utils.data.DataLoader(Steps(run), batch_size=None, num_workers=arguments.workers):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        losses = run.train_step(made)
         sums = {name: sums.get(name, 0.0) + value / 50 for name, value in losses.items()}
         if run.step % 50 == 0:
             now = time.monotonic()
