@@ -54,4 +54,7 @@ def check_output(out: Path, *, folder: bool) -> None:
     if out.exists() and out.is_dir() != folder:
         wanted, there = ("folder", "file") if folder else ("file", "folder")
         raise ConfigError(f"--out {out}: a {wanted} is written, and a {there} of that name exists; name another")
-    check_writable(out if folder else out.parent, 0)
+    place = out if folder else out.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent  # nothing is made yet: work that is refused later leaves no empty folder
+    check_writable(place, 0)
