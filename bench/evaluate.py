@@ -51,7 +51,7 @@ def seconds(prompts: Path, base: Path, folder: Path, batch_size: int) -> float:
         [System("base", str(base / "model"), None)],
         folder / f"{batch_size}-{started}",
         Scorers(None, None, None),
-        codec=str(base / "codec"),
+        model_options={"codec_path": str(base / "codec")},
         cache_dir=folder / "cache",
         batch_size=batch_size,
         options=GenerationOptions(temperature=0, max_new_tokens=ROWS),

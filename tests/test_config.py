@@ -28,7 +28,7 @@ data.train data.eval data.validation_split data.audio_root data.allow_urls data.
 data.max_seconds
 data.on_error data.quarantine_limit data.cache_dir
 lora.enabled lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save
-lora.trainable_tokens
+lora.trainable_tokens lora.initial
 train.epochs train.max_steps train.batch_size train.accumulation train.learning_rate train.schedule train.warmup_steps
 train.weight_decay train.betas train.eps train.max_grad_norm train.gradient_checkpointing train.precision
 train.head_weights train.group_by_length train.freeze train.seed train.workers

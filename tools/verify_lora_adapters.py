@@ -18,6 +18,11 @@ def main() -> int:
     parser.add_argument("--find-all", action="store_true", help="verify every adapter under the path")
     parser.add_argument("--verbose", action="store_true", help="list the tensors too")
     parser.add_argument("--base", help="hub id or folder of the base: load it and prove the adapter's effect")
+    parser.add_argument(
+        "--speech-lora",
+        choices=("merge", "continue", "stack", "drop"),
+        help="of an adapter without base_recipe.json: what its base's speech LoRA had become when it was trained",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
 
@@ -25,7 +30,8 @@ def main() -> int:
         from speechtune.commands.adapters import run_verify
 
         flags = {"find_all": options.find_all, "verbose": options.verbose, "as_json": options.json}
-        return run_verify(options.path, options.base, **flags)
+        prepared = {"speech_lora": options.speech_lora} if options.speech_lora else None
+        return run_verify(options.path, options.base, model_options=prepared, **flags)
 
     return guarded(run)
 

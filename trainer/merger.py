@@ -17,6 +17,11 @@ def main() -> int:
     parser.add_argument("--base_model_path", help="hub id or folder (default: the base the adapter names)")
     parser.add_argument("--lora_adapter_path", type=Path, required=True, help="adapter or checkpoint folder")
     parser.add_argument("--output_path", type=Path, required=True, help="new folder of the merged model")
+    parser.add_argument(
+        "--speech-lora",
+        choices=("merge", "continue", "stack", "drop"),
+        help="of an adapter without base_recipe.json: what its base's speech LoRA had become when it was trained",
+    )
     parser.add_argument("--compare_models", action="store_true", help="compare base, adapter and merged on a text")
     parser.add_argument("--test_input", help="the text to compare on")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave tokenizer and processor files out")
@@ -31,6 +36,7 @@ def main() -> int:
             options.lora_adapter_path,
             options.output_path,
             base=options.base_model_path,
+            model_options={"speech_lora": options.speech_lora} if options.speech_lora else None,
             save_tokenizer=not options.no_save_tokenizer,
             compare_models=options.compare_models,
             test_input=options.test_input or TEST_INPUT,

@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from speechtune import __version__
 from speechtune.commands.guarded import guarded
@@ -38,6 +39,14 @@ def number(
 COUNT = number(int, 1)
 POSITIVE = number(float, 0, above=True)
 NOT_NEGATIVE = number(float, 0)
+
+
+class ModelOption(argparse.Action):
+    """A flag that stands for an option of the recipe's `model:`; all of them make one mapping."""
+
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
+        """Add the option to those given before it."""
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), str(self.const): values})
 
 
 class Verbs:
@@ -148,9 +157,11 @@ def _model_verbs(verbs: Verbs) -> None:
     evaluate("--speaker", help="voices: encoder for similarity, such as wavlm:ID or resemblyzer")
     evaluate("--mos", help="voices: predictor of naturalness, distillmos or dnsmos")
     for verb in (generate, evaluate):
-        verb("--codec", help="of voices: hub id or folder (default: the released one)")
+        _model_option(verb, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
         verb("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of voices (default: %(default)s)")
         verb("--temperature", type=NOT_NEGATIVE, help="of voices: 0 is greedy")
+    for verb in (score, evaluate):
+        _speech_lora(verb)
     for verb in (generate, score, evaluate):
         verb("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
         rows = "most rows of codes, 25 a second (default: 2048)" if verb is generate else "length cap of an answer"
@@ -159,12 +170,23 @@ def _model_verbs(verbs: Verbs) -> None:
         verb("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
 
 
+def _model_option(verb: Callable[..., object], name: str, flag: str, **options: object) -> None:
+    verb(flag, dest="model_options", action=ModelOption, const=name, default={}, **options)
+
+
+def _speech_lora(verb: Callable[..., object]) -> None:
+    modes = ("merge", "continue", "stack", "drop")
+    what = "of an adapter without base_recipe.json: what its base's speech LoRA had become when it was trained"
+    _model_option(verb, "speech_lora", "--speech-lora", choices=modes, help=what)
+
+
 def _adapter_verbs(verbs: Verbs) -> None:
     merge = verbs.add("merge", "merge an adapter into its base, checked before it is written", "adapters")
     merge("adapter", type=Path, help="adapter or checkpoint folder, in any layout")
     merge("output", type=Path, help="new folder of the merged model")
     merge("--model", dest="base", help="base: hub id or folder (default: the one the adapter names)")
-    merge("--codec", help="hub id or folder of the codec, recorded in merge_info.json")
+    _model_option(merge, "codec_path", "--codec", help="hub id or folder of the codec, recorded in merge_info.json")
+    _speech_lora(merge)
     merge("--dtype", choices=("float32", "bfloat16", "float16"), help="weights (default: the base's)")
     merge("--compare-models", action="store_true", help="print how base, adapter and merged differ")
     merge("--max-shard-size", default="5GB", help="largest weights file (default: %(default)s)")
@@ -179,6 +201,7 @@ def _adapter_verbs(verbs: Verbs) -> None:
     verify = adapters.add("verify", "prove that an adapter is complete, trained and fits its base", "adapters")
     verify("path", type=Path, help="adapter folder")
     verify("--base", help="load it onto this base too (hub id or folder) and prove an effect")
+    _speech_lora(verify)
     verify("--find-all", action="store_true", help="every adapter below the path")
     verify("--verbose", action="store_true", help="every check, not only the issues")
     find = adapters.add("find", "list every adapter below a folder, by content", "adapters")

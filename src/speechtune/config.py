@@ -80,6 +80,8 @@ class LoraSettings(Section, frozen=True):
     """Modules trained in full and stored with the adapter."""
     trainable_tokens: tuple[str, ...] = ()
     """Control tokens of the family whose embeddings are trained with the adapter."""
+    initial: Path | None = None
+    """Adapter to start from, of this rank, alpha and targets: its folder, or its run's or checkpoint's."""
 
 
 class TrainConfig(Section, frozen=True):
@@ -224,15 +226,14 @@ class RunConfig(Section, frozen=True):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
         if self.data.eval is not None and self.data.validation_split > 0:
-            named = self.data.model_dump(mode="json")["eval"]
-            raise ValueError(
-                f"data.eval ({named}) and data.validation_split ({self.data.validation_split:g}) are both "
-                "set; they name two evaluation sets: remove one"
-            )
+            named, share = self.data.model_dump(mode="json")["eval"], self.data.validation_split
+            raise ValueError(f"data.eval ({named}) and data.validation_split ({share:g}) are both set: remove one")
         if (self.speed.compile or self.speed.liger) and not self.speed.fast_forward:
             raise ValueError("speed.compile and speed.liger are parts of speed.fast_forward, which is off: remove them")
         if self.speed.compile and self.speed.liger:
             raise ValueError("speed.compile and speed.liger are two ways to do the same: set one")
+        if self.lora.initial is not None and not self.lora.enabled:
+            raise ValueError("lora.initial is for an adapter, and lora.enabled is false: remove one of them")
         if self.train.freeze is not None and self.lora.enabled:
             raise ValueError("train.freeze is for full fine-tuning; with lora.enabled the base is frozen: remove it")
         return self

@@ -109,6 +109,13 @@ class Family(Protocol):
             raise ConfigError(f"lora.trainable_tokens: {self.name} has no control tokens to train")
         return {}
 
+    def unclear_base(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """What nobody has said of the base of an adapter without a recipe, and how to say it; None for nothing.
+
+        The sentence tells what the adapter's `tensors` look like.
+        """
+        return None
+
     def recipe(self) -> dict[str, Any]:
         """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""
         return {}

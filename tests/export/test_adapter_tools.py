@@ -405,7 +405,7 @@ def test_what_a_merged_folder_keeps(run: Path, tiny_base: Path, tmp_path: Path) 
     base = tmp_path / "base"
     shutil.copytree(tiny_base / "model", base)
     (base / "processor_config.json").write_text('{"audio_tokenizer": {"audio_tokenizer_name_or_path": "my/codec"}}')
-    config = model_config(str(base), str(tiny_base / "codec"))
+    config = model_config(str(base), {"codec_path": str(tiny_base / "codec")})
     stored = open_adapter(run / "checkpoint-4")
     report = merge(config, stored, tmp_path / "merged", compare_on="Any text.", max_shard_size="200KB")
     assert filecmp.cmp(base / "processor_config.json", tmp_path / "merged" / "processor_config.json", shallow=False)

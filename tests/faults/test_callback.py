@@ -408,3 +408,12 @@ def test_overflow_under_a_loss_scaler_is_left_to_it() -> None:
 def test_another_word_for_on_issue_is_refused() -> None:
     with pytest.raises(ConfigError, match="on_issue='ignore'"):
         LoRACheckpointCallback("ignore")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_warm_start_that_changes_nothing_is_no_success(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Its lora_B are not zero to begin with: only their beginning tells that nothing was learnt."""
+    with pytest.raises(AdapterError, match=r"has the weights it began with: .* changed none of its lora_B"):
+        make_trainer(make_model(init_lora_weights=False), LoRACheckpointCallback(), learning_rate=0.0).train()
+    assert not (tmp_path / "output" / "lora_adapters").exists()
+    make_trainer(make_model(init_lora_weights=False), LoRACheckpointCallback()).train()
+    assert (tmp_path / "output" / "lora_adapters").exists()

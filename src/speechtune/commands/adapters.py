@@ -1,5 +1,6 @@
 """`speechtune adapters`, `merge` and `push`: what can be done with a finished adapter."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from speechtune.commands import print_result, wide_console
+from speechtune.errors import ConfigError
 from speechtune.export.convert import convert
 from speechtune.export.extract import extract, settings_nearby
 from speechtune.export.find import find_adapters
@@ -24,11 +26,20 @@ COLORS = {"ok": "green", "issue": "red", "warning": "yellow", "unchecked": "dim"
 
 
 def run_verify(
-    path: Path, base: str | None = None, *, find_all: bool = False, verbose: bool = False, as_json: bool = False
+    path: Path,
+    base: str | None = None,
+    *,
+    model_options: Mapping[str, str] | None = None,
+    find_all: bool = False,
+    verbose: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
+    if model_options and base is None:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in model_options)
+        raise ConfigError(f"{flags}: says how a base is prepared; name that base with --base")
     folders = find_adapters(path)[0] if find_all else [path]
-    reports = [verify_adapter(folder, base) for folder in folders]
+    reports = [verify_adapter(folder, base, model_options=model_options) for folder in folders]
     valid = bool(reports) and all(report.valid for report in reports)
     for report in [] if as_json else reports:
         _print_verification(wide_console(), report, verbose)
@@ -114,7 +125,7 @@ def run_merge(
     output: Path,
     *,
     base: str | None = None,
-    codec: str | None = None,
+    model_options: Mapping[str, str] | None = None,
     compare_models: bool = False,
     test_input: str = TEST_INPUT,
     as_json: bool = False,
@@ -126,7 +137,8 @@ def run_merge(
     """
     stored = open_adapter(adapter)
     named = (nearby.codec for level in settings_nearby(stored.directory) for nearby in level if nearby.codec)
-    config = model_config(base, codec or next(named, None), stored)
+    options = {"codec_path": codec} if (codec := next(named, None)) else {}
+    config = model_config(base, {**options, **(model_options or {})}, stored)
     report = merge(config, stored, output, compare_on=test_input if compare_models else None, **storage)
     lines = [
         f"{adapter} + {config.model.path} -> {output}",

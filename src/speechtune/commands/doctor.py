@@ -22,8 +22,16 @@ from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
-from speechtune.lora.apply import apply_lora, count_by_component, load_adapter, model_tensors, trainable
-from speechtune.lora.files import read_adapter
+from speechtune.lora.apply import (
+    apply_lora,
+    count_by_component,
+    load_adapter,
+    load_base,
+    model_tensors,
+    open_initial,
+    trainable,
+)
+from speechtune.lora.files import StoredAdapter, read_adapter
 from speechtune.precision import plan_precision
 from speechtune.storage.model_folder import inspect_folder, is_missing_folder
 from speechtune.storage.verified_folder import check_writable, write_verified
@@ -150,8 +158,13 @@ class Trial:
         self.plan = plan_precision(config.train.precision, full_finetune=not config.lora.enabled)
 
     def _with_lora(self, model: nn.Module) -> nn.Module:
-        settings = self.config.lora
-        return apply_lora(model, self.family, settings, self.config.train.seed) if settings.enabled else model
+        settings, seed = self.config.lora, self.config.train.seed
+        return apply_lora(model, self.family, settings, seed, self.initial) if settings.enabled else model
+
+    @cached_property
+    def initial(self) -> StoredAdapter | None:
+        """The adapter that the run starts from."""
+        return open_initial(self.family, self.config.lora)
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -160,7 +173,7 @@ class Trial:
 
     @cached_property
     def model(self) -> nn.Module:
-        return self._with_lora(self.family.load(self.plan))
+        return self._with_lora(load_base(self.family, self.plan, self.initial))
 
     @cached_property
     def samples(self) -> tuple[list[Any], list[Any]]:

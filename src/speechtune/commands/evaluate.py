@@ -1,6 +1,6 @@
 """The verb `evaluate`: measure models on prompts or recordings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def run_evaluate(
     max_new_tokens: int | None,
     train: Path | None,
     tasks: Sequence[str],
-    codec: str | None,
+    model_options: Mapping[str, str],
     asr: str | None,
     speaker: str | None,
     mos: str | None,
@@ -39,13 +39,13 @@ def run_evaluate(
 ) -> int:
     """Evaluate what the data is for, and print the table, or with `as_json` what metrics.json holds; 0."""
     check_output(out, folder=True)
-    sizes: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size}
+    sizes: dict[str, Any] = {"cache_dir": cache_dir, "batch_size": batch_size, "model_options": model_options}
     report: Comparison | EvaluationReport
     if find_source(data) is None and not train and not tasks:
         scorers = load_scorers(asr, speaker, mos, device="cuda" if torch.cuda.is_available() else "cpu")
         options = GenerationOptions(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
         systems = systems_of(model, adapter, include_base=not no_base)
-        report = evaluate_voices(data, systems, out, scorers, codec=codec, options=options, **sizes)
+        report = evaluate_voices(data, systems, out, scorers, options=options, **sizes)
     else:
         if len(adapter) > 1:
             raise ConfigError("--adapter: several are compared on voices only; name one for pronunciation")

@@ -1,5 +1,6 @@
 """The verb `generate`: speak a text, or all texts of a manifest."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def run_generate(
     system: str | None,
     scene: str | None,
     model: str | None,
-    codec: str | None,
+    model_options: Mapping[str, str] | None = None,
     adapter: Path | None,
     batch_size: int,
     cache_dir: Path,
@@ -57,7 +58,7 @@ def run_generate(
     check_references(samples)
     options = GenerationOptions(**generation_options)
     stored = open_adapter(adapter) if adapter else None
-    config = model_config(model, codec, stored)
+    config = model_config(model, model_options, stored)
     samples = as_trained(samples, stored.directory if stored else Path(config.model.path))
     family, loaded = load_model(config, stored, ability="speak")
     origin = provenance(config, stored)

@@ -1,7 +1,7 @@
 """The verb `score`: pronunciation of recordings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -86,6 +86,7 @@ def run_score(
     *,
     model: str | None,
     adapter: Path | None,
+    model_options: Mapping[str, str],
     out: Path | None,
     cache_dir: Path,
     batch_size: int,
@@ -98,7 +99,7 @@ def run_score(
     samples = read_requests(audio, text, manifest)
     if any(sample.text and canonical_phones(sample) is None for sample in samples):
         pronunciation_dictionary()  # a missing package is reported before hours of answering
-    _, family, loaded = assessor(model, open_adapter(adapter) if adapter else None)
+    _, family, loaded = assessor(model, open_adapter(adapter) if adapter else None, model_options)
     scores = score_samples(family, loaded, samples, cache_dir, batch_size=batch_size, max_tokens=max_new_tokens)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

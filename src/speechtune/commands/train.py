@@ -8,7 +8,7 @@ from pathlib import Path
 from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig, is_first_rank
 from speechtune.families import create_family, load_config
-from speechtune.lora.apply import apply_lora
+from speechtune.lora.apply import apply_lora, open_initial
 from speechtune.training.prepare import show_counts
 from speechtune.training.run import run_training
 
@@ -39,7 +39,7 @@ def show_plan(config: RunConfig) -> int:
     family = create_family(config)
     model = family.skeleton()
     if config.lora.enabled:
-        model = apply_lora(model, family, config.lora, config.train.seed)
+        model = apply_lora(model, family, config.lora, config.train.seed, open_initial(family, config.lora))
     print(config.to_yaml())
     show_counts(model, family, wide_console())
     return 0

@@ -60,7 +60,8 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None) ->
     stored = open_adapter(adapter)
     if stored.layout is None:
         known = " nor the ".join([NATIVE, *layouts])
-        raise AdapterError(f"{stored.directory}: keys like {min(stored.tensors)}: neither the {known} layout")
+        hint = stored.layout_hint or f"keys like {min(stored.tensors)}: neither the {known} layout"
+        raise AdapterError(f"{stored.directory}: {hint}")
     converted = in_layout(stored, to, layouts)
     if base:
         converted.config.base_model_name_or_path = base

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from speechtune.errors import AdapterError
 from speechtune.export.verify import Verification, verify_adapter
 from speechtune.families import adapter_layouts
 from speechtune.lora.files import (
+    BIN_NAME,
     CONFIG_NAME,
     FOLDER_NAME,
     KEY_PREFIX,
+    WEIGHTS_NAME,
     in_checkpoint,
     layout_of,
     read_tensors,
@@ -28,12 +30,13 @@ from speechtune.storage.verified_folder import STATE_NAME, write_verified
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 NOT_WEIGHTS = re.compile(r"optimizer|scheduler|rng_state|scaler|training_args")
+TRAINED, EVERYTHING = re.compile(r"lora_|\.modules_to_save\.|\.trainable_tokens_"), re.compile("")
 WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 LORA_KEY = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)\w+))?"
+    r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?"
     r"(?:\.(?P<leaf>weight|bias))?"
 )
-SAVED_KEY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>\w+)\.(?P<leaf>.+)")
+SAVED_KEY = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>.+)")
 RUN_FILES = (CONFIG_NAME, "config.yaml", "training_args.json", "args.json", "trainer_config.json", "hparams.json")
 RUN_FILES += (STATE_NAME,)
 BASE_NAMES = ("base_model_name_or_path", "base_model_path", "model_path", "model_name_or_path")
@@ -104,7 +107,7 @@ def extract(
     Raises AdapterError: no LoRA tensors, damaged or incomplete files, several adapters, or no file gives alpha;
     CheckpointError: the output exists or cannot be written.
     """
-    checkpoint = in_checkpoint(checkpoint)
+    checkpoint = _named_folder(in_checkpoint(checkpoint), adapter_name)
     weights = read_lora(checkpoint, adapter_name)
     if not weights.ranks:
         raise AdapterError(f"{checkpoint}: no lora_A in any of its weights; there is no adapter to extract")
@@ -173,25 +176,53 @@ def read_lora(checkpoint: Path, adapter_name: str | None = None) -> Weights:
     """Collect the LoRA tensors of a checkpoint, one file at a time, under the names of an adapter's file."""
     weights = Weights()
     for file in weight_files(checkpoint):
-        for key, tensor in read_tensors(file, lambda name: "lora_" in name or ".modules_to_save." in name).items():
-            _take(weights, key, tensor, adapter_name)
-    if len(weights.adapter_names) > 1:
-        names = ", ".join(sorted(weights.adapter_names))
-        raise AdapterError(f"{checkpoint}: it holds several adapters ({names}); choose one with --adapter-name")
+        wanted = EVERYTHING if file.name in (WEIGHTS_NAME, BIN_NAME) else TRAINED  # the adapter's own file has no base
+        for key, tensor in read_tensors(file, lambda name, wanted=wanted: bool(wanted.search(name))).items():
+            if not _take(weights, key, tensor, adapter_name):
+                raise AdapterError(
+                    f"{file}: {key} is trained, but no LoRA tensor: it cannot be extracted by its name alone"
+                )
+    _choose(checkpoint, weights.adapter_names, adapter_name)
     return weights
 
 
-def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | None) -> None:
+def _choose(checkpoint: Path, names: Collection[str], wanted: str | None) -> None:
+    """Refuse several adapters of which none is named, and a name that none of them has."""
+    listed = ", ".join(sorted(names))
+    if wanted is None and len(names) > 1:
+        raise AdapterError(f"{checkpoint}: it holds several adapters ({listed}); choose one with --adapter-name")
+    if wanted is not None and names and wanted not in names:
+        raise AdapterError(f"{checkpoint}: no adapter {wanted!r} in it; --adapter-name can be: {listed}")
+
+
+def _named_folder(checkpoint: Path, adapter_name: str | None) -> Path:
+    """The folder of a named adapter: PEFT writes each but "default" into one of its own, beside that one's files."""
+    folders = {file.parent.name: file.parent for file in checkpoint.glob(f"*/{CONFIG_NAME}")}
+    folders.pop(FOLDER_NAME, None)  # a copy of what lies in the checkpoint itself
+    if folders and (checkpoint / CONFIG_NAME).is_file():
+        folders["default"] = checkpoint
+    elif adapter_name not in folders and any(file.suffix in WEIGHT_SUFFIXES for file in checkpoint.glob("*")):
+        return checkpoint
+    _choose(checkpoint, folders, adapter_name)
+    return folders.get(adapter_name or next(iter(folders), ""), checkpoint)
+
+
+def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | None) -> bool:
+    """Take a tensor over under its new name, unless it is of another adapter; False where its name tells nothing."""
     clean = WRAPPER_PARTS.sub("", key)
     _, has_prefix, after = clean.partition(KEY_PREFIX)
     match = LORA_KEY.fullmatch(clean) or SAVED_KEY.fullmatch(clean)
     if match is None:
-        return
+        return False
     adapter = match["adapter"]
-    if adapter_name is not None and adapter is not None and adapter != adapter_name:
-        return
     if adapter is not None:
         weights.adapter_names.add(adapter)
+    if len(weights.adapter_names) > 1 and adapter_name is None:
+        return True  # refused at the end, when all names are known
+    if adapter_name is not None and adapter is not None and adapter != adapter_name:
+        return True
+    while after.startswith(KEY_PREFIX):  # get_peft_model was applied twice
+        after = after.removeprefix(KEY_PREFIX)
     inside = after if has_prefix else re.sub(r"^(module\.)+", "", clean)  # without PEFT's prefix only DDP's is known
     module = inside[: len(inside) - len(clean) + match.end("module")]
     if "part" not in match.groupdict():
@@ -208,6 +239,7 @@ def _take(weights: Weights, key: str, tensor: torch.Tensor, adapter_name: str | 
     if name in weights.tensors and not torch.equal(weights.tensors[name], tensor):
         raise AdapterError(f"two different tensors claim the name {name}; the second is {key}")
     weights.tensors[name] = tensor
+    return True
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

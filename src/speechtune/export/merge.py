@@ -14,6 +14,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from speechtune import __version__
@@ -22,8 +23,7 @@ from speechtune.errors import AdapterError, CheckpointError
 from speechtune.export.verify import training_step
 from speechtune.families import create_family
 from speechtune.family import NATIVE, Family
-from speechtune.lora.apply import adapter_off, load_adapter, model_tensors
-from speechtune.lora.base_identity import check_base
+from speechtune.lora.apply import adapter_off, load_adapter, load_base, model_tensors, plain_model
 from speechtune.lora.files import StoredAdapter
 from speechtune.lora.layouts import in_layout
 from speechtune.lora.prompts import PROMPTS_NAME
@@ -94,13 +94,11 @@ def merge(
         raise CheckpointError(f"{output}: exists already; remove it or choose another output folder")
     check_writable(output.parent, 0)
     family = create_family(config)
-    base = family.load(MERGE_PLAN)
+    base = load_base(family, MERGE_PLAN, adapter)
     stored_dtype = DTYPES[dtype] if dtype else _base_dtype(family.skeleton())  # `base` itself was cast
     count = sum(parameter.numel() for parameter in base.parameters())
     check_writable(output.parent, count * stored_dtype.itemsize)
     facts = _provenance(family, config, base, adapter)
-    if adapter.identity:
-        check_base(adapter.identity, adapter.directory, family, base, MERGE_PLAN)
     model = load_adapter(base, in_layout(adapter, NATIVE, family.adapter_layouts))
     merged, report = _merge_checked(family, model, compare_on, _tokenize(config, compare_on) if compare_on else None)
     merged = cast(Any, merged.to(stored_dtype))
@@ -136,7 +134,11 @@ def _merge_checked(
         off = _text_logits(model, inputs)
     if not effect > 0.0:  # also NaN
         raise AdapterError("the adapter changes no logit on its base: nothing to merge")
-    merged = cast(nn.Module, model.merge_and_unload()).eval()
+    _untie(model)
+    try:
+        merged = cast(nn.Module, model.merge_and_unload()).eval()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # such as lora_bias on a layer without a bias
+        raise AdapterError(f"PEFT cannot merge this adapter, which can be used unmerged: {error}") from None
     merged_logits, merged_rows = family.probe(merged, GREEDY_STEPS)
     difference = float((merged_logits - logits).abs().max())
     scale = float(logits.abs().max())
@@ -153,6 +155,18 @@ def _merge_checked(
         differences = float((on - off).abs().max()), float((then - on).abs().max())
         comparison = Comparison(text, *differences, changed, on[..., 0].numel())
     return merged, MergeReport(effect, difference, equal, comparison)
+
+
+def _untie(model: PeftModel) -> None:
+    """Give the head a weight of its own where it shares the embedding's and the adapter changes one of the two."""
+    plain = cast(Any, plain_model(model))
+    ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
+    if not any(isinstance(end, LoraLayer) for end in ends):
+        return
+    embedding, head = (cast(Any, end.get_base_layer()) if isinstance(end, LoraLayer) else end for end in ends)
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        plain.config.tie_word_embeddings = False
 
 
 def _tokenize(config: RunConfig, text: str) -> dict[str, torch.Tensor]:
@@ -182,6 +196,7 @@ def _provenance(family: Family, config: RunConfig, base: nn.Module, adapter: Sto
         "lora_adapter_sha256": adapter.sha256["weights"],
         "lora_config_sha256": adapter.sha256["config"],
         "lora_step": training_step(adapter.directory),
+        "base_prepared": family.recipe(),
         **parts,
         "versions": {
             "speechtune": __version__,

@@ -18,17 +18,20 @@ from speechtune.errors import AdapterError, ConfigError
 from speechtune.families import adapter_layouts, create_family
 from speechtune.family import NATIVE
 from speechtune.inference.load import load_model, model_config
-from speechtune.lora.apply import adapter_off, adapter_state
+from speechtune.lora.apply import adapter_off, fit_issues
 from speechtune.lora.base_identity import read_recipe
 from speechtune.lora.files import (
     BIN_NAME,
     KEY_PREFIX,
+    ODD_KEY,
+    OTHER_TARGETS,
     WEIGHTS_NAME,
     StoredAdapter,
     adapter_folder,
     layout_of,
     lora_module,
     manifest_issues,
+    odd_key,
     read_config,
     read_tensors,
     value_issues,
@@ -74,7 +77,12 @@ class Verification:
 
 
 def verify_adapter(
-    path: Path, base: str | None = None, *, look_up_base: bool = True, any_layout: bool = False
+    path: Path,
+    base: str | None = None,
+    *,
+    model_options: Mapping[str, str] | None = None,
+    look_up_base: bool = True,
+    any_layout: bool = False,
 ) -> Verification:
     """Verify a saved adapter: files, values, keys and shapes, manifest, and with `base` its effect.
 
@@ -82,6 +90,7 @@ def verify_adapter(
         path: PEFT folder, or a run's folder with `lora_adapters` in it.
         base: hub id or folder of a base that is loaded with the adapter on it to prove an effect; None checks keys and
             shapes alone, against the base the adapter names where its configuration can be found.
+        model_options: how `base` is prepared, as for `model_config`.
         look_up_base: False leaves the base the adapter names alone.
         any_layout: accept names of another layout, and compare their native ones with the base.
 
@@ -102,7 +111,7 @@ def verify_adapter(
             reason = "the base was not looked up" if named else "the adapter names no base; --base names one"
             checks.append(CheckResult("base", "unchecked", reason))
         if base and all(check.status != "issue" for check in checks):
-            checks.append(_check_effect(stored, base))
+            checks.append(_check_effect(stored, base, model_options))
     return Verification(
         str(directory),
         all(check.status != "issue" for check in checks),
@@ -165,7 +174,8 @@ def _check_values(tensors: Mapping[str, torch.Tensor]) -> CheckResult:
 def _check_structure(stored: StoredAdapter) -> CheckResult:
     """Without any base: the parts of each module are complete, of the rank the config says, and of a target's."""
     config, tensors = stored.config, stored.tensors
-    issues = [f"{name} does not start with {KEY_PREFIX}" for name in tensors if not name.startswith(KEY_PREFIX)]
+    odd = odd_key(tensors)
+    issues = [ODD_KEY.format(odd)] if odd else []
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if module := lora_module(name):
@@ -176,7 +186,7 @@ def _check_structure(stored: StoredAdapter) -> CheckResult:
         rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config.r)
         issues += _module_issues(module, parts, rank)
         if config.target_modules and not config.target_parameters and not check_target_module_exists(config, module):
-            issues.append(f"{module} has weights, but the config's target_modules do not name it")
+            issues.append(f"{module} has weights, but the config's target_modules do not name it; {OTHER_TARGETS}")
     if isinstance(config.target_modules, list | set | tuple):
         ends = sorted(t for t in config.target_modules if not any(f".{m}".endswith(f".{t}") for m in modules))
         issues += [f"target_modules names {end}, but no such module has weights" for end in ends]
@@ -205,33 +215,20 @@ def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> C
         return CheckResult("base", "unchecked", f"{named} could not be checked: {error}")
     if stored.layout in family.adapter_layouts:
         return CheckResult("base", "issue", stored.layout_hint)
+    empty = copy.deepcopy(stored.config)
+    empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there
     try:
-        promised = _promised_shapes(skeleton, stored.config)
+        model = PeftModel(cast(Any, skeleton), empty)
     except (ValueError, TypeError, RuntimeError) as error:
         return CheckResult("base", "issue", f"PEFT cannot put this config on {base or named}: {str(error)[:300]}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
-    missing, extra = sorted(promised.keys() - shapes), sorted(shapes.keys() - promised)
-    issues = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
-    issues += [f"{len(extra)} left over (first {extra[0]})"] if extra else []
-    for name in sorted(promised.keys() & shapes):
-        if promised[name] != shapes[name]:
-            issues.append(f"{name}: shape {shapes[name]}, the base wants {promised[name]}")
-    return _result("base", issues, f"names and shapes are those of {base or named}")
+    return _result("base", fit_issues(model, stored.tensors), f"names and shapes are those of {base or named}")
 
 
-def _promised_shapes(skeleton: torch.nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors an adapter of this config must hold for a base, built on the meta device."""
-    empty = copy.deepcopy(config)
-    empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there
-    model = PeftModel(cast(Any, skeleton), empty)
-    return {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
-
-
-def _check_effect(stored: StoredAdapter, base: str) -> CheckResult:
+def _check_effect(stored: StoredAdapter, base: str, options: Mapping[str, str] | None) -> CheckResult:
     """Put the adapter on its base, and compare the logits with the adapter on and off."""
     try:
         stored = replace(stored, identity=read_recipe(stored.directory))
-        family, model = load_model(model_config(base, None, stored), stored)
+        family, model = load_model(model_config(base, options, stored), stored)
     except AdapterError as error:
         return CheckResult("effect", "issue", str(error))
     logits, _ = family.probe(model)

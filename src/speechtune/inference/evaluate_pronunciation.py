@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ def evaluate_pronunciation(
     train: Path | None = None,
     model: str | None = None,
     adapter: Path | None = None,
+    model_options: Mapping[str, str] | None = None,
     out: Path,
     cache_dir: Path = Path("speechtune-cache"),
     batch_size: int = 8,
@@ -88,6 +89,7 @@ def evaluate_pronunciation(
         train: data of the mean scores, as for `training_samples`.
         model: hub id or folder; None takes the one the adapter names.
         adapter: adapter, run or checkpoint folder.
+        model_options: as for `model_config`.
         out: folder of the files written.
         cache_dir: folder of the encoded clips.
         batch_size: recordings at a time; it does not change the answers.
@@ -104,7 +106,7 @@ def evaluate_pronunciation(
     samples = _task_samples(data, tasks)
     trained = training_samples(data, train, DataConfig())
     stored = open_adapter(adapter) if adapter else None
-    config, family, loaded = assessor(model, stored)
+    config, family, loaded = assessor(model, stored, model_options)
     identity = model_identity(config, family, stored) | {"max_new_tokens": max_new_tokens}
     with locked(out):
         answers = AnswerFile(out / ANSWERS_NAME, identity)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def evaluate_voices(
     out: Path,
     scorers: Scorers,
     *,
-    codec: str | None = None,
+    model_options: Mapping[str, str] | None = None,
     cache_dir: Path = Path("speechtune-cache"),
     batch_size: int = 8,
     options: GenerationOptions | None = None,
@@ -75,7 +75,7 @@ def evaluate_voices(
         systems: at least one; the first is what the others are compared with.
         out: where everything goes, wavs in a folder per system.
         scorers: what is measured besides stops and durations.
-        codec: the base's codec; None takes the one the adapter or the family names.
+        model_options: as for `model_config`.
         cache_dir: folder of the encoded references.
         batch_size: prompts at a time.
         options: how to sample.
@@ -91,7 +91,7 @@ def evaluate_voices(
             spoken = _Spoken(out / file_name(system.name))
             log.info("%s speaks %d prompts", system.name, len(samples))
             prompts = as_trained(samples, system.adapter.directory if system.adapter else Path(system.model or ""))
-            family = spoken.speak(system, prompts, options, codec, cache_dir, batch_size)
+            family = spoken.speak(system, prompts, options, model_options, cache_dir, batch_size)
             rows[system.name] = spoken.measure(prompts, family.sampling_rate, scorers)
         comparison = compare(rows, scorers)
         write_results(comparison.to_json(), comparison.rows, out)
@@ -111,12 +111,12 @@ class _Spoken:
         system: System,
         samples: Sequence[Sample],
         options: GenerationOptions,
-        codec: str | None,
+        model_options: Mapping[str, str] | None,
         cache_dir: Path,
         batch_size: int,
     ) -> Family:
         """Generate all prompts; outputs that are there from the same system are kept."""
-        config = model_config(system.model, codec, system.adapter)
+        config = model_config(system.model, model_options, system.adapter)
         family, model = load_model(config, system.adapter, ability="speak")
         identity = model_identity(config, family, system.adapter)
         identity |= {"options": str(options), "model": config.model.model_dump(mode="json")}

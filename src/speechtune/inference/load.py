@@ -1,5 +1,6 @@
 """Load a base model, with or without an adapter, for inference."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ from speechtune.config import RunConfig
 from speechtune.errors import ConfigError
 from speechtune.families import adapter_layouts, build_config, create_family, family_of
 from speechtune.family import Ability, Family
-from speechtune.lora.apply import load_adapter
-from speechtune.lora.base_identity import check_base
+from speechtune.lora.apply import load_adapter, load_base
 from speechtune.lora.files import StoredAdapter, adapter_folder, read_adapter
 from speechtune.precision import PrecisionPlan, plan_precision
 
@@ -29,16 +29,20 @@ def open_adapter(path: Path) -> StoredAdapter:
     return read_adapter(adapter_folder(path), adapter_layouts())
 
 
-def model_config(model: str | None, codec: str | None, adapter: StoredAdapter | None = None) -> RunConfig:
+def model_config(
+    model: str | None, options: Mapping[str, str] | None, adapter: StoredAdapter | None = None
+) -> RunConfig:
     """A configuration for using a model; the base defaults to the one the adapter names.
 
-    Raises ConfigError: neither a model nor an adapter that names one.
+    `options` are those of the recipe's `model:` that were given on the command line.
+
+    Raises ConfigError: neither a model nor an adapter that names one, or an option that the family does not have.
     """
     recipe = adapter.identity if adapter else None
     path = model or (adapter.config.base_model_name_or_path if adapter else None)
     if path is None:
         raise ConfigError("name the base with --model; there is no adapter that could name it")
-    values: dict[str, Any] = {"path": path} | ({"codec_path": codec} if codec else {})
+    values: dict[str, Any] = {"path": path, **(options or {})}
     lora, family = {}, family_of(path, recipe.family if recipe else None)
     if recipe:  # what the adapter was trained on, unless the caller says otherwise
         replaced = {"path", "revision"} if model and model != recipe.model["path"] else set()
@@ -65,9 +69,7 @@ def load_model(
     family = create_family(config)
     if ability is not None and ability not in family.abilities:
         raise ConfigError(f"{config.model.path}: a {family.name} model does not {ability}; {ELSEWHERE[ability]}")
-    model = family.load(plan)
+    model = load_base(family, plan, adapter)
     if adapter is not None:
-        if adapter.identity:
-            check_base(adapter.identity, adapter.directory, family, model, plan)
         model = load_adapter(model, adapter)
     return family, model.eval()

@@ -123,10 +123,12 @@ def _score(sample: Sample, outputs: Mapping[Task, Output]) -> Score:
     return Score(name, audio, values, transcript, phones, words, unknown, raw, complete)
 
 
-def assessor(model: str | None, adapter: StoredAdapter | None) -> tuple[RunConfig, Family, nn.Module]:
-    """Configuration, family and model for answering; the base defaults to the one the adapter names.
+def assessor(
+    model: str | None, adapter: StoredAdapter | None, options: Mapping[str, str] | None = None
+) -> tuple[RunConfig, Family, nn.Module]:
+    """Configuration, family and model for answering; arguments as for `model_config`.
 
     Raises ConfigError: no model, or one that does not assess pronunciation.
     """
-    config = model_config(model, None, adapter)
+    config = model_config(model, options, adapter)
     return config, *load_model(config, adapter, ability="assess pronunciation")

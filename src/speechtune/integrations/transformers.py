@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import distributed, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from speechtune.errors import ConfigError, TrainingError, some
+from speechtune.errors import AdapterError, ConfigError, TrainingError, some
 from speechtune.lora.apply import trainable
 from speechtune.lora.files import FOLDER_NAME
 from speechtune.lora.save import STARTS_AT_ZERO, find_peft_model, named_state, save_lora_adapters, trained_adapter
@@ -60,6 +60,7 @@ class LoRACheckpointCallback(TrainerCallback):
         self._parameters: dict[str, nn.Parameter] = {}
         self._before: dict[str, str] | None = None
         self._has_moved = False
+        self._first_step = 0
         self._warned: Counter[str] = Counter()
 
     def on_train_begin(
@@ -74,7 +75,7 @@ class LoRACheckpointCallback(TrainerCallback):
         if state.global_step > 0:
             _load_resumed(peft_model, name)
         self._parameters = trainable(model)
-        self._has_moved, self._before = False, None
+        self._has_moved, self._before, self._first_step = False, None, state.global_step
         if args.logging_nan_inf_filter:
             args.logging_nan_inf_filter = False
             log.warning("logging_nan_inf_filter was on and would have shown a NaN loss as 0.0: switched off")
@@ -138,6 +139,9 @@ class LoRACheckpointCallback(TrainerCallback):
         """Save the final adapters, or the best ones with `load_best_model_at_end`."""
         for kind, count in self._warned.items():
             log.warning("the training had %d issues of the kind %s", count, kind)
+        started = any(bool(parameter.any()) for parameter in self._starts_at_zero().values())
+        if started and not self._has_moved and state.global_step > self._first_step:
+            raise AdapterError("the adapter has the weights it began with: this training changed none of its lora_B")
         self._save(args, state, kwargs["model"], Path(str(args.output_dir)) / FOLDER_NAME, allow_untrained=False)
 
     def _save(

@@ -5,22 +5,34 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from speechtune.config import LoraSettings
-from speechtune.errors import AdapterError
-from speechtune.family import Family
-from speechtune.lora.files import StoredAdapter, read_adapter
+from speechtune.errors import AdapterError, ConfigError
+from speechtune.family import NATIVE, Family
+from speechtune.lora.base_identity import check_base
+from speechtune.lora.files import OTHER_TARGETS, StoredAdapter, adapter_folder, read_adapter
+from speechtune.lora.layouts import in_layout
+from speechtune.precision import PrecisionPlan
 
 ADAPTER = "default"
 """Name under which PEFT keeps the adapter that is trained here; others on the model belong to its base."""
+OUR_NAMES = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
+FREE = re.compile(
+    "peft_type|task_type|auto_mapping|peft_version|base_model_name_or_path|revision|inference_mode|lora_dropout|bias|"
+    "(target|exclude)_modules|layers_(to_transform|pattern)|modules_to_save|trainable_token_indices|megatron_core|"
+    "(runtime|eva|corda|loftq|lora_ga)_config|ensure_weight_tying"
+)
+"""What two configurations of adapters with the same tensors may have different without another answer."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that take from the base's weights what they put into the adapter."""
+EMBEDDING = re.compile(r"\.(embed_tokens|lm_head)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +51,7 @@ def target_pattern(family: Family, settings: LoraSettings) -> str:
 
 def interchangeable(family: Family, settings: LoraSettings) -> Mapping[str, object]:
     """What must be the same for a resume to go on with another run's adapter."""
-    values = settings.model_dump(mode="json", exclude={"enabled", "dropout"})
+    values = settings.model_dump(mode="json", exclude={"enabled", "dropout", "initial"})
     return values | {"targets": target_pattern(family, settings)}
 
 
@@ -63,10 +75,46 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
     return names
 
 
-def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: int) -> PeftModel:
-    """Freeze the base and inject a fresh adapter with float32 weights, in place; with one seed all ranks start alike.
+def open_initial(family: Family, settings: LoraSettings) -> StoredAdapter | None:
+    """The adapter that `lora.initial` names, in the native layout; None where it names none.
 
-    Raises AdapterError: the targets match nothing.
+    Raises AdapterError: as `read_adapter`; ConfigError: nothing says how its base was prepared.
+    """
+    if settings.initial is None:
+        return None
+    stored = read_adapter(adapter_folder(settings.initial), family.adapter_layouts)
+    require_known_base(family, stored)
+    return in_layout(stored, NATIVE, family.adapter_layouts)
+
+
+def require_known_base(family: Family, stored: StoredAdapter) -> None:
+    """Refuse, by ConfigError, an adapter whose base could have been prepared in several ways, none of them named."""
+    if stored.identity is None and (question := family.unclear_base(stored.tensors)):
+        raise ConfigError(f"{stored.directory}: {question}")
+
+
+def load_base(family: Family, plan: PrecisionPlan, stored: StoredAdapter | None) -> nn.Module:
+    """Load the base, which must be the one that an adapter was trained on, where it is known.
+
+    Raises ConfigError: it does not load, or nothing says how it was prepared; AdapterError: it is another one.
+    """
+    if stored is None:
+        return family.load(plan)
+    require_known_base(family, stored)
+    base = family.load(plan)
+    if stored.identity:
+        check_base(stored.identity, stored.directory, family, base, plan)
+    return base
+
+
+def apply_lora(
+    model: nn.Module, family: Family, settings: LoraSettings, seed: int, initial: StoredAdapter | None = None
+) -> PeftModel:
+    """Freeze the base and inject an adapter with float32 weights, in place; with one seed all ranks start alike.
+
+    It starts from the weights of `initial` or of the family's own initial adapter, else afresh.
+
+    Raises AdapterError: the targets match nothing, or the initial adapter is of another shape or scale.
     """
     pattern = target_pattern(family, settings)
     matching_modules(plain_model(model), pattern)
@@ -92,10 +140,16 @@ def apply_lora(model: nn.Module, family: Family, settings: LoraSettings, seed: i
     activate(adapted)
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.float()  # PEFT leaves modules_to_save in the base's dtype
-    on_meta = next(adapted.parameters()).is_meta  # a skeleton, for counting
-    if not on_meta and family.initial_adapter is not None:
-        _start_from(adapted, family.initial_adapter)
+    if initial is None and not is_skeleton(adapted) and family.initial_adapter is not None:
+        initial = read_adapter(family.initial_adapter)
+    if initial is not None:
+        _start_from(adapted, initial)
     return adapted
+
+
+def is_skeleton(model: nn.Module) -> bool:
+    """Whether a model is without weights, for counting and matching."""
+    return next(model.parameters()).is_meta
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -133,28 +187,43 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         activate(model)
 
 
-def _start_from(adapted: PeftModel, directory: Path) -> None:
-    """Copy a saved adapter's weights into a fresh one of the same shape."""
-    source, live = read_adapter(directory), adapter_state(adapted)
-    has, asked = (_scale(config) for config in (source.config, adapted.peft_config[ADAPTER]))
+def _start_from(adapted: PeftModel, source: StoredAdapter) -> None:
+    """Copy a saved adapter's weights into a fresh one of the same shape and scale; a skeleton is only compared."""
+    has, asked = (_scale(cast(LoraConfig, config)) for config in (source.config, adapted.peft_config[ADAPTER]))
     if has != asked:
-        raise AdapterError(f"{directory}: the adapter to go on from has {has}, this run's lora section says {asked}")
-    stored = source.tensors
+        names = [name for name in {**has, **asked} if has.get(name) != asked.get(name)]
+        theirs, ours = ({name: values.get(name) for name in names} for values in (has, asked))
+        raise AdapterError(
+            f"{source.directory}: the adapter to start from has {theirs}, this run's lora section says {ours}"
+        )
+    live, base = adapter_state(adapted), adapted.state_dict()
+    stored = {name: t for name, t in source.tensors.items() if name in live or not _is_same(t, base.get(name))}
     if {name: t.shape for name, t in stored.items()} != {name: t.shape for name, t in live.items()}:
         raise AdapterError(
-            f"{directory}: the adapter to go on from has other tensors than this run's: {len(stored)} and {len(live)}, "
-            f"only there {sorted(set(stored) - set(live))[:2]}, only here {sorted(set(live) - set(stored))[:2]}; set "
-            "lora.targets to what it adapts, without modules_to_save or trainable_tokens"
+            f"{source.directory}: the adapter to start from has other tensors than this run's: {len(stored)} and "
+            f"{len(live)}, only there {sorted(set(stored) - set(live))[:2]}, only here "
+            f"{sorted(set(live) - set(stored))[:2]}; set lora.targets, lora.modules_to_save and lora.trainable_tokens "
+            "to what it adapts"
         )
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(stored[name])  # the state's tensors share memory with the parameters
 
 
-def _scale(config: PeftConfig) -> dict[str, object]:
-    """What, besides its tensors, says how strongly an adapter changes its base."""
-    assert isinstance(config, LoraConfig)
-    return {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
+def _is_same(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
+    """Whether a tensor is one of the base's, carried along as PEFT's save_embedding_layers does."""
+    if own is None or own.shape != stored.shape:
+        return False
+    return own.is_meta or torch.equal(stored.to(own), own)
+
+
+def _scale(config: LoraConfig) -> dict[str, object]:
+    """What, besides its tensors, decides on what an adapter adds to its base."""
+    items = cast(dict[str, object], config.to_dict()).items()
+    values = {OUR_NAMES.get(name, name): value or None for name, value in items if not FREE.fullmatch(name)}
+    if not str(config.init_lora_weights).startswith(CHANGES_BASE):
+        del values["init_lora_weights"]
+    return values
 
 
 def freeze(model: nn.Module, pattern: str) -> list[str]:
@@ -194,9 +263,39 @@ def count_by_component(model: nn.Module, family: Family) -> list[ComponentCount]
     return [ComponentCount(component, total, trained) for component, (total, trained) in ordered]
 
 
-def adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names they have on disk; `state` are the model's at another moment."""
-    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+def adapter_state(
+    model: PeftModel, state: Mapping[str, torch.Tensor] | None = None, *, embeddings: bool = False
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names they have on disk; `state` are the model's at another moment.
+
+    `embeddings` adds those of the base's embeddings that PEFT's save_embedding_layers puts beside them.
+    """
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=embeddings)
+
+
+def lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every lora_B of the adapter that is trained; empty for a full model."""
+    state = adapter_state(model) if isinstance(model, PeftModel) else {}
+    return {name: tensor for name, tensor in state.items() if "lora_B" in name}
+
+
+def fit_issues(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """How the tensors of a saved adapter differ from those that a model, with its configuration applied, has for it."""
+    wanted, known = adapter_state(model), adapter_state(model, embeddings=True)
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(known))
+    issues = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
+    issues += [f"{len(extra)} left over (first {extra[0]})"] if extra else []
+    for name in sorted(known.keys() & tensors.keys()):
+        has, wants = tuple(tensors[name].shape), tuple(known[name].shape)
+        if has == wants:
+            continue
+        issues.append(f"{name}: shape {has}, the base wants {wants}")
+        if EMBEDDING.search(name) and max(has) != max(wants):
+            return [
+                f"the adapter was trained with a vocabulary of {max(has)} tokens, the base has {max(wants)} ({name}): "
+                "give the base as many with transformers' resize_token_embeddings, save it, and name that folder"
+            ]
+    return issues
 
 
 def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
@@ -212,19 +311,14 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
             loaded = model
         else:
             loaded = PeftModel(cast(PreTrainedModel, model), config, ADAPTER)
-        set_peft_model_state_dict(loaded, dict(stored.tensors), ADAPTER)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = stored.layout_hint or f"the adapter does not load: {error}"
+        reason = stored.layout_hint or f"the adapter does not load: {error}; {OTHER_TARGETS}"
         raise AdapterError(f"{stored.directory}: {reason}") from None
-    activate(loaded)
-    wanted = adapter_state(loaded)
-    missing, extra = sorted(set(wanted) - set(stored.tensors)), sorted(set(stored.tensors) - set(wanted))
-    if missing or extra:
-        reason = stored.layout_hint or (
-            f"the adapter does not belong to this base: {len(missing)} tensors missing (first {missing[:2]}), "
-            f"{len(extra)} left over (first {extra[:2]})"
-        )
+    if issues := fit_issues(loaded, stored.tensors):
+        reason = stored.layout_hint or f"the adapter does not belong to this base: {'; '.join(issues[:3])}"
         raise AdapterError(f"{stored.directory}: {reason}")
+    set_peft_model_state_dict(loaded, dict(stored.tensors), ADAPTER)
+    activate(loaded)
     return loaded.eval()
 
 

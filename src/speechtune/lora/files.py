@@ -26,8 +26,15 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
+EXTRACT = "`speechtune adapters extract PATH OUTPUT`"
 KEY_PREFIX = "base_model.model."
 LORA_PART = re.compile(r"\.lora_(embedding_)?([AB]|magnitude_vector)\b")
+PEFT_KEY = re.compile(  # of a LoRA tensor, as PEFT writes it: no wrapper's name and no adapter's name inside
+    r"base_model\.model\.(?!base_model\.|module\.)(?:(?!_orig_mod|_fsdp_wrapped|_checkpoint_wrapped)[^.]+\.)+"
+    r"lora_(?:[AB]\.(?:weight|bias)|embedding_[AB]|magnitude_vector(?:\.weight)?)"
+)
+ODD_KEY = f"keys like {{}}, which PEFT does not write: {EXTRACT} brings them into its form"
+OTHER_TARGETS = f"if its target_modules are another model's, {EXTRACT} writes them anew from the weights"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # what .bin files put around their tensors
 # torch.load meets damage at any depth of zip, pickle and tensor storage
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError)
@@ -55,6 +62,8 @@ class StoredAdapter:
     @property
     def layout_hint(self) -> str:
         """What to do where a model does not know these names; "" where the names are not the cause."""
+        if odd := odd_key(self.tensors):
+            return ODD_KEY.format(odd)
         if self.layout in (None, NATIVE):
             return ""
         return (
@@ -197,8 +206,9 @@ def value_issues(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         return ["no LoRA tensor in the weights"]
     odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     broken = [name for name, tensor in tensors.items() if name not in odd and not bool(tensor.isfinite().all())]
-    zero_a = [name for name, tensor in lora.items() if re.search(r"lora_(embedding_)?A", name) and not tensor.any()]
-    b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(embedding_)?B", name)]
+    # The embedding's pair is the other way round: its A starts at zero.
+    zero_a = [n for n, tensor in lora.items() if re.search(r"lora_(A|embedding_B)\b", n) and not tensor.any()]
+    b_parts = [tensor for name, tensor in lora.items() if re.search(r"lora_(B|embedding_A)\b", name)]
     issues = [f"{name}: dtype {tensors[name].dtype}, not floating point" for name in odd[:3]]
     if broken:
         issues.append(f"NaN or infinity in {len(broken)} tensors (first {broken[0]})")
@@ -207,6 +217,11 @@ def value_issues(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     if b_parts and not any(bool(tensor.any()) for tensor in b_parts):
         issues.append(f"every lora_B is zero ({len(b_parts)}): this adapter was never trained")
     return issues
+
+
+def odd_key(names: Iterable[str]) -> str | None:
+    """The first name of a LoRA tensor that is not as PEFT writes it, if any."""
+    return next((name for name in names if LORA_PART.search(name) and not PEFT_KEY.fullmatch(name)), None)
 
 
 def lora_module(name: str) -> str | None:

@@ -44,7 +44,7 @@ ADAM_MOMENTS = 2
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a run stands; `identity` holds what must be the same for a resume to mean anything."""
+    """Where a run stands; `identity` is what must be the same for a resume to mean anything, `initial` as in `Job`."""
 
     step: int
     total_steps: int
@@ -54,6 +54,7 @@ class RunState:
     best_step: int | None = None
     best_value: float | None = None
     rounds_without_better: int = 0
+    initial: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Job:
         notes: texts by file name that lie beside the saved weights.
         sample_generator: None where no samples are generated during training.
         checkpoint: the run goes on from it; None for a fresh start.
+        initial: of the adapter that the run started from: `path`, `sha256` of its weights and `lora_b`, a fingerprint.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class Job:
     notes: Mapping[str, str]
     sample_generator: SampleGenerator | None = None
     checkpoint: Path | None = None
+    initial: Mapping[str, str] | None = None
 
     def weighted(self, losses: Mapping[str, float]) -> float:
         """Sum of the heads' losses, each times its `train.head_weights`."""

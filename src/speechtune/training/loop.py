@@ -100,7 +100,8 @@ class Run:
         self.parts = RunParts(
             job.model, self.optimizer, self.scaler, config.to_yaml(), job.notes, job.family.save_assets
         )
-        self.state = RunState(0, self.total_steps, 0.0, {**job.identity, "global_batch": self.plan.global_batch_size})
+        identity = {**job.identity, "global_batch": self.plan.global_batch_size}
+        self.state = RunState(0, self.total_steps, 0.0, identity, initial=job.initial)
         self.skipped = 0
         self.unproven = True
         self.watch = Stopwatch("data", "forward_backward", "optimizer", "checkpoint", "evaluation")

@@ -37,12 +37,15 @@ from speechtune.lora.apply import (
     count_by_component,
     freeze,
     interchangeable,
+    load_base,
+    lora_b,
     matching_modules,
+    open_initial,
     target_pattern,
     trainable,
 )
 from speechtune.lora.base_identity import RECIPE_NAME, describe_base
-from speechtune.lora.files import CARD_NAME, in_checkpoint
+from speechtune.lora.files import CARD_NAME, StoredAdapter, in_checkpoint
 from speechtune.lora.prompts import PROMPTS_NAME, describe_prompts
 from speechtune.precision import PrecisionPlan, plan_precision
 from speechtune.storage.verified_folder import check_writable, clear_leftovers, find_checkpoints, read_state, saves
@@ -73,10 +76,11 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
     plan = plan_precision(config.train.precision, full_finetune=not lora.enabled, device=accelerator.device)
     checkpoint = choose_checkpoint(config.output_dir, config.checkpoint.resume)
     check_same_checkpoint(accelerator, checkpoint)
-    _check_before_encoding(config, family, plan)
+    initial = None if checkpoint else open_initial(family, lora)
+    _check_before_encoding(config, family, plan, initial)
     scorers = prepare_scorers(config, family)
     train_set, eval_set = encode_sets(config, family, accelerator)
-    model = family.load(plan)
+    model = load_base(family, plan, initial)
     identity = {
         "family": config.family,
         "dataset": train_set.fingerprint,
@@ -84,18 +88,20 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
         "lora": interchangeable(family, lora) if lora.enabled else None,
         "seed": config.train.seed,
     }
-    notes = {CARD_NAME: model_card(config, family, train_set)}
+    notes = {}
     if "speak" in family.abilities:
         notes[PROMPTS_NAME] = describe_prompts(train_set.samples)
     if lora.enabled:
         notes[RECIPE_NAME] = describe_base(config, family, model, plan).to_json()
-        model = apply_lora(model, family, lora, config.train.seed)
+        model = apply_lora(model, family, lora, config.train.seed, initial)
     elif config.train.freeze:
         freeze(model, config.train.freeze)
+    origin = _origin(config, checkpoint, initial, model)
+    notes[CARD_NAME] = model_card(config, family, train_set, origin)
     if config.train.gradient_checkpointing is True:
         checkpoint_activations(model)
     generator = None if scorers is None else make_sample_generator(config, family, train_set, eval_set, scorers)
-    job = Job(config, family, model, plan, train_set, eval_set, identity, notes, generator, checkpoint)
+    job = Job(config, family, model, plan, train_set, eval_set, identity, notes, generator, checkpoint, origin)
     if accelerator.is_main_process:
         log.info("precision: %s", plan.describe())
         show_counts(model, family)
@@ -145,14 +151,35 @@ def _write_config(config: RunConfig) -> None:
     (config.output_dir / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
 
 
-def _check_before_encoding(config: RunConfig, family: Family, plan: PrecisionPlan) -> None:
+def _origin(
+    config: RunConfig, checkpoint: Path | None, initial: StoredAdapter | None, model: nn.Module
+) -> dict[str, str] | None:
+    """`Job.initial`: of a fresh run from the adapter it starts with, of a resumed one from its checkpoint."""
+    asked = config.lora.initial
+    if initial:
+        log.info("the adapter starts from the weights of %s", initial.directory)
+        fingerprint = tensors_fingerprint(lora_b(model).items())
+        return {"path": str(asked), "sha256": initial.sha256["weights"], "lora_b": fingerprint}
+    origin = read_state(checkpoint).get("initial") if checkpoint else None
+    if checkpoint and asked and (origin is None or origin["path"] != str(asked)):
+        began = f"began from {origin['path']}" if origin else "began afresh"
+        log.warning("lora.initial=%s is not used: the run goes on from %s, and %s", asked, checkpoint, began)
+    return origin
+
+
+def _check_before_encoding(
+    config: RunConfig, family: Family, plan: PrecisionPlan, initial: StoredAdapter | None
+) -> None:
     """Refuse what would stop the run after hours of encoding."""
     family.check_base()
     unknown = sorted(set(config.train.head_weights) - set(family.heads))
     if unknown:
         raise ConfigError(f"train.head_weights: no head {unknown[0]!r}; {family.name} has: {', '.join(family.heads)}")
-    if config.lora.enabled:
+    if initial:
+        apply_lora(family.skeleton(), family, config.lora, config.train.seed, initial)
+    elif config.lora.enabled:
         matching_modules(family.skeleton(), target_pattern(family, config.lora))
+        _ = family.initial_adapter  # refuses where it is not there
     if plan.scaler and config.speed.parallel == "fsdp":
         raise ConfigError(
             "speed.parallel=fsdp: the gradient scaler of float16 looks for infinities rank by rank: set "
@@ -226,6 +253,7 @@ def run_info(job: Job) -> dict[str, Any]:
         "hardware": hardware(job.precision.device),
         "precision": job.precision.describe(),
         "base": base,
+        "initial_adapter": job.initial,
         "data": describe_data(job.train_set, job.eval_set),
         "parameters": [asdict(row) for row in count_by_component(job.model, job.family)],
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
@@ -264,13 +292,24 @@ def describe_data(train_set: EncodedSet, eval_set: EncodedSet | None) -> dict[st
 
 
 def model_card(
-    config: RunConfig, family: Family, train_set: EncodedSet, scores: Mapping[str, float] | None = None
+    config: RunConfig,
+    family: Family,
+    train_set: EncodedSet,
+    initial: Mapping[str, str] | None,
+    scores: Mapping[str, float] | None = None,
 ) -> str:
-    """The text of README.md; `scores` are those of the run's last (or best) evaluation by name, None on the way."""
+    """The text of README.md.
+
+    `initial` is as in `Job`; `scores` are those of the run's last (or best) evaluation by name, None on the way.
+    """
     base, lora, data = config.model.path, config.lora, describe_data(train_set, None)
     rows = [f"| {name} | {value:.4g} |" for name, value in (scores or {}).items()]
     table = "\n".join(["| figure | value |", "|---|---|", *rows])
     without = "No evaluation was made in this run." if scores is not None else "Saved on the way: see `metrics.jsonl`."
+    started = ""
+    if initial:
+        name = "/".join(Path(initial["path"]).absolute().parts[-2:])
+        started = f"It started from the weights of the adapter `{name}` (SHA-256 {initial['sha256']}).\n"
     kind, how, load = "LoRA adapter for", "", "Load it with `PeftModel.from_pretrained(base, folder)`."
     if lora.enabled:
         how = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets `{lora.targets}`"
@@ -284,7 +323,7 @@ def model_card(
 
 Trained with speechtune {__version__} on {data["samples"]} samples ({data["hours"]:.2f} h, \
 {data["speakers"]} speakers): {how}, learning rate {config.train.learning_rate:g}, seed {config.train.seed}.
-
+{started}
 {load} {family.card_note}
 
 ## Evaluation

@@ -16,7 +16,7 @@ from speechtune import __version__
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.family import Family
-from speechtune.lora.apply import frozen, trainable
+from speechtune.lora.apply import frozen, lora_b, trainable
 from speechtune.lora.files import CARD_NAME, FOLDER_NAME
 from speechtune.lora.save import save_lora_adapters
 from speechtune.storage.lock import locked
@@ -98,7 +98,7 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
         if main:
             add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
         raise
-    proof = prove(job.model, before, tensors_fingerprint(frozen(job.model)) == frozen_before)
+    proof = prove(job.model, before, tensors_fingerprint(frozen(job.model)) == frozen_before, job.initial)
     if result.signal is None and not finished:
         _save_final(job, result, main=main)
         if main:
@@ -119,13 +119,21 @@ def _is_finished(job: Job, total_steps: int) -> bool:
     return True
 
 
-def prove(model: nn.Module, before: Mapping[str, str], frozen_unchanged: bool) -> Proof:
-    """Measure the proof on a trained model; `before` are the checksums of what is trained before the first step."""
+def prove(
+    model: nn.Module, before: Mapping[str, str], frozen_unchanged: bool, initial: Mapping[str, str] | None = None
+) -> Proof:
+    """Measure the proof on a trained model; `before` are the checksums of what is trained before the first step.
+
+    In a resumed run those are of a fresh adapter: what it must have left behind are the weights of `initial`, as in
+    `Job`.
+    """
     parameters = trainable(model)
     moved = {name for name, now in checksums(parameters).items() if before[name] != now}
     lora = isinstance(model, PeftModel)
     chosen = [name for name in parameters if "lora_B" in name] if lora else list(parameters)
     num_moved = len(moved & set(chosen))
+    if initial and initial["lora_b"] == tensors_fingerprint(lora_b(model).items()):
+        num_moved = 0
     if chosen and not num_moved:
         raise TrainingError(
             f"training changed none of the {len(chosen)} {'lora_B' if lora else 'tensors'}: nothing was learnt"
@@ -151,7 +159,7 @@ def _save_final(job: Job, result: TrainResult, *, main: bool) -> None:
         log.info("lora_adapters holds the weights of %s, the best by %s", best, config.evaluate.best_metric)
     weights = cpu_copy(weights_of(model), keep=main) if is_sharded(model) else None
     if main:
-        notes = {**job.notes, CARD_NAME: model_card(config, job.family, job.train_set, result.scores)}
+        notes = {**job.notes, CARD_NAME: model_card(config, job.family, job.train_set, job.initial, result.scores)}
         directory = config.output_dir / FOLDER_NAME
         save_lora_adapters(model, directory, notes=notes, save_embedding_layers=False, state_dict=weights)
 

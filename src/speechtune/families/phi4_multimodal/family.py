@@ -185,7 +185,9 @@ class Phi4MultimodalFamily(Family):
         if settings.attention == "flash_attention_2":
             raise ConfigError("model.attention=flash_attention_2: the speech encoder needs a bias; use sdpa or eager")
         # other architectures are refused with a better message than loading would give
-        _ = self.model_config, self.tokenizer, self.speech.path
+        _ = self.model_config, self.tokenizer
+        if self.speech.mode != "continue":  # an adapter that is the speech LoRA, trained further, brings it along
+            _ = self.speech.path
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its speech LoRA merged, stacked, or left out as configured."""
@@ -210,6 +212,10 @@ class Phi4MultimodalFamily(Family):
     def token_indices(self, tokens: Sequence[str]) -> dict[str, list[int]]:
         ids = [cast(int, self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
         return {"embed_tokens": ids} if ids else {}
+
+    def unclear_base(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """See `SpeechLora.unclear`."""
+        return self.speech.unclear(tensors)
 
     def recipe(self) -> dict[str, Any]:
         return {"speech_lora": self.speech.describe(), "prompt_version": PROMPT_VERSION}

@@ -7,23 +7,27 @@ and transformers do by default, would switch it off without a warning.
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.families.phi4_multimodal.options import Phi4ModelConfig
-from speechtune.lora.base_identity import check_weights
-from speechtune.lora.files import lora_module, read_adapter, weights_file
+from speechtune.lora.base_identity import RECIPE_NAME, check_weights
+from speechtune.lora.files import lora_module, read_adapter, read_tensors, weights_file
 from speechtune.storage.files import file_sha256
 
 log = logging.getLogger("speechtune")
 
 FOLDER = "speech-lora"
 ADAPTER = "speech"
+NEAR = 0.5
+"""A LoRA trained further stays within this relative distance of its start; two drawn apart are more than 1 apart."""
 MARKER = "speech_lora.json"
 """Lies in a model folder that speechtune has written: the speech LoRA is in its weights, or was left out."""
 
@@ -81,8 +85,41 @@ class SpeechLora:
 
     def describe(self) -> dict[str, Any]:
         """Mode, and SHA-256 of the weights that were merged, stacked or continued."""
-        sha256 = file_sha256(weights_file(self.path)) if self.path else None
+        try:
+            sha256 = file_sha256(weights_file(self.path)) if self.path else None
+        except ConfigError:
+            if self.mode != "continue":
+                raise
+            sha256 = None  # an adapter that is the speech LoRA, trained further, can be used without the first one
         return {"mode": self.mode, "sha256": sha256}
+
+    def unclear(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Ask for the mode where it was not named and an adapter of these tensors does not say it; else None."""
+        if self.model.speech_lora is not None or self.mode == "included":
+            return None
+        return (
+            f"it has no {RECIPE_NAME}, so nothing tells what became of the base's speech LoRA when it was trained, and "
+            f"a wrong guess would show no error. {self._likeness(tensors)}. Say it with --speech-lora, in a recipe "
+            "with model.speech_lora: continue if it is the speech LoRA itself, trained further; merge if trained "
+            "on a base with the speech LoRA in its weights; stack if beside the speech LoRA; drop if without it"
+        )
+
+    def _likeness(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Compare an adapter's tensors with those of the speech LoRA, in a clause."""
+        try:
+            released = read_tensors(weights_file(self.path)) if self.path else {}
+        except (AdapterError, ConfigError) as error:
+            return f"Its tensors cannot be compared with the speech LoRA's: {error}"
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in released.items()}:
+            counts = f"Its {len(tensors)} tensors are not equal in names and shapes to the {len(released)} of the"
+            return f"{counts} speech LoRA, so it is not that one, trained further"
+        apart = [(tensors[name].float() - t.float()).norm() for name, t in released.items()]
+        distance = float(torch.stack(apart).norm() / torch.stack([t.float().norm() for t in released.values()]).norm())
+        place, like = ("near", "that one, trained further") if distance < NEAR else ("far from", "another one")
+        return (
+            f"Its tensors are equal in names and shapes to those of the speech LoRA, and {place} them (relative "
+            f"distance {distance:.2g}): it looks like {like}"
+        )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Merge or stack the speech LoRA into `model`; with the other modes the base is returned as it is.
@@ -91,7 +128,7 @@ class SpeechLora:
         """
         if self.mode == "drop":
             log.warning("model.speech_lora=drop: Microsoft's base cannot process audio without its speech LoRA")
-        if self.path is None or self.mode == "continue":
+        if self.mode == "continue" or self.path is None:
             return model
         adapted = attach(model, self.path)
         if self.mode == "stack":
