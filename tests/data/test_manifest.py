@@ -115,9 +115,9 @@ def test_precedence_of_target_and_reference_text(folder: Path) -> None:
     row = cloning("assistant's")
     row["messages"][0]["content"][2] = text(PREFIX + "user's")
     assert one(save(folder, row)).text == "assistant's"
-    row["misc"] = {"target_transcript": "from misc", "ref_transcript": "ref from misc"}
+    row["misc"] = {"target_transcript": "Assistants!", "ref_transcript": "ref from misc"}
     sample = one(save(folder, row))
-    assert sample.text == "from misc" and sample.references[0].text == "ref from misc"
+    assert sample.text == "Assistants!" and sample.references[0].text == "ref from misc"
     row["misc"] = {"target_transcript": None, "ref_transcript": float("nan")}
     del row["messages"][1]["content"][0]
     sample = one(save(folder, row))
@@ -158,7 +158,8 @@ def test_texts_survive_byte_for_byte(folder: Path, target: str, layout: str) -> 
     if layout == "instruction":
         del row["messages"][1]["content"][0]
     elif layout == "misc":
-        row = cloning("another text", misc={"target_transcript": target})
+        row = cloning(target, misc={"target_transcript": target})
+        del row["messages"][1]["content"][0]
     elif layout == "reference":
         row["messages"][0]["content"][0] = text(target)
     path = save(folder, row)
@@ -784,11 +785,11 @@ print(json.dumps([report.statistics["num_samples"], len(report.issues), *times, 
 @pytest.mark.slow
 def test_200_000_rows_validate_in_a_gigabyte(tmp_path: Path) -> None:
     """Guards against a JSON list held in memory: 400,000 distinct clips, every header opened."""
-    sources = [write(tmp_path / f"source{n}.wav", seconds=0.2) for n in range(8)]  # ext4 allows 65,000 links to a file
+    sources = [write(tmp_path / f"source{n}.wav", seconds=2.0) for n in range(8)]  # ext4 allows 65,000 links to a file
     with (tmp_path / "train.json").open("w") as file:
         for n in range(200_000):
             row = json.dumps(cloning(f"Sentence number {n}: with a colon.", start_index=1, id=f"id-{n}"))
-            row = row.replace('ref.wav"', f'r{n}.wav", "duration": 0.2').replace("target.wav", f"t{n}.wav")
+            row = row.replace('ref.wav"', f'r{n}.wav", "duration": 2.0').replace("target.wav", f"t{n}.wav")
             file.write(("[" if n == 0 else ", ") + row)
             for name, source in (("r", sources[n % 4]), ("t", sources[4 + n % 4])):
                 (tmp_path / f"{name}{n}.wav").hardlink_to(source)

@@ -30,7 +30,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 def write_manifest(folder: Path, num_rows: int) -> Path:
     """ChatML rows with clips of their own, each also the reference of the row before it."""
-    soundfile.write(folder / "source.wav", np.sin(np.arange(1600)), 8000)
+    soundfile.write(folder / "source.wav", np.sin(np.arange(32_000)), 8000)
 
     def audio(index: int) -> dict[str, str]:
         return {"type": "audio", "audio_url": f"clips/utterance-{index:07d}.wav"}

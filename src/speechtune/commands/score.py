@@ -20,6 +20,7 @@ from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
 from speechtune.types import AudioRef, Sample
 
+_ACCEPTED = ("clipped", "text_too_long", "different_texts")  # heard, and said by the alignment with the text
 _SHOWN = 20  # scores printed where they are also written to a file
 
 
@@ -49,7 +50,7 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
 def _checked(where: str, samples: list[Sample]) -> list[Sample]:
     missing = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
     check = check_audio(samples, DataConfig(), deep=True, max_seconds=MAX_CLIP_SECONDS)
-    issues = [issue for issue in check.issues if issue.code != "clipped"]  # heard as such, and scored
+    issues = [issue for issue in check.issues if issue.code not in _ACCEPTED]
     if lines := [*missing, *map(str, issues)]:
         listed = "\n".join(f"  {line}" for line in lines)
         raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))

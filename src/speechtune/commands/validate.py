@@ -65,6 +65,7 @@ def validate(path: Path, config: DataConfig, deep: bool = False, progress: Progr
     if "train" in results and "test" in results:
         issues += _overlaps(results["train"].samples, results["test"].samples)
     notes = [note for result in results.values() for note in result.notes]
+    notes += check.notes
     if check.num_not_fetched:
         notes.append(f"{check.num_not_fetched} clip(s) given as URL were not fetched; a deep check fetches them")
     bad = {(issue.source, issue.sample_id, issue.row) for issue in issues}

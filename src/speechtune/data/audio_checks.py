@@ -17,6 +17,7 @@ from speechtune.audio import (
     segment_frames,
 )
 from speechtune.config import DataConfig
+from speechtune.data.text_checks import check_texts
 from speechtune.errors import Issue, printable
 from speechtune.types import AudioRef, Sample
 
@@ -30,11 +31,15 @@ _HEADERS_KEPT = 4096  # of files that rows cut many segments out of
 
 @dataclass(frozen=True, slots=True)
 class AudioCheck:
-    """Issues of the clips of some samples, the seconds of every clip that was read, and how many URLs were not."""
+    """Issues of the clips of some samples and their texts, the seconds of every clip that was read, notes on others.
+
+    `num_not_fetched` clips were given as URL, and not looked at.
+    """
 
     issues: list[Issue]
     durations: dict[AudioRef, float]
     num_not_fetched: int
+    notes: list[str]
 
 
 @dataclass(slots=True)
@@ -57,7 +62,8 @@ def check_audio(
     Clips last at most `max_seconds`, and at most `config.max_seconds`.
 
     Headers show missing, unreadable and non-audio files, durations out of bounds or other than declared, and segments
-    outside the file. Deep also shows truncation, silence, clipping, NaN, and targets equal to their reference.
+    outside the file; with the texts, see `text_checks`. Deep also shows truncation, silence, clipping, NaN, and targets
+    equal to their reference.
     Clips given as URL are fetched only by a deep check.
     """
     refs = list(dict.fromkeys(ref for sample in samples for ref in _own_clips(sample)))
@@ -97,7 +103,12 @@ def check_audio(
         if (sample.audio and own[0] in own[1:]) or (digests and digests[0] and digests[0] in digests[1:]):
             reason = f"the target is its own reference, an identical clip ({own[0]}): the model would copy it"
             issues.append(_issue(sample, "target_is_reference", reason))
-    return AudioCheck(issues, durations, 0 if deep else sum(ref.url is not None for ref in refs))
+    digests = {ref: check.digest for ref, check in special.items() if not check.issues}
+    if copies := {issue.sample_id for issue in issues if issue.code == "target_is_reference"}:
+        samples = [sample for sample in samples if sample.id not in copies]  # one of its texts is wrong anyway
+    text_issues, notes = check_texts(samples, durations, digests)
+    num_not_fetched = 0 if deep else sum(ref.url is not None for ref in refs)
+    return AudioCheck([*issues, *text_issues], durations, num_not_fetched, notes)
 
 
 def _own_clips(sample: Sample) -> list[AudioRef]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speechtune.data.row_parser import AUDIO_PARTS, Context, Spoken, first_name, make_sample
+from speechtune.data.text_checks import alike, plain
 from speechtune.types import AudioRef, Sample
 
 INSTRUCTION = "Please generate speech for given text in reference audio's voice:"
@@ -152,6 +153,11 @@ def _pair(context: Context, user: _Turn, assistant: _Turn, misc: Mapping[str, An
         return []
     target = context.optional_text(misc, "target_transcript")
     spoken = target or (assistant.text if assistant.text.strip() else None)
+    if target and assistant.text.strip() and plain(target) != plain(assistant.text):
+        if not alike(target, assistant.text):
+            reason = f"the assistant's text {assistant.text!r:.50} and target_transcript {target!r:.50} differ"
+            context.issue("text_conflict", f"{assistant.where}: {reason}: which one is spoken?")
+        context.notes.append("assistant's text differs from target_transcript, which is taken")
     references: list[Spoken] = []
     tail = ""
     for part in user.parts:
