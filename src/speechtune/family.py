@@ -94,6 +94,11 @@ class Family(Protocol):
         return next((component for part, component in self.components.items() if part in parameter_name), "norms")
 
     @property
+    def max_positions(self) -> int | None:
+        """Length of the sequences that the base was made for; None where it says nothing of it."""
+        return None
+
+    @property
     def parts(self) -> Mapping[str, tuple[str, str | None]]:
         """What a run loads besides the base, such as a codec: its name -> (hub id or folder, revision)."""
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ def configure(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoCli
         rows += [row | {"task": "APA", "target": scores}] if number < 6 else []
     manifest = folder / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    held_out = shutil.copy(manifest, folder / "eval.jsonl")
     defaults = {
         "family": "phi4_multimodal",
         "model": {"path": str(folder / "base")},
-        "data": {"train": manifest, "eval": manifest, "cache_dir": folder / "cache"},
+        "data": {"train": manifest, "eval": held_out, "cache_dir": folder / "cache"},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
         "train": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 5e-3},
         "evaluate": {"every_steps": 4, "batch_size": 3},

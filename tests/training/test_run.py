@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,36 @@ def test_prompts_of_mixed_and_of_plain_data(tmp_path: Path, caplog: pytest.LogCa
     assert as_trained([bare], trained(asked("x"), asked("x"), bare)) == [bare]
     assert as_trained([bare], trained(asked("x"), asked("y", "s"), asked("y", "s"))) == [asked("y", "s")]
     assert as_trained([bare], trained(*(asked(str(n)) for n in range(40)))) == [bare]
+
+
+def test_data_that_is_on_both_sides_is_told(start: Start, tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    """Guards against an evaluation of what was learnt by heart: one file on both sides, copies, references."""
+    manifest, output = tmp_path / "train.json", tmp_path / "output"
+    code, told = start(1, data={"validation_split": 0, "eval": manifest})
+    assert code == 2 and f"data.train and data.eval both name {manifest}" in told and "validation_split" in told
+    rows = json.loads(manifest.read_text())
+    copy = tmp_path / "copy.flac"
+    copy.write_bytes(demo_clips[1].path.read_bytes())
+    rows[1]["messages"][2]["content"][1]["audio_url"] = str(copy)  # train-2 under another name
+    (tmp_path / "eval.json").write_text(json.dumps([rows[1]]))
+    code, told = start(1, data={"validation_split": 0, "eval": tmp_path / "eval.json"})
+    message = "1 of 1 clips held out for evaluation are trained on too: eval-1"
+    assert code == 0 and message in told and message in markdown([read_run(output)])
+
+
+def test_held_out_clips_that_are_references_are_told(start: Start, tmp_path: Path) -> None:
+    """Each clip of these rows is the reference of another row, so every held out one is heard in training."""
+    code, told = start(1)
+    assert code == 0 and "1 of 1 clips held out for evaluation are references of training samples too: train-" in told
+
+
+def test_samples_beyond_the_positions_of_the_base_are_told(
+    start: Start, tmp_path: Path, tiny_base: Path, demo_clips: list[DemoClip]
+) -> None:
+    """Guards against sequences that the base's positions were never made for: no class complains of them."""
+    base = tmp_path / "short"
+    shutil.copytree(tiny_base / "model", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    code, told = start(1, model={"path": str(base)})
+    assert code == 0 and "samples take more than the 100 positions that the base was made for: train-" in told

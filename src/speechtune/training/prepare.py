@@ -55,7 +55,8 @@ from speechtune.training.distributed import check_same_checkpoint, on_first_rank
 from speechtune.training.generated_samples import make_sample_generator, prepare_scorers
 from speechtune.training.job import Job, checkpoint_activations
 from speechtune.training.loop import warmup_steps
-from speechtune.training.tracking import WARNINGS_NAME, flatten
+from speechtune.training.set_checks import check_sets
+from speechtune.training.tracking import WARNINGS_NAME, add_warnings, flatten
 from speechtune.types import Sample
 
 log = logging.getLogger("speechtune")
@@ -80,6 +81,11 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
     _check_before_encoding(config, family, plan, initial)
     scorers = prepare_scorers(config, family)
     train_set, eval_set = encode_sets(config, family, accelerator)
+    warnings = check_sets(train_set, eval_set, family.max_positions)
+    for message in warnings:
+        log.warning("%s", message)
+    if accelerator.is_main_process and not checkpoint:
+        add_warnings(config.output_dir, 0, "data", warnings)
     model = load_base(family, plan, initial)
     identity = {
         "family": config.family,
@@ -207,6 +213,12 @@ def load_sets(config: RunConfig, family: Family) -> tuple[list[Sample], list[Sam
         log.info("validation_split %g holds out %d of %d samples", share, len(evaluation), total)
     elif data.eval:
         evaluation = load_all(data.eval, data, config.output_dir, "test")
+        same = {path.resolve() for path in as_paths(data.train)} & {path.resolve() for path in as_paths(data.eval)}
+        if same and {sample.audio for sample in evaluation} <= {sample.audio for sample in training}:
+            raise ConfigError(
+                f"data.train and data.eval both name {min(same)}: the evaluation would only show what was learnt by "
+                "heart; set data.validation_split in place of data.eval, or name other data"
+            )
     return family.expand(training), family.expand(evaluation)
 
 

@@ -152,6 +152,10 @@ class HiggsAudioV2Family(Family):
         return {"codec": (model.codec_path, model.codec_revision)} if model.codec_path else {}
 
     @property
+    def max_positions(self) -> int | None:
+        return self.model_config.max_position_embeddings
+
+    @property
     def encode_key(self) -> str:
         """Identity of the codes: class, weights (by content where local), rate, and whose layers compute them."""
         identity = self._codec_identity

@@ -173,6 +173,10 @@ class Phi4MultimodalFamily(Family):
         return cast(Any, self.model_config.audio_config).audio_token_id
 
     @property
+    def max_positions(self) -> int | None:
+        return self.model_config.max_position_embeddings
+
+    @property
     def encode_key(self) -> str:
         """Identity of the features: the extractor's settings."""
         e = self.extractor
