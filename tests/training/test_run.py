@@ -24,6 +24,7 @@ from speechtune.report.facts import headline, identity_rows
 from speechtune.report.read_run import read_run
 from speechtune.report.render import markdown
 from speechtune.storage.lock import LOCK_NAME
+from speechtune.storage.verified_folder import verify_folder
 from speechtune.training.distributed import tracker_folder
 from speechtune.types import Sample
 
@@ -127,7 +128,9 @@ def test_full_fine_tuning_claims_no_adapter_and_no_base(start: Start, tmp_path: 
     card = (output / "checkpoint-2" / "README.md").read_text()
     assert "# Full fine-tuning of model" in card and "all weights" in card and "library_name: transformers" in card
     assert "rank" not in card and "PeftModel" not in card and "lora" not in card.lower()
-    assert (output / "checkpoint-2" / PROMPTS_NAME).is_file()
+    final = (output / "README.md").read_text()
+    assert "| eval_loss |" in final and "Full fine-tuning" in final and verify_folder(output / "checkpoint-2") == []
+    assert (output / "checkpoint-2" / PROMPTS_NAME).is_file() and (output / PROMPTS_NAME).is_file()
     # what earlier versions wrote
     old = {"lora_b_total": 0, "lora_b_moved": 0, "base_unchanged": True, "trainable_parameters": 9}
     (output / "summary.json").write_text(json.dumps({"proof": old}))

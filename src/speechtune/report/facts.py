@@ -161,7 +161,8 @@ def identity_rows(report: RunReport) -> Rows:
     rows.append(("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value) or "-"))
     if proof:
         unchanged = "yes, bit for bit" if proof.get("base_unchanged") is True else "NO"
-        full = not proof.get("lora_b_total")  # earlier versions said 0 and True of full fine-tuning
+        total = proof.get("lora_b_total")
+        full = total is None or (total == 0 and "tensors_total" not in proof)  # as earlier versions wrote it
         rows.append(("frozen base unchanged", "no base was kept: full fine-tuning" if full else unchanged))
         rows.append(("trainable parameters", figure(proof.get("trainable_parameters"))))
     return rows

@@ -19,6 +19,7 @@ from speechtune.family import Family
 from speechtune.lora.apply import frozen, lora_b, trainable
 from speechtune.lora.files import CARD_NAME, FOLDER_NAME
 from speechtune.lora.save import save_lora_adapters
+from speechtune.storage.files import write_atomically
 from speechtune.storage.lock import locked
 from speechtune.storage.verified_folder import STATE_NAME, read_state
 from speechtune.tensors import checksums, is_sharded, tensors_fingerprint
@@ -152,6 +153,8 @@ def _save_final(job: Job, result: TrainResult, *, main: bool) -> None:
         if main:
             last = config.output_dir / f"checkpoint-{result.state.step}"
             publish_model(best_checkpoint or last, config.output_dir)
+            card = model_card(config, job.family, job.train_set, job.initial, result.scores)
+            write_atomically(config.output_dir / CARD_NAME, card.encode())  # the checkpoint's own may be the same file
         return
     if best_checkpoint is not None:
         restore_weights(model, best_checkpoint)
