@@ -18,7 +18,13 @@ from speechtune.cli import main
 def recipe(tiny_base: Path, demo_clips: list[DemoClip], tmp_path: Path) -> Path:
     """A recipe on eight clips of half a second, with a cache of its own."""
     rows = [
-        {"audio_file": str(clip.path), "transcript": clip.text, "offset": 0.3, "duration": 0.5, "id": f"clip-{number}"}
+        {
+            "audio_file": str(clip.path),
+            "transcript": clip.text[:9],
+            "offset": 0.3,
+            "duration": 0.5,
+            "id": f"clip-{number}",
+        }
         for number, clip in enumerate(demo_clips[:8])
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

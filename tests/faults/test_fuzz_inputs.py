@@ -103,9 +103,9 @@ def _record_opened_files() -> None:
 
 
 def write_sound(path: Path, seed: int, form: str = "WAV") -> None:
-    """0.2 s of a tone with noise, different for each seed."""
+    """0.5 s of a tone with noise, different for each seed."""
     rng = np.random.default_rng(seed)
-    time = np.arange(3_200) / 16_000
+    time = np.arange(8_000) / 16_000
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = 0.3 * np.sin(2 * np.pi * (200 + 40 * seed) * time) + rng.normal(0, 0.01, len(time))
     soundfile.write(path, samples, 16_000, format=form)
@@ -163,11 +163,11 @@ def rows(folder: Path) -> Path:
     names = clips(folder)
     (folder / "clips" / "a_3.txt").write_text(TEXTS[3], encoding="utf-8")
     samples: list[dict[str, Any]] = [
-        {"id": f"s{i}", "audio_file": name, "transcript": TEXTS[i], "speaker_id": SPEAKERS[i], "duration": 0.2}
+        {"id": f"s{i}", "audio_file": name, "transcript": TEXTS[i], "speaker_id": SPEAKERS[i], "duration": 0.5}
         for i, name in enumerate(names[:3])
     ]
     samples[0] |= {"ref_audio_file": names[1], "ref_transcript": TEXTS[1]}
-    samples[2] |= {"offset": 0.05, "duration": 0.1}
+    samples[2] |= {"offset": 0.05, "duration": 0.4}
     samples.append({"id": "s3", "audio_file": names[3], "transcript_file": "clips/a_3.txt"})
     path = folder / "metadata.json"
     path.write_text(json.dumps({"samples": samples}), encoding="utf-8")

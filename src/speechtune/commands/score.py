@@ -12,7 +12,8 @@ from speechtune.commands import check_output, print_json, require_words, wide_co
 from speechtune.config import DataConfig
 from speechtune.data.audio_checks import check_audio
 from speechtune.data.prompts import read_recordings
-from speechtune.data.sources import find_source, load_samples
+from speechtune.data.quarantine import require_valid
+from speechtune.data.sources import find_source, read_source
 from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.inference.load import open_adapter
 from speechtune.inference.score import Score, assessor, log, score_samples
@@ -37,9 +38,10 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
         return _checked("the command line", samples)
     if text is not None:
         raise ConfigError("--text goes with audio files; a manifest names its own texts")
-    if find_source(manifest) is None:
+    if (source := find_source(manifest)) is None:
         return _checked(str(manifest), read_recordings(manifest, DataConfig()))
-    samples = _checked(str(manifest), load_samples(manifest, DataConfig(), default_split="test"))
+    found = read_source(source, None if source.format == "jsonl" else source.split or "test", DataConfig())
+    samples = _checked(str(manifest), require_valid(manifest, found))
     asked: dict[object, Sample] = {}
     for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
         labels = sample.pronunciation
