@@ -82,8 +82,9 @@ def test_tables_do_not_wrap_in_a_pipe(tmp_path: Path, demo_clips: list[DemoClip]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     command = [sys.executable, "-m", "speechtune", "validate", str(path)]
-    # readline, which pytest imports, has set COLUMNS behind os.environ's back
-    printed = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ)).stdout
+    # readline, which pytest imports, sets COLUMNS for every process below
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    printed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout
     (line,) = [line for line in printed.splitlines() if "missing_file" in line]
     assert name in line
     assert "no such file" in line
@@ -122,7 +123,7 @@ def test_refusals_that_can_be_known_come_before_encoding(
     data = {"train": write_chatml(tmp_path / "train.json", demo_clips[:2])}
     file = tmp_path / "file"
     file.write_text("here")
-    with pytest.raises(ConfigError, match=r"checkpoint\.resume=/nope \(--resume\): no such folder"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume=/nope: no such folder"):
         run_training(make_config(data=data, checkpoint={"resume": "/nope"}))
     tracking = {"trackers": ("tensorboard",), "logging_dir": file}
     with pytest.raises(CheckpointError, match="a file stands where a folder should be"):

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -322,7 +321,7 @@ def test_notes_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
 def test_run_lint_prints_the_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("speechtune.commands.lint.Console", lambda: Console(width=200))
+    monkeypatch.setenv("COLUMNS", "200")
     path = script(tmp_path, (CORPUS / "invalid_saves_base.py").read_text("utf-8"))
     run_lint([path])
     printed = capsys.readouterr().out

@@ -30,7 +30,8 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits for this file sees that it is no longer there
+        with suppress(OSError):  # the disk may have turned read-only by now, and the run says so itself
+            path.unlink()  # before it is let go: who waits for this file sees that it is no longer there
         file.close()
 
 
