@@ -83,8 +83,19 @@ def nearest_voice(made_ND: np.ndarray, recordings: list[tuple[str, Audio]], spea
     return [names[index] for index in (made_ND @ means_VD.T).argmax(axis=1)]
 
 
+def summarize(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures over the sentences of one group of voices."""
+    return {
+        "sentences": len(lines),
+        "wer": round(sum(line["wrong"] for line in lines) / sum(line["words"] for line in lines), 3),
+        "stop_rate": round(float(np.mean([line["stopped"] for line in lines])), 3),
+        "duration_ratio": round(float(np.mean([line["duration_ratio"] for line in lines])), 3),
+        "voice_is_nearest": round(float(np.mean([line["voice"] == line["nearest"] for line in lines])), 3),
+    }
+
+
 def main() -> None:
-    """Generate, listen, print."""
+    """Generate, transcribe, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("--run", "--codes", "--codec", "--tokenizer", "--speech", "--output"):
         parser.add_argument(name, type=Path, required=True)
@@ -111,7 +122,7 @@ def main() -> None:
     audios = codec.decode([codes_FK if len(codes_FK) > 2 else np.zeros((3, 8), np.int16) for codes_FK, _ in made])
     scorers = load_scorers(arguments.asr, "resemblyzer", None)
     assert scorers.asr is not None and scorers.speaker is not None
-    heard = scorers.asr.transcribe(audios, ["en"] * len(audios))
+    transcripts = scorers.asr.transcribe(audios, ["en"] * len(audios))
     made_ND = scorers.speaker.embed(audios)
     recordings = [
         (clip.row["voice"], Audio(clip.samples, 24_000))
@@ -123,27 +134,18 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, prompt in enumerate(prompts):
-        wrong, words = word_errors(prompt.sample.text, heard[index], "en")
+        wrong, words = word_errors(prompt.sample.text, transcripts[index], "en")
         codes_FK, stopped = made[index]
         lines.append(
             {
                 "name": prompt.sample.id, "group": prompt.group, "voice": prompt.voice, "text": prompt.sample.text,
-                "heard": heard[index], "wrong": wrong, "words": words, "stopped": stopped, "nearest": nearest[index],
-                "duration_ratio": len(codes_FK) / prompt.recorded_frames,
+                "transcript": transcripts[index], "wrong": wrong, "words": words, "stopped": stopped,
+                "nearest": nearest[index], "duration_ratio": len(codes_FK) / prompt.recorded_frames,
             }
         )  # fmt: skip
         soundfile.write(arguments.output / f"{prompt.sample.id}.wav", audios[index].samples, 24_000)
-    summary = {}
-    for group in ("known", "unknown"):
-        own = [line for line in lines if line["group"] == group]
-        if own:
-            summary[group] = {
-                "sentences": len(own),
-                "wer": round(sum(line["wrong"] for line in own) / sum(line["words"] for line in own), 3),
-                "stop_rate": round(float(np.mean([line["stopped"] for line in own])), 3),
-                "duration_ratio": round(float(np.mean([line["duration_ratio"] for line in own])), 3),
-                "voice_is_nearest": round(float(np.mean([line["voice"] == line["nearest"] for line in own])), 3),
-            }
+    groups = {group: [line for line in lines if line["group"] == group] for group in ("known", "unknown")}
+    summary = {group: summarize(own) for group, own in groups.items() if own}
     print(json.dumps(summary))
     (arguments.output / "results.json").write_text(json.dumps([summary, *lines], indent=1) + "\n", encoding="utf-8")
 

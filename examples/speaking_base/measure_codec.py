@@ -63,8 +63,8 @@ def measure(
     recordings: list[Recording], versions: list[Audio], scorers: Any, originals_ND: np.ndarray
 ) -> dict[str, float | None]:
     """WER, likeness to the same clip, to other clips of the voice and to other voices, MOS."""
-    heard = scorers.asr.transcribe(versions, ["en"] * len(versions))
-    counts = [word_errors(r.text, text, "en") for r, text in zip(recordings, heard, strict=True)]
+    transcripts = scorers.asr.transcribe(versions, ["en"] * len(versions))
+    counts = [word_errors(r.text, text, "en") for r, text in zip(recordings, transcripts, strict=True)]
     made_ND = scorers.speaker.embed(versions)
     alike_NN = made_ND @ originals_ND.T
     same_NN = np.array([[a.voice == b.voice for b in recordings] for a in recordings])

@@ -26,11 +26,10 @@ def number(
         except ValueError:
             value = math.nan
         if not (least < value if above else least <= value) or value > most or math.isinf(value):
-            what = "whole number" if kind is int else "number"
-            bounds = f"{'above' if above else 'at least'} {least:g}" + (
-                f" and at most {most:g}" if most < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {bounds}")
+            what = "a whole number" if kind is int else "a number"
+            upper = f" and at most {most:g}" if most < math.inf else ""
+            bound = "above" if above else "at least"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound} {least:g}{upper}")
         return value
 
     return parse

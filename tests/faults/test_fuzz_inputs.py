@@ -330,6 +330,7 @@ def test_damaged_inputs_are_issues(tmp_path: Path, group: int) -> None:
                 except SpeechtuneError as error:
                     assert str(error).strip()
         except Exception as error:
-            raise AssertionError(f"seed {seed}, {name}: {type(error).__name__}: {error}") from error
+            error.add_note(f"seed {seed}, {name}")
+            raise
     assert outcomes["issues"] > GROUP / 5, "the damage is too mild to test anything"
     assert outcomes["read"] > GROUP / 20, "the damage is too heavy to reach the encoding"

@@ -1,4 +1,4 @@
-"""The verbs of the command line; only these modules print."""
+"""The verbs of the command line, one file each; only these modules print."""
 
 import json
 import os
@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from speechtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +37,8 @@ def print_result(values: object, lines: Iterable[str], as_json: bool, status: in
 
 def require_words(flag: str, text: str | None) -> None:
     """Refuse a flag whose text, where it is given, has no letter or digit."""
+    from speechtune.errors import ConfigError
+
     if text is not None and not any(character.isalnum() for character in text):
         raise ConfigError(f"{flag} {text!r}: there is nothing to say in it")
 
@@ -49,6 +49,7 @@ def check_output(out: Path, *, folder: bool) -> None:
     Raises ConfigError: a file stands where a folder is written, or a folder where a file is; CheckpointError: no
     permission, no space, a file system that is read-only.
     """
+    from speechtune.errors import ConfigError
     from speechtune.storage.verified_folder import check_writable  # it imports torch
 
     if out.exists() and out.is_dir() != folder:

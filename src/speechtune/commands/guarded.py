@@ -1,13 +1,9 @@
 """Run one command: expected errors become one message and an exit code."""
 
-import hashlib
 import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
-
-from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
 
 EXTRAS = {
     "libcst": "lint",
@@ -37,6 +33,9 @@ def print_once(message: str) -> None:
     from speechtune.config import world_size
 
     if world_size() > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        import hashlib
+        from datetime import timedelta
+
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -53,6 +52,7 @@ def print_once(message: str) -> None:
 def guarded(run: Callable[[], int]) -> int:
     """Call `run`, print our own errors as one message, and return the exit code."""
     from speechtune.config import is_first_rank
+    from speechtune.errors import CheckpointError, ConfigError, SpeechtuneError
     from speechtune.training.tracking import configure_logging
 
     configure_logging(is_first_rank())

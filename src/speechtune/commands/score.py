@@ -21,7 +21,7 @@ from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
 from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
 from speechtune.types import AudioRef, Sample
 
-_ACCEPTED = ("clipped", "text_too_long", "different_texts")  # heard, and said by the alignment with the text
+_ACCEPTED = ("clipped", "text_too_long", "different_texts")  # the alignment with the text shows what is wrong
 _SHOWN = 20  # scores printed where they are also written to a file
 
 

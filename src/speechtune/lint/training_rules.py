@@ -169,7 +169,7 @@ def _is_used_after(script: Script, training: Training, wrap: cst.Call) -> bool:
     holder = script.parent(training.call)
     variable = script.variable(holder.targets[0].target) if isinstance(holder, cst.Assign) else None
     if variable is None or any(name == f"{variable[1]}.model" for _, name in script.bindings):
-        return False  # trainer.model = model mends it
+        return False  # trainer.model = model sets it right
     runs = [c for c in script.all(cst.Call) if callee(c) in {"train", "step"}]
     early = [c for c in runs if script.variable(receiver(c)) == variable and script.end(c) <= script.start(wrap)]
     return not early and any(script.start(read) >= script.end(wrap) for read in script.reads.get(variable, ()))

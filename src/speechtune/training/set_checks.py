@@ -14,12 +14,12 @@ def check_sets(train_set: EncodedSet, eval_set: EncodedSet | None, max_positions
     found = []
     if eval_set is not None:
         held = {_clip_keys(eval_set, index)[0]: sample.id for index, sample in enumerate(eval_set.samples)}
-        trained, heard = set[str](), set[str]()
+        trained, used = set[str](), set[str]()
         for index in range(len(train_set)):
             target, references = _clip_keys(train_set, index)
             trained |= {target} & held.keys()
-            heard |= held.keys() & references
-        for keys, what in ((trained, "are trained on"), (heard - trained, "are references of training samples")):
+            used |= held.keys() & references
+        for keys, what in ((trained, "are trained on"), (used - trained, "are references of training samples")):
             if keys:
                 ids = some([held[key] for key in held if key in keys])
                 found.append(f"{len(keys)} of {len(held)} clips held out for evaluation {what} too: {ids}")
