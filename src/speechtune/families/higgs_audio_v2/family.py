@@ -25,7 +25,7 @@ from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_co
 from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.higgs_audio_v2.options import Config
-from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes, score_speech, speech_warnings
+from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes
 from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.families.layers.ops import IGNORE, head_loss
@@ -41,6 +41,7 @@ from speechtune.storage.model_folder import (
     require_fit,
     require_sound,
 )
+from speechtune.tasks.voice_cloning.measures import score_speech, speech_warnings
 from speechtune.types import Audio, AudioRef, Batch, Clip, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 
 log = logging.getLogger("speechtune")

@@ -7,15 +7,15 @@ each measure, and its row says so.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from speechtune.audio import find_defects
+from speechtune.audio import find_defects, read_audio
 from speechtune.family import Scorers, SpeakerEncoder, Transcriber
 from speechtune.tasks.statistics import ratio
 from speechtune.tasks.voice_cloning.word_errors import language_code, word_errors
-from speechtune.types import Audio, Output, Sample
+from speechtune.types import Audio, Output, Sample, Scored
 
 WORST_SIM, WORST_MOS = 0.0, 1.0
 """What an output without sound counts for; its WER is 1, every word deleted."""
@@ -23,6 +23,9 @@ LEAST_STOP_RATE, STOP_RATE_FALL = 0.5, 0.25
 WER_FACTOR, WER_RISE = 2.0, 0.05
 SIM_FALL, MOS_FALL = 0.05, 0.5
 DURATION_FACTOR = 3.0
+END_ACCURACY = "end_accuracy"
+"""Name of the score of the ends of speech among a family's targets."""
+NO_END = "no end of speech stands among the targets: a model that learns from them never stops speaking"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,3 +245,22 @@ def warnings_of(summary: Mapping[str, float], baseline: Mapping[str, float] | No
         than = "longer" if length > 1 else "shorter"
         lines.append(f"outputs last {length:.2f} times as long as the recordings: much {than} than their texts need")
     return lines
+
+
+def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, sampling_rate: int) -> Scored:
+    """How intelligible, how like the reference's voice, how natural, and whether it ends; `Family.score` of speech.
+
+    A sample without reference is compared with its own recording.
+    """
+    voices = [sample.references[0].audio if sample.references else sample.audio for sample in samples]
+    references, targets = (
+        [None if ref is None else read_audio(ref, sampling_rate) for ref in refs]
+        for refs in (voices, [sample.audio for sample in samples])
+    )
+    rows = measure(samples, outputs, references, targets, scorers)
+    return Scored(summarise(rows), [asdict(row) for row in rows])
+
+
+def speech_warnings(scores: Mapping[str, float], base: Mapping[str, float]) -> list[str]:
+    """See `warnings_of`; and targets without an end, which no loss shows."""
+    return [*([] if END_ACCURACY in scores else [NO_END]), *warnings_of(scores, base)]
