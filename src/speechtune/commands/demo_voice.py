@@ -84,14 +84,14 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
 
 def measure(outcome: Outcome, manifest: Path, merged: Path, console: Console) -> list[tuple[str, str]]:
     """Speak a trained sentence with the merged model; the table's rows on it, and on the last evaluation's scores."""
-    spoken, wanted_rows, right = speak(outcome, merged)
+    spoken, wanted, right = speak(outcome, merged)
     wav = merged.with_name("speech.wav")
     write_output(spoken, wav)
     base = json.loads((outcome.job.config.output_dir / "samples" / "base_scores.json").read_text(encoding="utf-8"))
     trained = outcome.result.scores
     rows = [
         ("speech", f"{wav} ({spoken.audio.duration_seconds if spoken.audio else 0:.2f} s)"),
-        ("rows wanted / generated", f"{wanted_rows} / {spoken.num_tokens} ({right:.1%} of codes right)"),
+        ("frames wanted / generated", f"{wanted} / {len(spoken.arrays['codes'])} ({right:.1%} of codes right)"),
     ]
     codebooks = [name for name in base if name.startswith("codebook_accuracy")]
     for name in [name for name in base if name in trained and name not in codebooks]:
@@ -103,7 +103,7 @@ def measure(outcome: Outcome, manifest: Path, merged: Path, console: Console) ->
 
 
 def speak(outcome: Outcome, merged: Path) -> tuple[Output, int, float]:
-    """Let the merged model say a training sentence; return the output, the rows wanted and the share of right codes."""
+    """Let the merged model say a training sentence; the output, the frames wanted and the share of right codes."""
     config, sample = outcome.job.config, outcome.job.train_set.samples[SPOKEN]
     *_, target = outcome.job.train_set.features(SPOKEN)
     merged_base = config.model.model_copy(update={"path": str(merged)})
@@ -113,4 +113,4 @@ def speak(outcome: Outcome, merged: Path) -> tuple[Output, int, float]:
     (output,) = family.generate(model, [(prompt.samples[0], prompt.features(0))], options)
     codes = output.arrays["codes"]
     shared = min(len(codes), len(target))
-    return output, len(target) + target.shape[1] + 1, float((codes[:shared] == target[:shared]).mean())
+    return output, len(target), float((codes[:shared] == target[:shared]).mean())
