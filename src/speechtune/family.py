@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from speechtune.errors import ConfigError
+from speechtune.errors import ConfigError, Issue
 from speechtune.types import Audio, AudioRef, Batch, Encoded, GenerationOptions, Losses, Output, Sample, Scored
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
     from torch import nn
 
     from speechtune.precision import PrecisionPlan
@@ -120,6 +121,10 @@ class Family(Protocol):
         The sentence tells what the adapter's `tensors` look like.
         """
         return None
+
+    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> list[Issue]:
+        """What an adapter, made by any tool, changes that none of the family may; warnings where that does no harm."""
+        return []
 
     def recipe(self) -> dict[str, Any]:
         """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""

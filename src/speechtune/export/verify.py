@@ -106,7 +106,7 @@ def verify_adapter(
         stored = in_layout(stored, NATIVE, layouts) if any_layout else stored
         checks.append(_check_structure(stored))
         if base or (look_up_base and named):
-            checks.append(_check_base(stored, base, named))
+            checks += _check_base(stored, base, named)
         else:
             reason = "the base was not looked up" if named else "the adapter names no base; --base names one"
             checks.append(CheckResult("base", "unchecked", reason))
@@ -204,24 +204,33 @@ def _module_issues(module: str, parts: Mapping[str, torch.Tensor], rank: int) ->
     return [] if ranks == (rank, rank) else [f"{module}: ranks {ranks[0]} and {ranks[1]}, the config says {rank}"]
 
 
-def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> CheckResult:
-    """Compare names and shapes with those PEFT would make on the base, which is built without its weights."""
+def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> list[CheckResult]:
+    """Compare names and shapes with those PEFT would make on the base, which is built without its weights.
+
+    A result of its own for everything that the base's family has to say about the adapter.
+    """
     try:
         family = create_family(model_config(base or named, None))
         skeleton = family.skeleton()
     except ConfigError as error:
         if base:
             raise
-        return CheckResult("base", "unchecked", f"{named} could not be checked: {error}")
+        return [CheckResult("base", "unchecked", f"{named} could not be checked: {error}")]
     if stored.layout in family.adapter_layouts:
-        return CheckResult("base", "issue", stored.layout_hint)
+        return [CheckResult("base", "issue", stored.layout_hint)]
+    found = [
+        CheckResult("parts", "issue" if issue.severity == "error" else "warning", issue.message)
+        for issue in family.adapter_issues(stored.config, stored.tensors)
+    ]
     empty = copy.deepcopy(stored.config)
     empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there
     try:
         model = PeftModel(cast(Any, skeleton), empty)
     except (ValueError, TypeError, RuntimeError) as error:
-        return CheckResult("base", "issue", f"PEFT cannot put this config on {base or named}: {str(error)[:300]}")
-    return _result("base", fit_issues(model, stored.tensors), f"names and shapes are those of {base or named}")
+        reason = f"PEFT cannot put this config on {base or named}: {str(error)[:300]}"
+        return [*found, CheckResult("base", "issue", reason)]
+    issues = fit_issues(model, stored.tensors)
+    return [*found, _result("base", issues, f"names and shapes are those of {base or named}")]
 
 
 def _check_effect(stored: StoredAdapter, base: str, options: Mapping[str, str] | None) -> CheckResult:

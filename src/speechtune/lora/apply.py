@@ -78,17 +78,24 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
 def open_initial(family: Family, settings: LoraSettings) -> StoredAdapter | None:
     """The adapter that `lora.initial` names, in the native layout; None where it names none.
 
-    Raises AdapterError: as `read_adapter`; ConfigError: nothing says how its base was prepared.
+    Raises AdapterError, ConfigError: as `read_adapter` and `require_usable`.
     """
     if settings.initial is None:
         return None
     stored = read_adapter(adapter_folder(settings.initial), family.adapter_layouts)
-    require_known_base(family, stored)
+    require_usable(family, stored)
     return in_layout(stored, NATIVE, family.adapter_layouts)
 
 
-def require_known_base(family: Family, stored: StoredAdapter) -> None:
-    """Refuse, by ConfigError, an adapter whose base could have been prepared in several ways, none of them named."""
+def require_usable(family: Family, stored: StoredAdapter) -> None:
+    """Refuse an adapter that no base of the family could carry.
+
+    Raises AdapterError: it changes what none of the family may; ConfigError: its base could have been prepared in
+    several ways, none of them named.
+    """
+    issues = family.adapter_issues(stored.config, stored.tensors)
+    if refused := [issue.message for issue in issues if issue.severity == "error"]:
+        raise AdapterError(f"{stored.directory}: {'; '.join(refused)}")
     if stored.identity is None and (question := family.unclear_base(stored.tensors)):
         raise ConfigError(f"{stored.directory}: {question}")
 
@@ -100,7 +107,7 @@ def load_base(family: Family, plan: PrecisionPlan, stored: StoredAdapter | None)
     """
     if stored is None:
         return family.load(plan)
-    require_known_base(family, stored)
+    require_usable(family, stored)
     base = family.load(plan)
     if stored.identity:
         check_base(stored.identity, stored.directory, family, base, plan)
