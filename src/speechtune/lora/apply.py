@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError, ConfigError
@@ -330,13 +331,19 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
 
 
 def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors a save of this model must hold: the adapter's, or all of a model trained in full.
+    """The tensors a save of this model must hold, under their names on disk: the adapter's, or all of a full model.
 
     `state` holds the model's tensors at another moment, by its own names; None takes those it has now.
     """
     if isinstance(model, PeftModel):
         return adapter_state(model, state)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}  # a tied head is saved once, under the embedding's name
-    tensors = model.state_dict() if state is None else state
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+    tensors = saved_once(model, model.state_dict() if state is None else state)
+    # transformers renames what a newer class has moved, so that files keep the names that older releases know.
+    return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
+
+
+def saved_once(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A full model's state without the names of tied parameters under which transformers does not save them."""
+    ties = cast(Mapping[str, str], getattr(model, "all_tied_weights_keys", {}))
+    tied = {name for name, kept in ties.items() if model.get_parameter(name) is model.get_parameter(kept)}
+    return {name: tensor for name, tensor in state.items() if name not in tied}

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speechtune.errors import CheckpointError
-from speechtune.lora.apply import ADAPTER, model_tensors, trainable
+from speechtune.lora.apply import ADAPTER, model_tensors, saved_once, trainable
 from speechtune.lora.files import WEIGHTS_NAME, in_checkpoint
 from speechtune.lora.save import log_adapter
 from speechtune.storage.verified_folder import (
@@ -147,7 +147,7 @@ def publish_model(checkpoint: Path, output_dir: Path) -> None:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, under the model's own names; of a full model everything it saves."""
     if not isinstance(model, PeftModel):
-        return model.state_dict()
+        return saved_once(model, model.state_dict())
     # PEFT stores the buffers of modules_to_save with them
     buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
     return {name: parameter.detach() for name, parameter in trainable(model).items()} | buffers
