@@ -63,6 +63,7 @@ def _chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, 
 
 def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
     """The demo's recipe, on the family's embedded base."""
+    tiny = family_part(family, "tiny")
     speech = [AudioRef(str(path)) for path in sorted(VOICES.rglob("*.flac"))[::3]]
     batch_size = len(SPEAKERS) * CLIPS_PER_SPEAKER
     scorers = {name: package for name, package in SCORERS.items() if importlib.util.find_spec(package) is not None}
@@ -70,8 +71,8 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
         {
             "family": family,
             "output_dir": directory / "run",
-            "model": family_part(family, "tiny").make_base(directory / "base", speech),
-            "data": {"train": manifest, "cache_dir": directory / "cache"},
+            "model": tiny.make_base(directory / "base", speech),
+            "data": {"train": manifest, "cache_dir": directory / "cache", **getattr(tiny, "DEMO_DATA", {})},
             "lora": {"rank": 32, "alpha": 64, "dropout": 0.0, "targets": "all"},
             "train": {"max_steps": 240, "batch_size": batch_size, "learning_rate": 4e-3, "warmup_steps": 20},
             "evaluate": {"every_steps": 80, "prompts": 2, "temperature": 0, **scorers},

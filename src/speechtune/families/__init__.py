@@ -5,7 +5,8 @@ A family is a package with these parts, and nothing outside it knows its name:
 - `__init__.py`: `MODEL_TYPES`, the `model_type`s of config.json that belong to it; imports nothing heavy.
 - `options.py`: `Config`, a `RunConfig` with the family's own options in `model:` and `data:`.
 - `family.py`: `FAMILY`, its implementation of `speechtune.family.Family`.
-- `tiny.py`: `make_base` and `load_plain`, its embedded default: a small base for demonstrations.
+- `tiny.py`: `make_base` and `load_plain`, its embedded default: a small base for demonstrations; where one of a voice
+  needs options that the family has in `data:`, `DEMO_DATA`.
 """
 
 import json
