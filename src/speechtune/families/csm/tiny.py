@@ -101,16 +101,17 @@ def make_model(
 ) -> None:
     """Write a model folder (weights with codec, config, generation config, tokenizer) to `directory`.
 
-    The codec's codebooks are drawn from `speech` at 24 kHz. `output_scale` is the weight of the last norms: behind
-    random heads 1 keeps all logits near zero, and an adapter, which cannot train the heads, could never become sure of
-    anything; 10 lets it learn.
+    The codec's codebooks are drawn from `speech` at 24 kHz; without it they are zeros. `output_scale` is the weight of
+    the last norms: behind random heads 1 keeps all logits near zero, and an adapter, which cannot train them, could
+    never become sure of anything; 10 lets it learn.
     """
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = tiny_config(tokenizer, hidden_size, num_codebooks, codebook_size)
         model = cast(Any, CsmForConditionalGeneration(config))
-        draw_codebooks(model.codec_model.eval(), speech)
+        if speech:
+            draw_codebooks(model.codec_model.eval(), speech)
     for norm in (model.backbone_model.norm, model.depth_decoder.model.norm):
         norm.weight.data.fill_(output_scale)
     # As in the released files; a configuration that says it is made of the model's own would lose the depth decoder's.
