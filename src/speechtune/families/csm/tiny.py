@@ -16,6 +16,8 @@ from speechtune.audio import read_audio
 from speechtune.types import Audio, AudioRef
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")
+DEMO_DATA = {"depth_share": 1.0}
+"""A demonstration is too short to learn codes by heart of which a step sees one in sixteen."""
 EXTRA_CODES = 3
 """Rows of each codebook's embedding that are no code of Mimi, as in the released model."""
 
