@@ -41,7 +41,6 @@ def target_states(base: Any, batch: Batch) -> torch.Tensor:
     embeds_BSD = embed(base, inputs)
     if is_fast(backbone):
         return backbone.norm(run_layers(backbone, embeds_BSD.flatten(0, 1), batch))
-    # With a cache, transformers takes packed samples for one.
     states_BSD = backbone(inputs_embeds=embeds_BSD, use_cache=False, **native_inputs(inputs)).last_hidden_state
     return states_BSD.flatten(0, 1).index_select(0, inputs["kept"])
 
