@@ -5,6 +5,7 @@ Shapes: S positions, F frames, K codebooks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CsmConfig, CsmForConditionalGeneration, PreTrainedTokenizerBase
 
 from helpers import DemoClip, merged, overfit
 from speechtune.audio import read_audio
@@ -108,6 +111,16 @@ def run_config(folder: Path, base: Path, manifest: Path, **overrides: Any) -> Ru
 
 
 # -- without speechtune --------------------------------------------------------------------------------------------
+
+
+def plain_model(folder: Path | str, **options: Any) -> Any:
+    """A model folder as plain transformers loads it; before 5.21 one must tell it of the tie."""
+    if Version(transformers.__version__) >= Version("5.21"):
+        return CsmForConditionalGeneration.from_pretrained(folder, **options)
+    values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = CsmConfig.from_dict({name: value for name, value in values.items() if name != "tie_word_embeddings"})
+    config.tie_word_embeddings = True
+    return CsmForConditionalGeneration.from_pretrained(folder, config=config, **options)
 
 
 def turn_text(text: str, speaker: int = 0) -> str:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from interrupted import train
 from runs import assert_same_to_the_bit, curve, greatest_difference, run_on_two_ranks, weights
-from transformers import CsmForConditionalGeneration
 
-from csm_cases import run_config
+from csm_cases import plain_model, run_config
 from helpers import DemoClip
 from speechtune.audio import read_audio
 from speechtune.config import RunConfig
@@ -108,7 +107,7 @@ def test_full_training_is_saved_resumed_and_loads_in_plain_transformers(configur
     ours, resumed = (weights(tmp_path / name) for name in ("straight", "resumed"))
     assert ours.keys() == resumed.keys() and all(torch.equal(ours[name], resumed[name]) for name in ours)
     assert "codec_model.encoder_transformer.layers.0.self_attn.q_proj.weight" in ours
-    loaded, info = CsmForConditionalGeneration.from_pretrained(tmp_path / "straight", output_loading_info=True)
+    loaded, info = plain_model(tmp_path / "straight", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     live, before = dict(outcome.job.model.named_parameters()), dict(plain_base(outcome).named_parameters())
     for name, parameter in loaded.named_parameters():
@@ -117,7 +116,7 @@ def test_full_training_is_saved_resumed_and_loads_in_plain_transformers(configur
 
 
 def plain_base(outcome: Outcome) -> Any:
-    return CsmForConditionalGeneration.from_pretrained(outcome.job.config.model.path)
+    return plain_model(outcome.job.config.model.path)
 
 
 @pytest.mark.slow

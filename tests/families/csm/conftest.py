@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CsmForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from csm_cases import Case, family_on, make_case
+from csm_cases import Case, family_on, make_case, plain_model
 from helpers import DemoClip
 from speechtune.audio import read_audio
 from speechtune.families.csm import tiny
@@ -49,7 +49,7 @@ def family(base: Path) -> CsmFamily:
 @pytest.fixture
 def native(base: Path) -> Any:
     """The base as plain transformers loads it."""
-    return CsmForConditionalGeneration.from_pretrained(base).eval()
+    return plain_model(base).eval()
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +65,23 @@ def cases(family: CsmFamily, demo_clips: list[DemoClip]) -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def manifest(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
-    demo_clips: list[DemoClip],
-) -> Path:
-    """Four short clips, each with a reference."""
-    short = sorted(demo_clips, key=lambda clip: clip.duration_seconds)[:4]
-    return write_chatml(tmp_path_factory.mktemp("csm-data") / "train.json", short)
+def manifest(tmp_path_factory: pytest.TempPathFactory, demo_clips: list[DemoClip]) -> Path:
+    """Four clips of a second, two by each of two speakers, who lend each other references."""
+    speakers = sorted({clip.speaker for clip in demo_clips})[:2]
+    chosen = [[clip for clip in demo_clips if clip.speaker == speaker][:2] for speaker in speakers]
+    rows = [
+        {
+            "audio": str(clip.path),
+            "offset": 0.3,
+            "duration": 1.0 + 0.1 * number,
+            "text": " ".join(clip.text.split()[:2]),
+            "speaker": clip.speaker,
+        }
+        for number, clip in enumerate(clip for own in chosen for clip in own)
+    ]
+    path = tmp_path_factory.mktemp("csm-data") / "train.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

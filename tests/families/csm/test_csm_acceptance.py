@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CsmForConditionalGeneration, CsmProcessor, EncodecFeatureExtractor
+from transformers import AutoTokenizer, CsmProcessor, EncodecFeatureExtractor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from csm_cases import (
@@ -26,6 +26,7 @@ from csm_cases import (
     family_on,
     native_batch,
     native_output,
+    plain_model,
     speak,
     train,
     turn_text,
@@ -45,7 +46,7 @@ def save_trained(family: CsmFamily, model: Any, folder: Path) -> tuple[Any, Toke
     """Model and tokenizer as plain transformers loads what was trained."""
     model.save_pretrained(folder)
     family.save_assets(folder)
-    return CsmForConditionalGeneration.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return plain_model(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def assert_right(spoken: list[Spoken], cases: list[Case]) -> None:
@@ -112,7 +113,7 @@ def test_a_depth_decoder_one_frame_late_knows_nothing(native: Any, tokenizer: To
     assert overfit_native(native, loss) < 0.05
     spoken = [speak(native, tokenizer, case, CAP) for case in cases]
     assert [one.stop for one in spoken] == [-1, -1]
-    assert max(one.right for one in spoken) < 0.25
+    assert max(one.right for one in spoken) < 0.5
 
 
 def test_processor_labels_train_the_context(native: Any, tokenizer: Tokenizer, cases: list[Case]) -> None:

@@ -12,10 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import CsmForConditionalGeneration
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from csm_cases import FP32, Case, native_example, native_output, run_config
+from csm_cases import FP32, Case, native_example, native_output, plain_model, run_config
 from speechtune.cli import main
 from speechtune.errors import AdapterError
 from speechtune.export.merge import merge
@@ -32,7 +31,7 @@ OURS = CsmFamily.lora_presets["default"]
 
 
 def plain_base(base: Path) -> Any:
-    return CsmForConditionalGeneration.from_pretrained(base).eval()
+    return plain_model(base).eval()
 
 
 @torch.no_grad()
@@ -119,7 +118,7 @@ def train_plain(base: Path, tokenizer: Tokenizer, cases: Sequence[Case], folder:
         native_output(model.get_base_model(), tokenizer, cases).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     return model.eval()
 
 
@@ -158,7 +157,7 @@ def test_an_adapter_trained_on_the_codec_is_named(
 ) -> None:
     """It fits by names and shapes; but the codes it was trained for are no other base's."""
     config = LoraConfig(r=4, target_modules=LIST_OF_NAMES, init_lora_weights=False)
-    get_peft_model(plain_base(base), config).save_pretrained(str(tmp_path / "adapter"))
+    get_peft_model(plain_base(base), config).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     refuse(base, tmp_path / "adapter", "and were trained: codes would no longer mean")
 
 

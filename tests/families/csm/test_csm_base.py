@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CsmForConditionalGeneration
 
-from csm_cases import FP32, family_on
+from csm_cases import FP32, family_on, plain_model
 from speechtune.cli import main
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.families import build_config, family_of
@@ -77,11 +76,11 @@ def test_broken_base_is_refused(folder: Path, issue: str) -> None:
 
 def test_an_untied_table_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Early releases of transformers 5 lost the tie: one of the two tables was random then."""
-    loaded: Any = CsmForConditionalGeneration.from_pretrained(folder)
+    loaded: Any = plain_model(folder)
     table = loaded.depth_decoder.model.embed_tokens
     table.weight = torch.nn.Parameter(table.weight.detach().clone())
     info = {"missing_keys": set(), "mismatched_keys": set()}
-    monkeypatch.setattr("speechtune.families.csm.family.load_pretrained", lambda *_: (loaded, info))
+    monkeypatch.setattr("speechtune.families.csm.family.load_pretrained", lambda *_, **__: (loaded, info))
     with pytest.raises(ConfigError, match="came apart"):
         family_on(folder).load(FP32)
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CsmForConditionalGeneration
 
-from csm_cases import CODEBOOKS, family_on
+from csm_cases import CODEBOOKS, family_on, plain_model
 from speechtune.errors import AudioError, ConfigError
 from speechtune.families.csm.family import CsmFamily
 from speechtune.types import Audio
@@ -77,12 +76,12 @@ def test_a_codec_of_its_own_has_the_same_key(base: Path, family: CsmFamily, nati
 
 def test_a_codec_kept_in_half_precision_computes_in_float32(base: Path, tmp_path: Path, clips: list[Audio]) -> None:
     """`dtype=bfloat16` for the base must not reach the codec."""
-    half = CsmForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16)
+    half = plain_model(base, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     shutil.copy(base / "tokenizer.json", tmp_path / "half")
     family = family_on(tmp_path / "half")
     assert {p.dtype for p in family.codec.model.parameters()} == {torch.float32}
-    kept: Any = CsmForConditionalGeneration.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    kept: Any = plain_model(tmp_path / "half", dtype=torch.float32)
     with torch.no_grad():
         expected = kept.codec_model.encode(torch.from_numpy(clips[0].samples)[None, None]).audio_codes[0].T
     np.testing.assert_array_equal(family.encode_audio(clips[:1])[0], expected)

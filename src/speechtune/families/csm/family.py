@@ -4,6 +4,7 @@ Shapes: B samples, S sequence positions, F frames, A audio rows, P target rows, 
 codebooks, V codebook size.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from speechtune.errors import AudioError, ConfigError, Issue, ManifestError
 from speechtune.families.csm import layout
 from speechtune.families.csm.adapters import CODEC, adapter_issues
 from speechtune.families.csm.codec import Codec, load_mimi
+from speechtune.families.csm.configuration import codes_of, read_config, released_config
 from speechtune.families.csm.forward import (
     FAST_LAYERS,
     depth_logits,
@@ -32,7 +34,7 @@ from speechtune.families.csm.forward import (
     embed,
     target_states,
 )
-from speechtune.families.csm.generation import codes_of, generate_rows
+from speechtune.families.csm.generation import generate_rows
 from speechtune.families.csm.options import Config
 from speechtune.families.csm.scores import SCORE_NAMES, count_correct_codes
 from speechtune.families.layers.decoder import make_fast
@@ -110,16 +112,9 @@ class CsmFamily(Family):
             return released_config()
         require_sound(model.path, "model.path")
         try:
-            values, _ = CsmConfig.get_config_dict(model.path, revision=model.revision)
-            # Not by AutoConfig: it asks at the terminal whether to run the folder's code, and a `y` would run it.
-            if (model_type := values.get("model_type")) == self.name:
-                return CsmConfig.from_dict(values)
+            return read_config(model.path, model.revision)
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"model.path={model.path}: no model configuration there: {error}") from None
-        raise ConfigError(
-            f"model.path={model.path}: model_type is {model_type!r}, not {self.name!r}: name a folder of transformers' "
-            f"native class, as {RELEASED_MODEL} is"
-        )
+            raise ConfigError(f"model.path={model.path}: no configuration of CSM there: {error}") from None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -196,7 +191,9 @@ class CsmFamily(Family):
         """Load the base, its codec frozen, onto the plan's device."""
         self.check_base()
         settings = self.config.model
-        model, info = load_pretrained(CsmForConditionalGeneration, settings, settings.revision, plan.base_dtype)
+        config = copy.deepcopy(self.model_config)  # loading writes the dtype of this run into it
+        native = CsmForConditionalGeneration
+        model, info = load_pretrained(native, settings, settings.revision, plan.base_dtype, config=config)
         require_fit(settings.path, info["missing_keys"], info["mismatched_keys"])
         base = cast(Any, model)
         tied = (
@@ -363,14 +360,6 @@ class CsmFamily(Family):
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""
         copy_files(self.config.model.path, self.config.model.revision, ASSET_PATTERNS, directory)
-
-
-def released_config() -> CsmConfig:
-    """Configuration of the released model: the class's own, but for the rotary embeddings, which are scaled."""
-    scaled: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0}
-    backbone = {"low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}
-    depth = {"low_freq_factor": 2**-9, "high_freq_factor": 2**-7, "original_max_position_embeddings": 16}
-    return CsmConfig(rope_parameters=scaled | backbone, depth_decoder_config={"rope_parameters": scaled | depth})
 
 
 FAMILY = CsmFamily

@@ -62,7 +62,9 @@ def depth_states(decoder: Any, states_RD: torch.Tensor, codes_RK: torch.Tensor) 
     codes_RKD = decoder.embed_tokens(codes_RK[:, :-1] + offsets)
     embeds_RKD = torch.cat([states_RD[:, None].to(codes_RKD.dtype), codes_RKD], 1)
     if not is_fast(decoder):
-        return decoder(inputs_embeds=embeds_RKD, use_cache=False).last_hidden_state[:, 1:]
+        # Without a mask transformers looks for packed samples, and fails where there are as many rows as codebooks.
+        mask_RK = torch.ones_like(codes_RK)
+        return decoder(inputs_embeds=embeds_RKD, attention_mask=mask_RK, use_cache=False).last_hidden_state[:, 1:]
     hidden_ND = linear(decoder.inputs_embeds_projector, embeds_RKD.flatten(0, 1))
     positions_1K = torch.arange(size, device=codes_RK.device)[None]
     cos, sin = (part[0].repeat(rows, 1) for part in decoder.rotary_emb(hidden_ND, positions_1K))

@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import CsmConfig
 
 from speechtune.errors import ConfigError
+from speechtune.families.csm.configuration import codes_of
 from speechtune.families.csm.forward import embed
 from speechtune.types import GenerationOptions
 
@@ -49,8 +50,3 @@ def sampling_of(options: GenerationOptions) -> dict[str, Any]:
         return {"do_sample": False}
     given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
-
-
-def codes_of(config: CsmConfig) -> int:
-    """Number of codes that the codec has; the model's vocabulary has a few more."""
-    return cast(Any, config.codec_config).codebook_size

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig, MimiModel, PreTrainedTokenizerFast
 
 from speechtune.audio import read_audio
+from speechtune.families.csm.configuration import read_config, tie
 from speechtune.types import Audio, AudioRef
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")
@@ -35,7 +36,8 @@ def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
 
 def load_plain(directory: Path) -> CsmForConditionalGeneration:
     """A merged model as plain transformers loads it."""
-    return cast(CsmForConditionalGeneration, CsmForConditionalGeneration.from_pretrained(directory))
+    loaded = CsmForConditionalGeneration.from_pretrained(directory, config=read_config(directory))
+    return cast(CsmForConditionalGeneration, loaded)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,7 +112,7 @@ def make_model(
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = tiny_config(tokenizer, hidden_size, num_codebooks, codebook_size)
+        config = tie(tiny_config(tokenizer, hidden_size, num_codebooks, codebook_size))
         model = cast(Any, CsmForConditionalGeneration(config))
         if speech:
             draw_codebooks(model.codec_model.eval(), speech)
