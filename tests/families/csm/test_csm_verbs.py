@@ -21,6 +21,7 @@ from speechtune.families.csm.scores import count_correct_codes
 from speechtune.families.csm.tiny import load_plain, make_base
 from speechtune.types import AudioRef
 
+pytestmark = pytest.mark.slow
 STEPS = 90
 Verb = Callable[..., Any]
 

@@ -4,7 +4,6 @@ Shapes: B samples, S sequence positions, F frames, A audio rows, P target rows, 
 codebooks, V codebook size.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -108,8 +107,10 @@ class CsmFamily(Family):
     def model_config(self) -> CsmConfig:
         """Configuration of the base model; the released one's is known without asking the hub."""
         model = self.config.model
-        if model.path == RELEASED_MODEL and model.revision is None:
-            return released_config()
+        return released_config() if model.path == RELEASED_MODEL and model.revision is None else self._read_config()
+
+    def _read_config(self) -> CsmConfig:
+        model = self.config.model
         require_sound(model.path, "model.path")
         try:
             return read_config(model.path, model.revision)
@@ -191,8 +192,8 @@ class CsmFamily(Family):
         """Load the base, its codec frozen, onto the plan's device."""
         self.check_base()
         settings = self.config.model
-        config = copy.deepcopy(self.model_config)  # loading writes the dtype of this run into it
-        native = CsmForConditionalGeneration
+        # Read anew: what lies with the weights counts, and loading writes the dtype of this run into it.
+        native, config = CsmForConditionalGeneration, self._read_config()
         model, info = load_pretrained(native, settings, settings.revision, plan.base_dtype, config=config)
         require_fit(settings.path, info["missing_keys"], info["mismatched_keys"])
         base = cast(Any, model)
