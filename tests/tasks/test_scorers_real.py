@@ -136,6 +136,18 @@ def test_an_embedding_does_not_depend_on_company(encoder: SpeakerEncoder, speech
         assert encoder.embed([Audio(odd, RATE)]).shape == (1, 256)
 
 
+@pytest.mark.parametrize("seconds", [0.02, 0.06, 0.12, 0.2, 0.3])
+def test_a_clip_shorter_than_the_silence_that_is_cut_out(
+    encoder: SpeakerEncoder, speech: list[Spoken], seconds: float
+) -> None:
+    """Guards against an IndexError in the evaluation of a model that stops at once."""
+    audio = speech[0].audio
+    middle = len(audio.samples) // 2
+    short = Audio(audio.samples[middle : middle + int(seconds * audio.sampling_rate)], audio.sampling_rate)
+    (embedded,) = encoder.embed([short])
+    assert np.isfinite(embedded).all() and abs(np.linalg.norm(embedded) - 1) < 1e-5
+
+
 def test_similarities_are_the_packages_own(encoder: SpeakerEncoder, pieces: list[Spoken]) -> None:
     pytest.importorskip("librosa", reason="Resemblyzer's own code needs it: pip install librosa")
     import resemblyzer

@@ -94,7 +94,8 @@ class Resemblyzer:
         flags = np.array([vad.is_speech(pcm[i : i + 2 * VAD_WINDOW], sample_rate=RATE) for i in starts], dtype=float)
         padded = np.pad(flags, ((VAD_SMOOTHING - 1) // 2, VAD_SMOOTHING // 2))
         voiced = np.round(np.convolve(padded, np.ones(VAD_SMOOTHING), "valid") / VAD_SMOOTHING)
-        dilated = np.convolve(voiced, np.ones(VAD_SILENCE + 1), "same") > 0
+        # "valid" on padded flags: "same" would give the kernel's length where a clip has fewer windows than that.
+        dilated = np.convolve(np.pad(voiced, VAD_SILENCE // 2), np.ones(VAD_SILENCE + 1), "valid") > 0
         return samples[np.repeat(dilated, VAD_WINDOW)]
 
 
