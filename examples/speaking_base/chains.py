@@ -26,7 +26,7 @@ SPELT_SHARE = 0.04  # of words given as letters
 NEIGHBOUR_SHARE, RANDOM_SHARE = 0.12, 0.03  # of input codes that are replaced: a model must live with its own errors
 DEVELOPMENT_EVERY = 100  # clips
 MOST_HEARD = "af_heart"
-MOST_HEARD_SHARE, PLAIN_SHARE = 0.4, 0.4
+MOST_OTHERS, OTHERS_TIMES, PLAIN_SHARE = 0.6, 6.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Clips:
                     (self.development if held_out else self.by_voice).setdefault(voice, []).append(clip)
         self.by_voice = {voice: clips for voice, clips in self.by_voice.items() if len(clips) > 3}
         self.plain = sorted(voice for voice in self.by_voice if "~" not in voice and voice != MOST_HEARD)
-        self.count = sum(len(self.by_voice[voice]) for voice in self.plain) + len(self.by_voice.get(MOST_HEARD, ()))
+        others, most_heard = sum(len(self.by_voice[v]) for v in self.plain), len(self.by_voice.get(MOST_HEARD, ()))
+        self.count = others + most_heard
+        # Drawn more often than they have clips, for their voices; not so often that they are learnt by heart.
+        self.others_share = min(MOST_OTHERS, OTHERS_TIMES * others / self.count) if most_heard else 1.0
 
     def ids(self, text: str) -> list[int]:
         """Token ids."""
@@ -103,8 +106,7 @@ class Clips:
 
     def draw_voice(self, draw: random.Random) -> str:
         """A voice: often the one with most clips, and often one made of another by warping."""
-        often = MOST_HEARD in self.by_voice and (not self.plain or draw.random() < MOST_HEARD_SHARE)
-        plain = MOST_HEARD if often else draw.choice(self.plain)
+        plain = draw.choice(self.plain) if draw.random() < self.others_share else MOST_HEARD
         made = sorted(voice for voice in self.by_voice if voice.startswith(f"{plain}~"))
         return plain if not made or draw.random() < PLAIN_SHARE else draw.choice(made)
 

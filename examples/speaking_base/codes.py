@@ -19,8 +19,8 @@ from warp import Warp, random_warp, warped
 
 from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
 
-WARPS_PER_CLIP = 2
-MANY_WARPS, FEW_WARPS = 24, 2  # of a voice that says most of the clips, and of the others
+WARPS_PER_CLIP = 3
+MANY_WARPS, FEW_WARPS = 96, 4  # of a voice that says most of the clips, and of the others
 MOST_HEARD = "af_heart"
 
 

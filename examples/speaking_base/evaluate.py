@@ -125,7 +125,7 @@ def main() -> None:
     transcripts = scorers.asr.transcribe(audios, ["en"] * len(audios))
     made_ND = scorers.speaker.embed(audios)
     recordings = [
-        (clip.row["voice"], Audio(clip.samples, 24_000))
+        (clip.row["voice"], Audio(clip.samples, codec.sampling_rate))
         for shard in sorted(arguments.speech.glob("kokoro-*.npz"))[:8]
         for clip in read_speech(shard)
         if "+" not in clip.row["voice"]
@@ -143,7 +143,7 @@ def main() -> None:
                 "nearest": nearest[index], "duration_ratio": len(codes_FK) / prompt.recorded_frames,
             }
         )  # fmt: skip
-        soundfile.write(arguments.output / f"{prompt.sample.id}.wav", audios[index].samples, 24_000)
+        soundfile.write(arguments.output / f"{prompt.sample.id}.wav", audios[index].samples, codec.sampling_rate)
     groups = {group: [line for line in lines if line["group"] == group] for group in ("known", "unknown")}
     summary = {group: summarize(own) for group, own in groups.items() if own}
     print(json.dumps(summary))

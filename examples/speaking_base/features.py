@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soxr
 
 from speechtune.families.higgs_audio_v2.codec_world import FRAME_SAMPLES, SAMPLING_RATE, Features, analyse
 
+SPEECH_RATE = 24_000  # of the shards
 SILENCE = 0.02  # of the peak
 MARGIN_SAMPLES = 720
 NAMES = ("envelope", "pitch", "aperiodicity")
@@ -29,7 +31,7 @@ class Clip:
 
     Attributes:
         row: name, split, voice, text and phonemes.
-        samples: float32 at 24 kHz.
+        samples: float32 at the codec's rate.
         ends: the sample at which each phoneme ends.
     """
 
@@ -47,7 +49,8 @@ def read_speech(path: Path) -> Iterator[Clip]:
         wave = samples[sample : sample + row["samples"]].astype(np.float32) / 32768
         loud = np.flatnonzero(np.abs(wave) > SILENCE * np.abs(wave).max())
         first, last = max(0, int(loud[0]) - MARGIN_SAMPLES), int(loud[-1]) + MARGIN_SAMPLES
-        yield Clip(row, wave[first:last], ends[end : end + row["num_ends"]] - first)
+        own_ends = (ends[end : end + row["num_ends"]] - first) * SAMPLING_RATE // SPEECH_RATE
+        yield Clip(row, soxr.resample(wave[first:last], SPEECH_RATE, SAMPLING_RATE), own_ends)
         sample, end = sample + row["samples"], end + row["num_ends"]
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from features import read_features
 from safetensors.numpy import save_file
-from warp import random_warp, warped
+from warp import in_a_room, random_warp, warped
 
-from speechtune.families.higgs_audio_v2.codec_world import MODEL_TYPE, Features, scale_pitch
+from speechtune.families.higgs_audio_v2.codec_world import MODEL_TYPE, SAMPLING_RATE, Features, scale_pitch
 
 NUM_CODEBOOKS = 8
 COMPONENTS = 64
@@ -23,7 +23,7 @@ SEED = 0
 
 
 def training_frames(folder: Path, per_voice: int, warps: int) -> Features:
-    """Frames of training clips, the same number of clips of each voice, each as it is and in other vocal tracts."""
+    """Frames of training clips, the same number of clips of each voice, as they are and as other voices and rooms."""
     draw, by_voice = random.Random(SEED), dict[str, list[Features]]()
     for path in sorted(folder.glob("*.npz")):
         for row, features, _ in read_features(path):
@@ -32,7 +32,8 @@ def training_frames(folder: Path, per_voice: int, warps: int) -> Features:
     chosen: list[Features] = []
     for clips in by_voice.values():
         for features in draw.sample(clips, min(per_voice, len(clips))):
-            chosen += [features, *(warped(features, random_warp(draw)) for _ in range(warps))]
+            others = [warped(features, random_warp(draw)) for _ in range(warps)]
+            chosen += [features, *(in_a_room(o, draw) if index % 2 else o for index, o in enumerate(others))]
     print(f"{len(by_voice)} voices, {len(chosen)} clips")
     names = ("envelope", "pitch", "aperiodicity")
     return Features(*(np.concatenate([getattr(clip, name) for clip in chosen]) for name in names))
@@ -89,7 +90,7 @@ def write_codec(tables: dict[str, np.ndarray], directory: Path) -> None:
     exact = ("mean", "components")
     stored = {name: table if name in exact else table.astype(np.float16) for name, table in tables.items()}
     save_file(stored, directory / "model.safetensors")
-    config = {"model_type": MODEL_TYPE, "num_codebooks": NUM_CODEBOOKS, "sampling_rate": 24_000}
+    config = {"model_type": MODEL_TYPE, "num_codebooks": NUM_CODEBOOKS, "sampling_rate": SAMPLING_RATE}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

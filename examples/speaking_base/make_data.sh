@@ -17,4 +17,5 @@ python "$scripts/features.py" --speech "$folder/speech" --output "$folder/featur
 [ -e "$folder/codec" ] || python "$scripts/fit_codec.py" --features "$folder/features" --output "$folder/codec" \
     --per-voice 150 --warps 4
 python "$scripts/codes.py" --features "$folder/features" --codec "$folder/codec" --output "$folder/codes"
-[ -e "$folder/tokenizer" ] || python "$scripts/make_tokenizer.py" --speech "$folder/speech" --output "$folder/tokenizer"
+[ -e "$folder/tokenizer" ] || python "$scripts/make_tokenizer.py" --speech "$folder/speech" \
+    --texts "$scripts/../../src/speechtune/assets/demo-voices/clips.jsonl" --output "$folder/tokenizer"

@@ -17,7 +17,7 @@ from features import read_speech
 from speech import HELD_OUT_VOICES
 
 from speechtune.audio import read_audio
-from speechtune.families.higgs_audio_v2.codec_world import WorldCodec, analyse, synthesise
+from speechtune.families.higgs_audio_v2.codec_world import SAMPLING_RATE, WorldCodec, analyse, synthesise
 from speechtune.tasks.voice_cloning.measures import cosine
 from speechtune.tasks.voice_cloning.scorers import load_scorers
 from speechtune.tasks.voice_cloning.word_errors import word_errors
@@ -40,11 +40,11 @@ def read_recordings(paths: list[Path], voices: tuple[str, ...], most: int) -> li
         if path.suffix == ".npz":
             for clip in read_speech(path):
                 if clip.row["voice"] in voices and clip.row["split"] == "held_out":
-                    found.append(Recording(clip.row["voice"], clip.row["text"], Audio(clip.samples, 24_000)))
+                    found.append(Recording(clip.row["voice"], clip.row["text"], Audio(clip.samples, SAMPLING_RATE)))
         else:
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                audio = read_audio(AudioRef(str(path.parent / row["audio"])), 24_000)
+                audio = read_audio(AudioRef(str(path.parent / row["audio"])), SAMPLING_RATE)
                 found.append(Recording(str(row.get("speaker", "")), row["text"], audio))
     return found[:most]
 
@@ -99,7 +99,7 @@ def main() -> None:
     results: dict[str, Any] = {"clips": len(recordings), "voices": len({r.voice for r in recordings})}
     results["recording"] = measure(recordings, originals, scorers, originals_ND)
     print(json.dumps(results), flush=True)
-    plain = [Audio(synthesise(features), 24_000) for features in analysed]
+    plain = [Audio(synthesise(features), SAMPLING_RATE) for features in analysed]
     results["WORLD"] = measure(recordings, plain, scorers, originals_ND)
     print("WORLD", json.dumps(results["WORLD"]), flush=True)
     for place in arguments.codec:

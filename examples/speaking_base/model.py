@@ -16,10 +16,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
+from speechtune.families.higgs_audio_v2 import forward
 from speechtune.families.higgs_audio_v2.codec_world import PARTS, WorldCodec
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.layers.decoder import make_fast
-from speechtune.families.layers.ops import IGNORE
+from speechtune.families.layers.ops import IGNORE, Segments, attend
 from speechtune.types import Batch
 
 GUIDED_LAYER, TOLD_LAYER = 2, 3
@@ -104,6 +105,13 @@ class KnowsEntries(nn.Module):
         return free + self.known(list(self.projections))
 
 
+def audio_losses(logits_PO: torch.Tensor, targets_PK: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each codebook, (K,)."""
+    logits_NV = logits_PO.float().view(targets_PK.numel(), -1)
+    losses_N = functional.cross_entropy(logits_NV, targets_PK.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses_N.view(targets_PK.shape).sum(dim=0) / (targets_PK != IGNORE).sum(dim=0)
+
+
 class SpeakingBase(nn.Module):
     """The native model and the parts of training."""
 
@@ -130,18 +138,20 @@ class SpeakingBase(nn.Module):
         layers[GUIDED_LAYER].register_forward_pre_hook(self._keep, with_kwargs=True)
         layers[TOLD_LAYER + 1].register_forward_pre_hook(self._keep, with_kwargs=True)
 
+    def compile_parts(self) -> None:
+        """Let torch compile the layers, but for the attention, whose loops depend on the lengths."""
+        forward.attend = torch.compiler.disable(attend_in_float32)
+        for layer in self.model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
     def _keep(self, layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.seen[cast(Any, layer).self_attn.layer_idx] = (*inputs, options["routes"])
 
     def losses(self, batch: Batch, guided: Guided) -> dict[str, torch.Tensor]:
         """Mean losses: of each codebook, of the text head, of where to look, and of what is spoken."""
         audio_PD, text_PD = target_states(self.model.model, batch)
-        logits_PKV = self.model.audio_lm_head(audio_PD).float().unflatten(-1, (len(CODEBOOK_WEIGHTS), -1))
-        targets_PK = batch.inputs["audio_targets"]
-        losses = {
-            f"codebook {k}": functional.cross_entropy(logits_PKV[:, k], targets_PK[:, k], ignore_index=IGNORE)
-            for k in range(len(CODEBOOK_WEIGHTS))
-        }
+        means_K = audio_losses(self.model.audio_lm_head(audio_PD), batch.inputs["audio_targets"])
+        losses = {f"codebook {k}": mean for k, mean in enumerate(means_K)}
         text_PT = self.model.text_lm_head(text_PD).float()
         losses["text"] = functional.cross_entropy(text_PT, batch.inputs["text_targets"])
         losses["guide"] = self._guide(batch, guided)
@@ -200,6 +210,12 @@ class SpeakingBase(nn.Module):
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def attend_in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Attention in plain products, which a CPU has fast in float32 alone."""
+    with torch.autocast("cpu", enabled=False):
+        return attend(q.float(), k.float(), v.float(), segments).to(v.dtype)
 
 
 def total_loss(losses: Mapping[str, torch.Tensor], guidance: float) -> torch.Tensor:

@@ -44,7 +44,7 @@ def lexicon_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     counts: dict[str, Counter[str]] = {}
     for text, phonemes in pairs:
         for word, group in word_groups(text, phonemes):
-            if re.fullmatch(r"[a-z]+('[a-z]+)?", word):
+            if re.fullmatch(r"[a-z]+('[a-z]+)?|[0-9]", word):
                 said = "".join(CHARACTERS[symbol] for symbol in phoneme_symbols(group))
                 counts.setdefault(word, Counter())[said] += 1
     return {word: counter.most_common(1)[0][0] for word, counter in sorted(counts.items())}
@@ -65,7 +65,7 @@ def make_tokenizer(lexicon: Mapping[str, str]) -> PreTrainedTokenizerFast:
             normalizers.StripAccents(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"[’‘`]"), "'"),
-            *(normalizers.Replace(Regex(rf"(?<![a-z']){re.escape(w)}(?![a-z'])"), lexicon[w]) for w in longest_first),
+            *(normalizers.Replace(Regex(rf"(?<![a-z0-9']){re.escape(w)}(?![a-z0-9'])"), lexicon[w]) for w in longest_first),
             normalizers.Replace(Regex(r"\s+"), " "),
         ]
     )

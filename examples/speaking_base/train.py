@@ -55,6 +55,8 @@ class Run:
         config = make_config(self.tokenizer, self.codec, arguments.hidden, arguments.layers)
         self.device = torch.device(arguments.device)
         self.base = SpeakingBase(config, entry_features(self.codec)).to(self.device)
+        if arguments.compile:
+            self.base.compile_parts()
         matrices = [p for n, p in self.base.named_parameters() if "_proj" in n]
         others = [p for n, p in self.base.named_parameters() if "_proj" not in n]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--compile", action="store_true", help="a minute to begin with, a third faster after it")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

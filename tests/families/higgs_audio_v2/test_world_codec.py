@@ -56,7 +56,7 @@ def write_codec(folder: Path, clips: list[Audio], size: int = SIZE) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(demo_clips: list[DemoClip]) -> list[Audio]:
-    return [read_audio(AudioRef(str(clip.path)), 24_000) for clip in demo_clips[:5]]
+    return [read_audio(AudioRef(str(clip.path)), 16_000) for clip in demo_clips[:5]]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_voiced_speech_is_found_voiced(clips: list[Audio]) -> None:
         num_frames = -(-len(clip.samples) // FRAME_SAMPLES)
         wave = np.zeros(num_frames * FRAME_SAMPLES)
         wave[: len(clip.samples)] = clip.samples
-        pitch, _ = pyworld.harvest(wave, 24_000, 60.0, 500.0, frame_period=10.0)
+        pitch, _ = pyworld.harvest(wave, 16_000, 60.0, 500.0, frame_period=10.0)
         wanted.append(pitch[: 4 * num_frames] > 0)
         found.append(analyse(clip.samples).pitch[:, 4:].ravel() > 0.5)
     assert np.concatenate(found)[np.concatenate(wanted)].mean() > 0.9
@@ -120,7 +120,7 @@ def test_voiced_speech_is_found_voiced(clips: list[Audio]) -> None:
 
 def test_loudness_does_not_count_and_the_end_is_padded(folder: Path, clips: list[Audio]) -> None:
     codec, samples = WorldCodec(str(folder)), clips[1].samples[: 50 * FRAME_SAMPLES + 1]
-    loud, quiet = codec.encode([Audio(samples, 24_000), Audio(samples * np.float32(0.125), 24_000)])
+    loud, quiet = codec.encode([Audio(samples, 16_000), Audio(samples * np.float32(0.125), 16_000)])
     assert len(loud) == 51
     assert (loud != quiet).mean() < 0.01  # the same but for rounding in the vocoder's analysis
     assert codec.decode([loud])[0].samples.dtype == np.float32
@@ -152,7 +152,7 @@ def test_a_frame_is_quantised_the_same_alone_and_among_others() -> None:
 @pytest.mark.parametrize("samples", [0, 1, 959, 5000])
 def test_silence_and_very_short_clips(folder: Path, samples: int) -> None:
     codec = WorldCodec(str(folder))
-    (codes_FK,) = codec.encode([Audio(np.zeros(samples, np.float32), 24_000)])
+    (codes_FK,) = codec.encode([Audio(np.zeros(samples, np.float32), 16_000)])
     assert codes_FK.shape == (-(-samples // FRAME_SAMPLES), 8)
     (audio,) = codec.decode([codes_FK])
     assert len(audio.samples) == len(codes_FK) * FRAME_SAMPLES and np.isfinite(audio.samples).all()
@@ -161,7 +161,7 @@ def test_silence_and_very_short_clips(folder: Path, samples: int) -> None:
 def test_a_code_beyond_its_codebook_is_taken_for_the_last(folder: Path) -> None:
     """Codebooks may differ in size, and a model has as many ids for each as for the largest."""
     codec = WorldCodec(str(folder))
-    assert (codec.codebook_size, codec.num_codebooks, codec.sampling_rate) == (SIZE, 8, 24_000)
+    assert (codec.codebook_size, codec.num_codebooks, codec.sampling_rate) == (SIZE, 8, 16_000)
     codes_FK = np.full((3, 8), SIZE - 1, np.int16)
     last_FK = codes_FK.copy()
     last_FK[:, 6:] = SMALL - 1

@@ -21,9 +21,9 @@ from speechtune.types import Audio
 
 MODEL_TYPE = "world_rvq"
 INSTALL = "pip install 'speechtune[demo]'"
-SAMPLING_RATE, FRAME_SAMPLES, PARTS = 24_000, 960, 4
+SAMPLING_RATE, FRAME_SAMPLES, PARTS = 16_000, 640, 4  # the band that all recordings have: telephones, old corpora
 PERIOD_MS = 10.0
-ENVELOPE_SIZE, APERIODICITY_SIZE = 40, 3  # numbers per part
+ENVELOPE_SIZE, APERIODICITY_SIZE = 40, 1  # numbers per part
 LOUDNESS = 0.08  # root mean square of what is not silence
 ENVELOPE_FLOOR = 1e-7  # power, about 65 dB below speech: differences in silence are not worth an entry
 PITCH_SCALE = 6.0  # of log pitch against voicing, in the distance between entries
@@ -37,7 +37,7 @@ class Features:
     Attributes:
         envelope: (F, 160), cepstra of the spectral envelope.
         pitch: (F, 8), the logarithm of four pitches in Hz, interpolated where there is none, and four flags of voicing.
-        aperiodicity: (F, 12).
+        aperiodicity: (F, 4).
     """
 
     envelope: np.ndarray
@@ -51,7 +51,7 @@ def _world() -> Any:
 
 
 def analyse(samples: np.ndarray) -> Features:
-    """Features of a clip at 24 kHz, of a standard loudness; what is left behind the last whole frame is padded."""
+    """Features of a clip at 16 kHz, of a standard loudness; what is left behind the last whole frame is padded."""
     world = _world()
     num_frames = -(-len(samples) // FRAME_SAMPLES)
     wave = np.zeros(num_frames * FRAME_SAMPLES)
@@ -85,7 +85,7 @@ def analyse(samples: np.ndarray) -> Features:
 
 
 def synthesise(features: Features) -> np.ndarray:
-    """Samples (float32, 24 kHz) of features."""
+    """Samples (float32, 16 kHz) of features."""
 
     def in_a_row(values: np.ndarray, size: int) -> np.ndarray:
         return np.ascontiguousarray(values.reshape(-1, size), np.float64)
@@ -138,6 +138,10 @@ class WorldCodec:
         missing = {"mean", "components", "pitch", "aperiodicity", *stages} - set(tables)
         if missing:
             raise ValueError(f"tables are missing: {sorted(missing)}")
+        widths = {"mean": PARTS * ENVELOPE_SIZE, "pitch": 2 * PARTS, "aperiodicity": PARTS * APERIODICITY_SIZE}
+        wrong = {name: tables[name].shape[-1] for name, width in widths.items() if tables[name].shape[-1] != width}
+        if wrong:
+            raise ValueError(f"tables of other widths than {widths}: {wrong}; were they fitted at another sampling rate?")
         self.mean, self.components = tables["mean"], tables["components"]
         self.stages = [tables[stage] for stage in stages]
         self.pitch, self.aperiodicity = tables["pitch"], tables["aperiodicity"]
