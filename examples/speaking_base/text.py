@@ -65,7 +65,10 @@ def make_tokenizer(lexicon: Mapping[str, str]) -> PreTrainedTokenizerFast:
             normalizers.StripAccents(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"[’‘`]"), "'"),
-            *(normalizers.Replace(Regex(rf"(?<![a-z0-9']){re.escape(w)}(?![a-z0-9'])"), lexicon[w]) for w in longest_first),
+            *(
+                normalizers.Replace(Regex(rf"(?<![a-z0-9']){re.escape(w)}(?![a-z0-9'])"), lexicon[w])
+                for w in longest_first
+            ),
             normalizers.Replace(Regex(r"\s+"), " "),
         ]
     )

@@ -1,5 +1,6 @@
 """The verb `generate`: speak a text, or all texts of a manifest."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,15 @@ from speechtune.commands import check_output, print_result, require_words
 from speechtune.config import DataConfig
 from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
+from speechtune.families import family_part
 from speechtune.inference.generate import answer, check_references, provenance, write_output, write_outputs
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.lora.prompts import as_trained
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
+log = logging.getLogger("speechtune")
+
+BASE_FAMILY = "higgs_audio_v2"  # whose small model speaks where none is named
 SOUND_FILES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
 
 
@@ -58,6 +63,8 @@ def run_generate(
     check_references(samples)
     options = GenerationOptions(**generation_options)
     stored = open_adapter(adapter) if adapter else None
+    if model is None and stored is None:
+        model, model_options = _speaking_base(model_options)
     config = model_config(model, model_options, stored)
     samples = as_trained(samples, stored.directory if stored else Path(config.model.path))
     family, loaded = load_model(config, stored, ability="speak")
@@ -65,3 +72,11 @@ def run_generate(
     outputs = answer(family, loaded, samples, options, cache_dir, batch_size=batch_size)
     rows = write_outputs(outputs, out, origin) if manifest else [write_output(one, out, origin) for one in outputs]
     return print_result({"outputs": rows}, [f"outputs: {row}" for row in rows], as_json)
+
+
+def _speaking_base(options: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+    """The small model that ships with speechtune and speaks, for a first try, with its options."""
+    shipped = family_part(BASE_FAMILY, "tiny").speaking_base()
+    path = shipped.pop("path")
+    log.info("no --model and no --adapter: the small English model that comes with speechtune speaks")
+    return path, {**shipped, **(options or {})}

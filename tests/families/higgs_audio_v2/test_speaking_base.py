@@ -57,7 +57,7 @@ def folder(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "codec").mkdir()
     tables = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(tables, folder / "codec" / "model.safetensors")
-    config = {"model_type": "world_rvq", "num_codebooks": 8}
+    config = {"model_type": "world_rvq", "num_codebooks": 8, "sampling_rate": 16_000}
     (folder / "codec" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     scripts.text.make_tokenizer(scripts.text.lexicon_of(SPOKEN)).save_pretrained(folder / "tokenizer")
     rows, codes, places = [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import DemoClip
 from higgs_cases import family_on
-from speechtune.audio import read_audio
+from speechtune.audio import audio_info, read_audio
+from speechtune.cache.encode import encode_samples
 from speechtune.errors import ConfigError
 from speechtune.families.higgs_audio_v2.codec import HiggsCodec, load_codec
 from speechtune.families.higgs_audio_v2.codec_world import (
@@ -25,7 +27,7 @@ from speechtune.families.higgs_audio_v2.codec_world import (
     scale_pitch,
     synthesise,
 )
-from speechtune.types import Audio, AudioRef
+from speechtune.types import Audio, AudioRef, Sample
 
 pytest.importorskip("pyworld", reason="the codec's vocoder: pip install 'speechtune[demo]'")
 SIZE, SMALL = 64, 16
@@ -50,7 +52,9 @@ def write_codec(folder: Path, clips: list[Audio], size: int = SIZE) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: np.ascontiguousarray(table, np.float32) for name, table in tables.items()}
     save_file(stored, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "world_rvq", "num_codebooks": 8}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "world_rvq", "num_codebooks": 8, "sampling_rate": 16_000}), encoding="utf-8"
+    )
     return folder
 
 
@@ -216,3 +220,16 @@ def test_without_the_vocoder_the_install_line_is_named(
     monkeypatch.setitem(sys.modules, "pyworld", None)
     with pytest.raises(ConfigError, match=r"pyworld is missing: pip install 'speechtune\[demo\]'"):
         _ = family_on(tiny_base / "model", folder).codec
+
+
+def test_a_codec_at_another_rate_gets_audio_at_its_rate(
+    folder: Path, tiny_base: Path, tmp_path: Path, demo_clips: list[DemoClip]
+) -> None:
+    """Guards against audio read at the released codec's rate: it is then encoded at two thirds of its pace."""
+    family = family_on(tiny_base / "model", folder)
+    assert family.sampling_rate == 16_000
+    clip = AudioRef(str(demo_clips[0].path))
+    sample = Sample("clip", demo_clips[0].text, clip)
+    (codes_FK,) = encode_samples(family, [sample], tmp_path, quiet=True).features(0)
+    assert len(codes_FK) == math.ceil(audio_info(clip).duration_seconds * 25)
+    assert family_on(tiny_base / "model", tiny_base / "codec").sampling_rate == 24_000

@@ -19,6 +19,7 @@ from speechtune.families.higgs_audio_v2.codec_cpu import fold_weight_norms, is_a
 from speechtune.types import Audio
 
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
+RELEASED_RATE = 24_000
 CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
 
 In = TypeVar("In")
@@ -112,6 +113,15 @@ def model_type_of(path: str, revision: str | None) -> str | None:
     """What the configuration of a codec calls it."""
     config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     return config.get("model_type")
+
+
+def sampling_rate_of(path: str, revision: str | None) -> int:
+    """What a codec's configuration says; a codec that is not there is taken for one like the released one."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+    except (OSError, ValueError):
+        return RELEASED_RATE
+    return config.get("sampling_rate") or config.get("sample_rate") or RELEASED_RATE
 
 
 def layers_of(path: str, revision: str | None, device: torch.device | str) -> str:

@@ -132,6 +132,8 @@ class WorldCodec:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(f"model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}")
+        if config.get("sampling_rate") != SAMPLING_RATE:
+            raise ValueError(f"sampling_rate is {config.get('sampling_rate')}; this codec works at {SAMPLING_RATE} Hz")
         tables = {name: table.astype(np.float64) for name, table in load_file(tables_file).items()}
         self.num_codebooks: int = config["num_codebooks"]
         stages = [f"envelope.{stage}" for stage in range(self.num_codebooks - 2)]
@@ -141,7 +143,9 @@ class WorldCodec:
         widths = {"mean": PARTS * ENVELOPE_SIZE, "pitch": 2 * PARTS, "aperiodicity": PARTS * APERIODICITY_SIZE}
         wrong = {name: tables[name].shape[-1] for name, width in widths.items() if tables[name].shape[-1] != width}
         if wrong:
-            raise ValueError(f"tables of other widths than {widths}: {wrong}; were they fitted at another sampling rate?")
+            raise ValueError(
+                f"tables of other widths than {widths}: {wrong}; were they fitted at another sampling rate?"
+            )
         self.mean, self.components = tables["mean"], tables["components"]
         self.stages = [tables[stage] for stage in stages]
         self.pitch, self.aperiodicity = tables["pitch"], tables["aperiodicity"]

@@ -22,7 +22,7 @@ from speechtune.config import RunConfig
 from speechtune.errors import AudioError, ConfigError, ManifestError
 from speechtune.families.higgs_audio_v2 import layout
 from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
-from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec
+from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec, sampling_rate_of
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.higgs_audio_v2.options import Config
 from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes
@@ -59,7 +59,6 @@ class HiggsAudioV2Family(Family):
 
     name = "higgs_audio_v2"
     heads: tuple[str, ...] = ("audio", "text")
-    sampling_rate = 24_000
     abilities = frozenset({"speak"})
     pipeline_tag = "text-to-speech"
     score_names = SCORE_NAMES
@@ -136,6 +135,10 @@ class HiggsAudioV2Family(Family):
                 f"{self.model_config.num_codebooks}"
             )
         return codec
+
+    @cached_property
+    def sampling_rate(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # the codec's
+        return sampling_rate_of(self.codec_path, self.config.model.codec_revision)
 
     @property
     def pad_id(self) -> int:

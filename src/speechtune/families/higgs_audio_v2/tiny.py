@@ -22,7 +22,13 @@ from speechtune.types import Audio, AudioRef
 TURN_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 STREAM_TOKENS = ("<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|reserved_special_token_6|>")
 SCENE_TOKENS = ("<|scene_desc_start|>", "<|scene_desc_end|>")
+SPEAKING_BASE = Path(__file__).parents[2] / "assets" / "speaking-base"
 SPECIAL_TOKENS = (*TURN_TOKENS, *STREAM_TOKENS, "<|AUDIO|>", "<|AUDIO_OUT|>", *SCENE_TOKENS)
+
+
+def speaking_base() -> dict[str, str]:
+    """The recipe's `model` section for the small model that speaks, which ships with the project."""
+    return {"path": str(SPEAKING_BASE / "model"), "codec_path": str(SPEAKING_BASE / "codec")}
 
 
 def make_base(directory: Path, speech: Sequence[AudioRef]) -> dict[str, str]:
