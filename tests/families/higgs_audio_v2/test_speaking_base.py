@@ -166,9 +166,10 @@ def test_a_run_that_was_stopped_goes_on_exactly(scripts: SimpleNamespace, folder
 def test_what_is_written_is_the_native_model(scripts: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
     """Tables folded into the native weights; guidance and disturbed codes leave nothing behind."""
     run = make_run(scripts, folder, tmp_path / "run")
-    first = run.train_step()
+    made = run.chains.batch(0, 2)
+    first = run.train_step(made)
     for _ in range(9):
-        last = run.train_step()
+        last = run.train_step(made)
     assert last["codebook 0"] < first["codebook 0"]
     batch, _ = run.chains.batch(99, 2)
     native = run.base.native()
