@@ -3,25 +3,22 @@
 Shapes: F frames, K codebooks.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import MimiConfig, MimiModel
 from transformers.utils import logging as transformers_logging
 
+from speechtune.families.layers.clips import map_clips
 from speechtune.tensors import tensors_fingerprint
 from speechtune.types import Audio
 
 FRAME_SAMPLES = 1920
 BUILT_IN = r"^codec_model\."
 """How a CSM folder names the codec's weights."""
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def load_mimi(path: str, revision: str | None) -> MimiModel:
@@ -73,24 +70,11 @@ class Codec:
 
         Padding clips to a common length would change the codes of their last frames.
         """
-        longest_first = sorted(range(len(audios)), key=lambda i: len(audios[i].samples), reverse=True)
-        codes = dict(zip(longest_first, self._map(self._encode, [audios[i] for i in longest_first]), strict=True))
-        return [codes[i] for i in range(len(audios))]
+        return map_clips(self._encode, audios, self.model.device, lambda audio: len(audio.samples))
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
         """Audio of each clip's codes (F, K)."""
-        return self._map(self._decode, codes)
-
-    def _map(self, work: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-        """`work` on each item; on a CPU a thread an item, as many as torch may use."""
-        threads = torch.get_num_threads()
-        if self.model.device.type != "cpu" or threads == 1:
-            return [work(item) for item in items]
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(work, items))
-        finally:
-            torch.set_num_threads(threads)  # threads started later would take the pool's number for the default
+        return map_clips(self._decode, codes, self.model.device)
 
     @torch.inference_mode()
     def _encode(self, audio: Audio) -> np.ndarray:

@@ -2,17 +2,9 @@
 
 import torch
 
-from speechtune.tasks.voice_cloning.measures import END_ACCURACY
+from speechtune.tasks.voice_cloning.measures import END_ACCURACY, score_names
 
-NUM_CODEBOOKS = 32
-SCORE_NAMES = {
-    "wer": "min",
-    "sim": "max",
-    "mos": "max",
-    "stop_rate": "max",
-    END_ACCURACY: "max",
-    **{f"codebook_accuracy_{k}": "max" for k in range(NUM_CODEBOOKS)},
-}
+SCORE_NAMES = score_names(num_codebooks=32)
 
 
 def count_correct_codes(

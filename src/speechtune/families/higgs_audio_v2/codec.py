@@ -4,10 +4,9 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,14 +15,12 @@ from transformers.configuration_utils import PretrainedConfig
 
 from speechtune.families.higgs_audio_v2 import codec_world
 from speechtune.families.higgs_audio_v2.codec_cpu import fold_weight_norms, is_available, use_clip_layers
+from speechtune.families.layers.clips import map_clips
 from speechtune.types import Audio
 
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")  # of the codebooks; encoding does not read them
 RELEASED_RATE = 24_000
 CODEC_MODULE = "transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer"
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 @cache
@@ -173,34 +170,18 @@ class HiggsCodec:
             the native class on the clip alone. On a CPU what is quantized differs from the native by rounding
             (`higgs_codec_cpu`), so of two entries of a codebook that are equally near the other one may be chosen.
         """
-        longest_first = sorted(range(len(audios)), key=lambda i: len(audios[i].samples), reverse=True)
-        codes = dict(zip(longest_first, self._map(self._encode, [audios[i] for i in longest_first]), strict=True))
-        return [codes[i] for i in range(len(audios))]
+        return map_clips(self._encode, audios, self.model.device, lambda audio: len(audio.samples))
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
         """Decode codes, each of shape (num_frames, num_codebooks), to audio at the codec's rate."""
-        return self._map(self._decode, codes)
+        return map_clips(self._decode, codes, self.model.device)
 
     def _prepare(self) -> None:
         """Faster layers, but not for the semantic branch's decoder: neither encoding nor decoding calls it."""
         modules = [module for name, module in self.model.named_modules() if not name.startswith("decoder_semantic")]
         fold_weight_norms(modules)
         if implementation_on(self.model.device) == "cpu":
-            self._map(use_clip_layers, [modules])
-
-    def _map(self, work: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-        """`work` on each item; on a CPU one thread per item, as many as torch may use.
-
-        Threads that share one clip wait for each other after every small operation.
-        """
-        if self.model.device.type != "cpu":
-            return [work(item) for item in items]
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(work, items))
-        finally:
-            torch.set_num_threads(threads)  # threads started later would take the pool's number for the default
+            map_clips(use_clip_layers, [modules], self.model.device)
 
     @torch.inference_mode()
     def _encode(self, audio: Audio) -> np.ndarray:

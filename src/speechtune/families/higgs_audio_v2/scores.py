@@ -3,17 +3,9 @@
 import torch
 
 from speechtune.families.layers.ops import IGNORE
-from speechtune.tasks.voice_cloning.measures import END_ACCURACY
+from speechtune.tasks.voice_cloning.measures import END_ACCURACY, score_names
 
-NUM_CODEBOOKS = 8
-SCORE_NAMES = {
-    "wer": "min",
-    "sim": "max",
-    "mos": "max",
-    "stop_rate": "max",
-    END_ACCURACY: "max",
-    **{f"codebook_accuracy_{k}": "max" for k in range(NUM_CODEBOOKS)},
-}
+SCORE_NAMES = score_names(num_codebooks=8)
 
 
 def count_correct_codes(audio_PKV: torch.Tensor, targets_PK: torch.Tensor, eos: int) -> dict[str, tuple[int, int]]:

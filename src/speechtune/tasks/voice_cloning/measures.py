@@ -247,6 +247,12 @@ def warnings_of(summary: Mapping[str, float], baseline: Mapping[str, float] | No
     return lines
 
 
+def score_names(num_codebooks: int) -> dict[str, str]:
+    """Names of the scores of a family that speaks in codes, each with what is better, "min" or "max"."""
+    names = {"wer": "min", "sim": "max", "mos": "max", "stop_rate": "max", END_ACCURACY: "max"}
+    return names | {f"codebook_accuracy_{k}": "max" for k in range(num_codebooks)}
+
+
 def score_speech(samples: Sequence[Sample], outputs: Sequence[Output], scorers: Scorers, sampling_rate: int) -> Scored:
     """How intelligible, how like the reference's voice, how natural, and whether it ends; `Family.score` of speech.
 
