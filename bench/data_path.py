@@ -91,9 +91,7 @@ def measure(pairs: int = 5) -> dict[str, list[float]]:
     with quiet(), tempfile.TemporaryDirectory(prefix="speechtune-bench-") as name:
         folder = Path(name)
         voices = Path(str(resources.files("speechtune") / "assets" / "demo-voices"))
-        model = make_base(
-            folder / "base", [AudioRef(str(path)) for path in sorted((voices / "human").rglob("*.flac"))[::3]]
-        )
+        model = make_base(folder / "base", [AudioRef(str(path)) for path in sorted(voices.rglob("*.flac"))[::3]])
         config = build_config({"family": "higgs_audio_v2", "output_dir": folder, "model": model}, "bench")
         family, samples = create_family(config), demo_samples(voices)
         encoded = encode_samples(family, samples, folder / "cache", quiet=True)

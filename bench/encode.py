@@ -41,7 +41,7 @@ def released_shape() -> Any:
 
 def demo_clips(count: int) -> list[Audio]:
     """Shipped recordings of several lengths at 24 kHz."""
-    paths = sorted((Path(speechtune.__file__).parent / "assets" / "demo-voices" / "human").rglob("*.flac"))
+    paths = sorted((Path(speechtune.__file__).parent / "assets" / "demo-voices").rglob("*.flac"))
     return [read_audio(AudioRef(str(path)), 24_000) for path in paths[:: max(1, len(paths) // count)][:count]]
 
 

@@ -70,7 +70,7 @@ def run() -> int:
         folder = Path(name)
         voices = Path(str(resources.files("speechtune") / "assets" / "demo-voices"))
         base = folder / "base"
-        make_base(base, [AudioRef(str(path)) for path in sorted((voices / "human").rglob("*.flac"))[::3]])
+        make_base(base, [AudioRef(str(path)) for path in sorted(voices.rglob("*.flac"))[::3]])
         prompts = write_prompts(folder / "prompts.lst", options.prompts)
         seconds(write_prompts(folder / "all.lst", options.prompts), base, folder, options.batch_size)  # fills the cache
         ratios = []

@@ -26,8 +26,7 @@ SPELT_SHARE = 0.04  # of words given as letters
 NEIGHBOUR_SHARE, RANDOM_SHARE = 0.12, 0.03  # of input codes that are replaced: a model must live with its own errors
 DEVELOPMENT_EVERY = 100  # clips
 MOST_HEARD = "af_heart"
-MOST_OTHERS, OTHERS_TIMES = 0.6, 6.0
-PLAIN_SHARE, LINE_SHARE = 0.35, 0.5  # the latter of what is not plain
+MOST_OTHERS, OTHERS_TIMES, PLAIN_SHARE = 0.6, 6.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,8 @@ class Clips:
     def draw_voice(self, draw: random.Random) -> str:
         """A voice: often the one with most clips, and often one made of another by warping."""
         plain = draw.choice(self.plain) if draw.random() < self.others_share else MOST_HEARD
-        kind, start = draw.random(), f"{plain}~line" if draw.random() < LINE_SHARE else f"{plain}~"
-        made = sorted(voice for voice in self.by_voice if voice.startswith(start))
-        return plain if not made or kind < PLAIN_SHARE else draw.choice(made)
+        made = sorted(voice for voice in self.by_voice if voice.startswith(f"{plain}~"))
+        return plain if not made or draw.random() < PLAIN_SHARE else draw.choice(made)
 
 
 def read_codes(path: Path) -> list[tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray]]:

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from features import read_features
 from text import STRESS, word_groups
-from warp import Warp, on_the_telephone, random_warp, warped
+from warp import Warp, random_warp, warped
 
 from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
 
 WARPS_PER_CLIP = 3
 MANY_WARPS, FEW_WARPS = 96, 4  # of a voice that says most of the clips, and of the others
-MANY_LINES, FEW_LINES = 24, 2
 MOST_HEARD = "af_heart"
 
 
@@ -39,10 +38,6 @@ def variants(row: dict[str, Any], features: Features) -> dict[str, Features]:
         warps = warps_of(voice)
         for index in random.Random(row["name"]).sample(range(len(warps)), WARPS_PER_CLIP):
             made[f"{voice}~{index}"] = warped(features, warps[index])
-        for index in random.Random(row["name"]).sample(range(MANY_LINES if voice == MOST_HEARD else FEW_LINES), 1):
-            line = random.Random(f"{voice} line {index}")  # the same in all of its clips
-            speaker = features if line.random() < 0.5 else warped(features, random_warp(line))
-            made[f"{voice}~line{index}"] = on_the_telephone(speaker, line)
     return made
 
 

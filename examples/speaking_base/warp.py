@@ -1,7 +1,7 @@
 """Other voices and other rooms of the same clip, on WORLD's features.
 
 Voices have vocal tracts longer or shorter, another colour, and pitch that is lower or higher and moves more or less.
-Rooms have noise; telephone lines weaken what is high.
+Rooms have noise.
 """
 
 import random
@@ -15,7 +15,6 @@ from speechtune.families.higgs_audio_v2.codec_world import ENVELOPE_SIZE, PARTS,
 
 STEPS = 100  # stretches are whole hundredths
 CURVE_POINTS, CURVE_DECIBELS = 7, 4.0
-LINE_FALL_DECIBELS, LINE_NOISE_DECIBELS, LINE_CLEARER_DECIBELS = (0.0, 20.0), (-50.0, -30.0), (0.0, 4.0)
 NOISE_DECIBELS = (-45.0, -12.0)  # of the mean power of the clip
 
 
@@ -101,15 +100,3 @@ def in_a_room(features: Features, draw: random.Random) -> Features:
     power = _decoded(features.envelope.reshape(-1, ENVELOPE_SIZE))
     noise = power.mean() * 10 ** (draw.uniform(*NOISE_DECIBELS) / 10) * _gains(random_curve(draw))
     return replace(features, envelope=_coded(power + noise).reshape(len(features.envelope), -1))
-
-
-def on_the_telephone(features: Features, draw: random.Random) -> Features:
-    """The same clip over a line that weakens what is high, with some noise, in a voice clearer than a vocoder's."""
-    fall = draw.uniform(*LINE_FALL_DECIBELS)
-    points = np.linspace(0, 1, CURVE_POINTS)
-    curve = tuple(-2 * fall * max(0.0, float(point) - 0.5) + draw.gauss(0.0, 2.0) for point in points)
-    power = _decoded(features.envelope.reshape(-1, ENVELOPE_SIZE))
-    floor = power.mean() * 10 ** (draw.uniform(*LINE_NOISE_DECIBELS) / 10)
-    coded = _coded(power * _gains(curve) + floor)
-    clearer = features.aperiodicity - draw.uniform(*LINE_CLEARER_DECIBELS) * (features.aperiodicity < -0.5)
-    return replace(features, envelope=coded.reshape(len(features.envelope), -1), aperiodicity=np.maximum(clearer, -60))

