@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from helpers import STREAM_EOS, native_batch
 from higgs_cases import FP32, Case, family_on
+from speechtune.errors import ConfigError
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.higgs_audio_v2.layout import delay_rows, undelay
 from speechtune.types import GenerationOptions, Sample
@@ -177,3 +178,13 @@ def test_way_back_from_rows() -> None:
     found, stopped = undelay(odd, STREAM_EOS, 1024)
     assert found.shape == (5, 8) and found[2, 3] == 1023 and not stopped
     assert undelay(rows[:5], STREAM_EOS, 1024)[0].shape == (0, 8)
+
+
+def test_a_missing_codec_is_told_before_anything_is_generated(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a reference only the decoding at the end needs it: hours of work were lost by then."""
+    family = family_on(tiny_base / "model", tmp_path / "gone")
+    monkeypatch.setattr(HiggsAudioV2Family, "generate_rows", lambda *_: pytest.fail("generated already"))
+    with pytest.raises(ConfigError, match="codec_path"):
+        family.generate(family.load(FP32), [(Sample("a", "Some text", None), [])], GREEDY)

@@ -315,8 +315,9 @@ class CsmFamily(Family):
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> list[Output]:
         """Speak a batch of prompts, each cut where its speech ended."""
+        codec = self.codec  # one that is missing is told before the work
         ended = [layout.cut_rows(rows_FK, self.end_code) for rows_FK in self.generate_rows(model, prompts, options)]
-        audios = self.codec.decode([codes_FK for codes_FK, _ in ended])
+        audios = codec.decode([codes_FK for codes_FK, _ in ended])
         return [
             Output(sample.id, audio, None, stopped, len(codes_FK) + stopped, {"codes": codes_FK})
             for (sample, _), audio, (codes_FK, stopped) in zip(prompts, audios, ended, strict=True)

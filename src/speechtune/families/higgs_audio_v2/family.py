@@ -286,10 +286,10 @@ class HiggsAudioV2Family(Family):
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> list[Output]:
         """Speak a batch of prompts; clips and text as in training, rows cut where the stream ended."""
-        eos = self.model_config.audio_stream_eos_id
+        eos, codec = self.model_config.audio_stream_eos_id, self.codec  # one that is missing is told before the work
         ended = [layout.cut_rows(rows_RK, eos) for rows_RK in self.generate_rows(model, prompts, options)]
-        codes = [layout.undelay(rows_RK, eos, self.codec.codebook_size) for rows_RK in ended]
-        audios = self.codec.decode([codes_FK for codes_FK, _ in codes])
+        codes = [layout.undelay(rows_RK, eos, codec.codebook_size) for rows_RK in ended]
+        audios = codec.decode([codes_FK for codes_FK, _ in codes])
         return [
             Output(sample.id, audio, None, stopped, len(rows_RK), {"codes": codes_FK, "rows": rows_RK})
             for (sample, _), audio, rows_RK, (codes_FK, stopped) in zip(prompts, audios, ended, codes, strict=True)
