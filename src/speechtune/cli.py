@@ -40,6 +40,11 @@ POSITIVE = number(float, 0, above=True)
 NOT_NEGATIVE = number(float, 0)
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """A type of argument: different numbers from 0, with commas between."""
+    return tuple(dict.fromkeys(map(NOT_NEGATIVE, text.split(","))))
+
+
 class ModelOption(argparse.Action):
     """A flag that stands for an option of the recipe's `model:`; all of them make one mapping."""
 
@@ -134,6 +139,7 @@ def _model_verbs(verbs: Verbs) -> None:
     generate("--system", help="system message, where the training data carried one of their own")
     generate("--scene", help="description of the scene")
     generate("--adapter", type=Path, help="PEFT folder")
+    generate("--strength", type=NOT_NEGATIVE, help="how much of the adapter counts: 0 none, 1 all (the default)")
     generate("--out", type=Path, required=True, help="wav file, or folder for a manifest")
     generate("--top-k", type=COUNT)
     generate("--top-p", type=number(float, 0, 1, above=True))
@@ -149,6 +155,8 @@ def _model_verbs(verbs: Verbs) -> None:
     evaluate("data", type=Path, help="pronunciation data, a voice-cloning manifest, or a seed-tts .lst")
     evaluate("--out", type=Path, required=True, help="folder for metrics.json, utterances.jsonl, answers")
     evaluate("--adapter", type=Path, action="append", default=[], help="may be given several times")
+    strengths = "of the adapters, each measured, such as 0,0.5,1; 0 is the base (default: 1)"
+    evaluate("--strength", type=numbers, default=(), metavar="S,S,...", help=strengths)
     evaluate("--train", type=Path, help="pronunciation: data of the mean-score baseline")
     evaluate("--tasks", nargs="+", choices=("APA", "MDD"), default=(), help="(default: both)")
     evaluate("--no-base", action="store_true", help="voices: do not let the base speak too")
@@ -186,6 +194,7 @@ def _adapter_verbs(verbs: Verbs) -> None:
     merge("--model", dest="base", help="base: hub id or folder (default: the one the adapter names)")
     _model_option(merge, "codec_path", "--codec", help="hub id or folder of the codec, recorded in merge_info.json")
     _speech_lora(merge)
+    merge("--strength", type=NOT_NEGATIVE, default=1.0, help="how much of the adapter counts (default: %(default)s)")
     merge("--dtype", choices=("float32", "bfloat16", "float16"), help="weights (default: the base's)")
     merge("--compare-models", action="store_true", help="print how base, adapter and merged differ")
     merge("--max-shard-size", default="5GB", help="largest weights file (default: %(default)s)")

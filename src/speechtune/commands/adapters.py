@@ -126,6 +126,7 @@ def run_merge(
     *,
     base: str | None = None,
     model_options: Mapping[str, str] | None = None,
+    strength: float = 1.0,
     compare_models: bool = False,
     test_input: str = TEST_INPUT,
     as_json: bool = False,
@@ -135,13 +136,13 @@ def run_merge(
 
     `storage` says how the merged model is stored: dtype, save_tokenizer and max_shard_size of `export.merge`.
     """
-    stored = open_adapter(adapter)
+    stored = open_adapter(adapter, strength)
     named = (nearby.codec for level in settings_nearby(stored.directory) for nearby in level if nearby.codec)
     options = {"codec_path": codec} if (codec := next(named, None)) else {}
     config = model_config(base, {**options, **(model_options or {})}, stored)
     report = merge(config, stored, output, compare_on=test_input if compare_models else None, **storage)
     lines = [
-        f"{adapter} + {config.model.path} -> {output}",
+        f"{adapter}{'' if strength == 1 else f' at strength {strength:g}'} + {config.model.path} -> {output}",
         f"the adapter moves the base's logits by up to {report.adapter_effect:.3g}",
         f"merged and adapter-on logits differ by up to {report.merged_difference:.1e}; greedy codes are equal",
     ]

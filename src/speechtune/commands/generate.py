@@ -12,7 +12,7 @@ from speechtune.data.prompts import read_prompts
 from speechtune.errors import ConfigError
 from speechtune.families import family_part
 from speechtune.inference.generate import answer, check_references, provenance, write_output, write_outputs
-from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.inference.load import NO_ADAPTER, load_model, model_config, open_adapter
 from speechtune.lora.prompts import as_trained
 from speechtune.types import AudioRef, Clip, GenerationOptions, Sample
 
@@ -34,6 +34,7 @@ def run_generate(
     model: str | None,
     model_options: Mapping[str, str] | None = None,
     adapter: Path | None,
+    strength: float | None,
     batch_size: int,
     cache_dir: Path,
     as_json: bool,
@@ -62,7 +63,9 @@ def run_generate(
         samples = [Sample(out.stem, text, None, clips, system, scene, source="the command line")]
     check_references(samples)
     options = GenerationOptions(**generation_options)
-    stored = open_adapter(adapter) if adapter else None
+    if strength is not None and adapter is None:
+        raise ConfigError(NO_ADAPTER)
+    stored = open_adapter(adapter, 1.0 if strength is None else strength) if adapter else None
     if model is None and stored is None:
         model, model_options = _speaking_base(model_options)
     config = model_config(model, model_options, stored)

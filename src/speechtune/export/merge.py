@@ -195,6 +195,7 @@ def _provenance(family: Family, config: RunConfig, base: nn.Module, adapter: Sto
         "lora_adapter_path": str(adapter.directory),
         "lora_adapter_sha256": adapter.sha256["weights"],
         "lora_config_sha256": adapter.sha256["config"],
+        "lora_strength": adapter.strength,
         "lora_step": training_step(adapter.directory),
         "base_prepared": family.recipe(),
         **parts,

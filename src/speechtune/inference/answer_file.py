@@ -54,10 +54,11 @@ class AnswerFile:
 def model_identity(config: RunConfig, family: Family, adapter: StoredAdapter | None) -> dict[str, Any]:
     """Identity of a model: the base as it is prepared, by path, revision and (local, without adapter) content.
 
-    Of an adapter its weights count, and its configuration, which scales them.
+    Of an adapter its weights count, and what scales them: its configuration and its strength.
     """
     model, base = config.model, Path(config.model.path)
     who: dict[str, Any] = {"model": model.path, "revision": model.revision, "prepared": family.recipe()}
     if adapter is None:
         return who | {"content": folder_fingerprint(base) if base.is_dir() else None}
-    return who | {"adapter": [adapter.sha256["weights"], adapter.sha256["config"]]}
+    scaled = {} if adapter.strength == 1 else {"strength": adapter.strength}
+    return who | {"adapter": [adapter.sha256["weights"], adapter.sha256["config"]]} | scaled

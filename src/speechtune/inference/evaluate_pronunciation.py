@@ -75,6 +75,7 @@ def evaluate_pronunciation(
     train: Path | None = None,
     model: str | None = None,
     adapter: Path | None = None,
+    strength: float = 1.0,
     model_options: Mapping[str, str] | None = None,
     out: Path,
     cache_dir: Path = Path("speechtune-cache"),
@@ -89,6 +90,7 @@ def evaluate_pronunciation(
         train: data of the mean scores, as for `training_samples`.
         model: hub id or folder; None takes the one the adapter names.
         adapter: adapter, run or checkpoint folder.
+        strength: how much of the adapter counts.
         model_options: as for `model_config`.
         out: folder of the files written.
         cache_dir: folder of the encoded clips.
@@ -105,7 +107,7 @@ def evaluate_pronunciation(
         importlib.import_module(module)
     samples = _task_samples(data, tasks)
     trained = training_samples(data, train, DataConfig())
-    stored = open_adapter(adapter) if adapter else None
+    stored = open_adapter(adapter, strength) if adapter else None
     config, family, loaded = assessor(model, stored, model_options)
     identity = model_identity(config, family, stored) | {"max_new_tokens": max_new_tokens}
     with locked(out):
@@ -117,5 +119,6 @@ def evaluate_pronunciation(
         for output in ask(batch_size=batch_size, max_tokens=max_new_tokens) if asked else ():
             answers.add(keys[output.sample_id], output.sample_id, output.text or "")
         report = evaluate_answers(samples, [answers.texts[keys[sample.id]] for sample in samples], trained)
+        report = replace(report, strength=strength if stored else None)
         write_results(report.to_json(), report.rows, out)
     return report

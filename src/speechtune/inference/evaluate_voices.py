@@ -15,7 +15,7 @@ from speechtune.errors import ConfigError
 from speechtune.family import Family, Scorers
 from speechtune.inference.answer_file import AnswerFile, model_identity
 from speechtune.inference.generate import answer, check_references, provenance
-from speechtune.inference.load import load_model, model_config, open_adapter
+from speechtune.inference.load import NO_ADAPTER, load_model, model_config, open_adapter
 from speechtune.lora.files import StoredAdapter
 from speechtune.lora.prompts import as_trained
 from speechtune.storage.lock import locked
@@ -41,12 +41,20 @@ class System:
     adapter: StoredAdapter | None
 
 
-def systems_of(model: str | None, adapters: Sequence[Path], include_base: bool) -> list[System]:
-    """The systems to compare, the base first.
+def systems_of(
+    model: str | None, adapters: Sequence[Path], include_base: bool, strengths: Sequence[float] = ()
+) -> list[System]:
+    """The systems to compare, the base first; with `strengths` each adapter at each of them, as "name@strength".
 
-    Raises ConfigError: nothing to evaluate, or two adapters of the same name.
+    Raises ConfigError: nothing to evaluate, two adapters of the same name, or strengths of no adapter.
     """
-    systems = [System("/".join(adapter.resolve().parts[-2:]), model, open_adapter(adapter)) for adapter in adapters]
+    if strengths and not adapters:
+        raise ConfigError(NO_ADAPTER)
+    systems = []
+    for adapter in adapters:
+        name, stored = "/".join(adapter.resolve().parts[-2:]), open_adapter(adapter)
+        systems += [System(f"{name}@{s:g}", model, replace(stored, strength=s)) for s in strengths]
+        systems += [] if strengths else [System(name, model, stored)]
     if include_base or not adapters:
         base = model or model_config(None, None, systems[0].adapter if systems else None).model.path
         systems.insert(0, System(BASE, base, None))
@@ -93,7 +101,8 @@ def evaluate_voices(
             prompts = as_trained(samples, system.adapter.directory if system.adapter else Path(system.model or ""))
             family = spoken.speak(system, prompts, options, model_options, cache_dir, batch_size)
             rows[system.name] = spoken.measure(prompts, family.sampling_rate, scorers)
-        comparison = compare(rows, scorers)
+        strengths = {system.name: system.adapter.strength for system in systems if system.adapter}
+        comparison = replace(compare(rows, scorers), strengths=strengths)
         write_results(comparison.to_json(), comparison.rows, out)
     return comparison
 

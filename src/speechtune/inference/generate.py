@@ -61,8 +61,8 @@ def answer(
 
 def provenance(config: RunConfig, adapter: StoredAdapter | None) -> dict[str, Any]:
     """The label of origin that is written into a generated recording."""
-    weights = adapter.sha256["weights"] if adapter else None
-    return {"generated": True, "model": config.model.path, "adapter_sha256": weights}
+    weights, strength = (adapter.sha256["weights"], adapter.strength) if adapter else (None, None)
+    return {"generated": True, "model": config.model.path, "adapter_sha256": weights, "adapter_strength": strength}
 
 
 def write_outputs(

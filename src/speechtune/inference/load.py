@@ -1,6 +1,7 @@
 """Load a base model, with or without an adapter, for inference."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ ELSEWHERE: dict[Ability, str] = {
     "assess pronunciation": "name one of Phi-4-multimodal, or an adapter trained for it",
 }
 """What to do instead with a model without an ability."""
+NO_ADAPTER = "--strength says how much of an adapter counts: name one with --adapter"
 
 
-def open_adapter(path: Path) -> StoredAdapter:
+def open_adapter(path: Path, strength: float = 1.0) -> StoredAdapter:
     """Read and check an adapter, whatever layout its names follow: its folder, or that of its run or checkpoint.
+
+    `strength` says how much of it counts where it is loaded.
 
     Raises AdapterError: as `lora.files.read_adapter`.
     """
-    return read_adapter(adapter_folder(path), adapter_layouts())
+    return replace(read_adapter(adapter_folder(path), adapter_layouts()), strength=strength)
 
 
 def model_config(

@@ -20,6 +20,7 @@ from speechtune.family import NATIVE, Family
 from speechtune.lora.base_identity import check_base
 from speechtune.lora.files import OTHER_TARGETS, StoredAdapter, adapter_folder, read_adapter
 from speechtune.lora.layouts import in_layout
+from speechtune.lora.strength import set_strength
 from speechtune.precision import PrecisionPlan
 
 ADAPTER = "default"
@@ -307,10 +308,16 @@ def fit_issues(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> list[st
 
 
 def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
-    """Put a saved adapter onto its base for inference, and refuse what PEFT only warns about.
+    """Put a saved adapter onto its base for inference at its strength, and refuse what PEFT only warns about.
 
-    Raises AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert).
+    Raises AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert);
+    a strength other than 1 of an adapter that came with another base.
     """
+    if stored.strength != 1 and str(stored.config.init_lora_weights).startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{stored.directory}: no strength but 1: {stored.config.init_lora_weights} changed the base's weights when "
+            "the training began, so less of the adapter is not nearer to the base"
+        )
     config = copy.deepcopy(stored.config)
     config.inference_mode = True
     try:
@@ -326,6 +333,7 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
         reason = stored.layout_hint or f"the adapter does not belong to this base: {'; '.join(issues[:3])}"
         raise AdapterError(f"{stored.directory}: {reason}")
     set_peft_model_state_dict(loaded, dict(stored.tensors), ADAPTER)
+    set_strength(loaded, ADAPTER, stored.strength)
     activate(loaded)
     return loaded.eval()
 

@@ -51,6 +51,7 @@ class StoredAdapter:
         tensors: its weights under the names they have on disk.
         layout: what its names follow: NATIVE, or a layout that a family offers; None for neither.
         identity: the base it was trained on; None for adapters of other tools.
+        strength: how much of it counts on a model, see `lora.strength`.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class StoredAdapter:
     tensors: Mapping[str, torch.Tensor]
     layout: str | None
     identity: BaseRecipe | None
+    strength: float = 1.0
 
     @property
     def layout_hint(self) -> str:

@@ -482,3 +482,18 @@ def test_the_file_of_answers_survives_a_kill_while_it_is_opened(tmp_path: Path) 
     assert AnswerFile(file, {"model": "a"}).texts == {"k": "line\nbreak \N{LATIN SMALL LETTER E WITH ACUTE}"}
     assert AnswerFile(file, {"model": "b"}).texts == {}
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["answers.jsonl", "answers.old.jsonl"]
+
+
+def test_evaluate_sweeps_an_adapter(run: Run, corpus: Path, tmp_path: Path, phi4_run: Outcome) -> None:
+    """At 0 the answers are those of the base, at 1 those of the adapter; each strength has a folder of its own."""
+    words = ("evaluate", corpus / "train", "--tasks", "MDD", "--max-new-tokens", 40, "--json")
+    _, base, _ = run(*words, "--out", tmp_path / "base", "--model", phi4_run.job.config.model.path, adapter=None)
+    _, full, _ = run(*words, "--out", tmp_path / "full")
+    code, printed, _ = run(*words, "--out", tmp_path / "sweep", "--strength", "0,1")
+    none, all_of_it = json.loads(printed)["strengths"]
+    assert code == 0 and (none["strength"], all_of_it["strength"]) == (0, 1)
+    assert all_of_it == json.loads(full) and none["mdd"] != all_of_it["mdd"]
+    assert none["mdd"] == json.loads(base)["mdd"]
+    assert json.loads((tmp_path / "sweep" / "strength-0" / "metrics.json").read_text()) == none
+    code, printed, _ = run(*words[:-1], "--out", tmp_path / "sweep", "--strength", "0,1")
+    assert code == 0 and "strength 0" in printed and "strength 1" in printed

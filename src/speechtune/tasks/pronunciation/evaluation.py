@@ -104,6 +104,7 @@ class EvaluationReport:
     """All figures of one evaluation: `apa` and `mdd` are None without samples of the task, `notes` say what is missing.
 
     `groups`: "speaker", "age_group" and "gender" -> group -> a few figures over the answers that could be read.
+    `strength` is that of the adapter; None without one.
     """
 
     apa: ApaFigures | None
@@ -111,6 +112,7 @@ class EvaluationReport:
     groups: dict[str, dict[str, dict[str, Any]]]
     notes: tuple[str, ...]
     rows: tuple[UtteranceRow, ...] = field(repr=False)
+    strength: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All but the rows as a plain dict; what is not defined is None."""

@@ -58,13 +58,17 @@ class SystemFigures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All systems by name, the baseline first; `rows` of all, names of the `scorers`, and of what is `missing`."""
+    """All systems by name, the baseline first; `rows` of all, names of the `scorers`, and of what is `missing`.
+
+    `strengths`: of the adapters, by the system's name.
+    """
 
     prompts: int
     systems: dict[str, SystemFigures]
     scorers: dict[str, str]
     missing: tuple[str, ...]
     rows: tuple[VoiceRow, ...] = field(repr=False)
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All but the rows as a plain dict; what is not defined is None."""
