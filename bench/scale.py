@@ -100,7 +100,7 @@ def run_first_batch(manifest: Path) -> None:
 class FrameCounter:
     """The part of a family that turns clips into features; no model, so that only the toolkit is measured."""
 
-    name, encode_key, sampling_rate = "frame counter", "bench of scale", 8000
+    name, encode_key, sampling_rate, reference_encoder = "frame counter", "bench of scale", 8000, None
 
     def clips(self, sample: Any) -> tuple[Any, ...]:
         """References first."""

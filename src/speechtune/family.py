@@ -44,14 +44,32 @@ class AdapterLayout:
     from_native: Callable[[str], str]
 
 
-class Family(Protocol):
-    """What one model family provides; those that follow inherit it, for the methods with a body are what most want."""
+class ClipEncoder(Protocol):
+    """What makes features of clips: the only expensive step, and the one whose results the cache keeps."""
 
     name: str
-    heads: tuple[str, ...]
-    """Names of the losses, in the order they are shown."""
     sampling_rate: int
     """Rate in Hz at which `encode_audio` wants its audio."""
+
+    @property
+    def encode_key(self) -> str:
+        """Identity of the features: codec or feature extractor, revision, and all that changes their result."""
+        ...
+
+    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
+        """The audio of a sample that it encodes, in the order `Family.encode` wants its features."""
+        ...
+
+    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
+        """Features of clips (codec codes, log-mel), of each by itself."""
+        ...
+
+
+class Family(ClipEncoder, Protocol):
+    """What one model family provides; those that follow inherit it, for the methods with a body are what most want."""
+
+    heads: tuple[str, ...]
+    """Names of the losses, in the order they are shown."""
     abilities: frozenset[Ability]
     """What a model of the family can be asked for."""
     pipeline_tag: str
@@ -74,9 +92,9 @@ class Family(Protocol):
     """Part of a parameter's name -> component of the model; the first that fits counts, what fits none is a norm."""
 
     @property
-    def encode_key(self) -> str:
-        """Identity of the audio encoding: codec or feature extractor, revision, and all that changes its result."""
-        ...
+    def reference_encoder(self) -> ClipEncoder | None:
+        """Makes a second kind of features, of a sample's references; None where the first kind is all."""
+        return None
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base model in the plan's dtype, frozen or not left to the caller."""
@@ -122,9 +140,20 @@ class Family(Protocol):
         """
         return None
 
-    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> list[Issue]:
-        """What an adapter, made by any tool, changes that none of the family may; warnings where that does no harm."""
+    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], directory: Path) -> list[Issue]:
+        """What an adapter, made by any tool, changes that none of the family may, or lacks in its `directory`.
+
+        Warnings where that does no harm.
+        """
         return []
+
+    def add_to_base(self, model: nn.Module, adapter: Path | None, *, training: bool = False) -> None:
+        """Attach the modules that the recipe adds to the base (`lora.additions`), once an adapter of ours is on it.
+
+        Their weights are those in the folder of the `adapter`, else those beside the base; fresh ones are for training.
+
+        Raises AdapterError: they are missing, or there though the recipe adds none.
+        """
 
     def recipe(self) -> dict[str, Any]:
         """How the base is prepared and asked, beyond its path: an adapter is sound only on the same again."""
@@ -138,16 +167,8 @@ class Family(Protocol):
         """The sample as a question: without the answer that training learns."""
         ...
 
-    def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
-        """The audio of a sample in the order `encode` wants its features."""
-        ...
-
-    def encode_audio(self, audios: Sequence[Audio]) -> list[np.ndarray]:
-        """Turn clips into features (codec codes, log-mel); the only expensive step, cached on disk."""
-        ...
-
     def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
-        """Assemble prompt ids and features; the same code path as inference."""
+        """Assemble prompt ids and features, those of `reference_encoder` last; the same code path as inference."""
         ...
 
     def collate(self, items: Sequence[Encoded]) -> Batch:

@@ -8,7 +8,7 @@ import os
 import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ class FakeFamily:
     name: str = "fake"
     sampling_rate: int = SAMPLING_RATE
     encode_key: str = "fake-1"
+    reference_encoder: Any = None
     groups: list[int] = field(default_factory=list)
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:

@@ -28,8 +28,9 @@ Configure = Callable[..., RunConfig]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def greatest_difference(one: Path, other: Path) -> float:

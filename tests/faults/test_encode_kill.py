@@ -34,7 +34,7 @@ clips, root, log = map(Path, sys.argv[1:])
 descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 class SlowFamily:
-    name, sampling_rate, encode_key = "slow", 16_000, "slow-1"
+    name, sampling_rate, encode_key, reference_encoder = "slow", 16_000, "slow-1", None
     def clips(self, sample):
         return (sample.audio,)
     def encode_audio(self, audios):

@@ -62,6 +62,7 @@ class RawFamily:
     name: str = "raw"
     sampling_rate: int = 16_000
     encode_key: str = "raw-1"
+    reference_encoder: None = None
 
     def clips(self, sample: Sample) -> tuple[AudioRef, ...]:
         targets = () if sample.audio is None else (sample.audio,)

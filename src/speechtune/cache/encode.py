@@ -12,7 +12,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from speechtune.audio import content_hash, read_audio
-from speechtune.cache.encoded_set import EncodedSet, EncodeReport
+from speechtune.cache.encoded_set import EncodedSet, EncodeReport, ReferenceFeatures
 from speechtune.cache.packed_map import CLIP_KEY_BYTES, ClipKeys, PackedMap, short_key
 from speechtune.cache.store import FeatureStore, read_json_lines
 from speechtune.errors import AudioError, Issue, ManifestError, some
-from speechtune.family import Family
+from speechtune.family import ClipEncoder, Family
 from speechtune.types import Audio, AudioRef, Sample
 
 LOG_SECONDS = 10.0
@@ -123,7 +123,8 @@ def encode_samples(
     """Encode every distinct clip of `samples` that is not in the cache under `root` yet, and return the set.
 
     Args:
-        family: its `encode_audio` must not let one clip of a group change the features of another.
+        family: its `encode_audio` must not let one clip of a group change the features of another. What it has besides
+            for references (`reference_encoder`) is encoded after its own features, and kept apart from them.
         samples: validated samples; targets and references are taken alike.
         root: cache folder.
         allow_urls: fetch clips given as URL.
@@ -135,6 +136,25 @@ def encode_samples(
     Raises ManifestError: clips that could not be read or encoded, all of them; the others are encoded and kept;
     ConfigError: the cache cannot be written.
     """
+    encode = partial(_encode, samples, root, allow_urls, group_size, shard, verify, quiet)
+    store, keys, report = encode(family)
+    if (encoder := family.reference_encoder) is None:
+        return EncodedSet(family, tuple(samples), store, keys, report)
+    heard, heard_keys, more = encode(encoder)
+    return EncodedSet(family, tuple(samples), store, keys, report.plus(more), ReferenceFeatures(heard, heard_keys))
+
+
+def _encode(
+    samples: Sequence[Sample],
+    root: Path,
+    allow_urls: bool,
+    group_size: int,
+    shard: tuple[int, int] | None,
+    verify: bool,
+    quiet: bool,
+    family: ClipEncoder,
+) -> tuple[FeatureStore, ClipKeys, EncodeReport]:
+    """`encode_samples` for one kind of features."""
     started = time.monotonic()
     with FeatureStore(root, family.encode_key) as store:
         if verify:
@@ -162,7 +182,7 @@ def encode_samples(
         raise ManifestError(f"{len(issues)} clip(s) cannot be encoded; repair or remove them:\n{lines}", issues)
     elapsed = time.monotonic() - started
     report = EncodeReport(len(distinct), len(share), len(distinct) - len(missing), seconds, elapsed, dict(left))
-    return EncodedSet(family, tuple(samples), store, keys, report)
+    return store, keys, report
 
 
 def _shard_of(key: str, num_shards: int) -> int:
@@ -170,7 +190,7 @@ def _shard_of(key: str, num_shards: int) -> int:
     return int(key[:8], 16) % num_shards
 
 
-def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -> _Clips:
+def _find_clips(family: ClipEncoder, samples: Sequence[Sample], hasher: ClipHasher) -> _Clips:
     """The clips of all samples, each hashed once."""
     numbers: dict[AudioRef, int] = {}
     uses, ends = array("i"), array("i")  # 4 bytes a use, where a list takes 36
@@ -190,7 +210,7 @@ def _find_clips(family: Family, samples: Sequence[Sample], hasher: ClipHasher) -
 
 
 def _issues(
-    family: Family, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
+    family: ClipEncoder, samples: Sequence[Sample], keys: Sequence[tuple[str, ...]], reasons: Mapping[_Clip, str]
 ) -> tuple[Issue, ...]:
     """One issue for each clip that failed, with the samples that need it."""
     users: dict[str | AudioRef, dict[str, str]] = {clip.key or clip.ref: {} for clip in reasons}
@@ -236,7 +256,7 @@ def _read_ahead(
 
 
 def _encode_group(
-    family: Family, store: FeatureStore, group: Sequence[_Clip], audios: Sequence[Audio | str]
+    family: ClipEncoder, store: FeatureStore, group: Sequence[_Clip], audios: Sequence[Audio | str]
 ) -> tuple[dict[_Clip, str], float]:
     """Encode and store one group; return why some of its clips cannot be, and the seconds of audio encoded."""
     reasons = {clip: audio for clip, audio in zip(group, audios, strict=True) if isinstance(audio, str)}
@@ -252,7 +272,7 @@ def _encode_group(
     return reasons, seconds
 
 
-def _features(family: Family, audios: Sequence[Audio]) -> list[np.ndarray | str]:
+def _features(family: ClipEncoder, audios: Sequence[Audio]) -> list[np.ndarray | str]:
     """Features of each clip, or the reason why there are none; a group that fails is tried clip by clip."""
     if not audios:
         return []

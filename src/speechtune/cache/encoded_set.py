@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -28,6 +30,20 @@ class EncodeReport:
     seconds: float
     shards_left: Mapping[int, int] = field(default_factory=dict)
 
+    def plus(self, other: Self) -> Self:
+        """Both together, for two kinds of features of the same clips."""
+        left = Counter(self.shards_left) + Counter(other.shards_left)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in asdict(self) if name != "shards_left"}
+        return replace(self, **sums, shards_left=dict(left))
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFeatures:
+    """The second kind of features of a set: of each sample's references (`Family.reference_encoder`)."""
+
+    store: FeatureStore
+    keys: Sequence[tuple[str, ...]]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodedSet(Sequence[Encoded]):
@@ -38,6 +54,7 @@ class EncodedSet(Sequence[Encoded]):
     store: FeatureStore
     keys: Sequence[tuple[str, ...]]
     report: EncodeReport
+    references: ReferenceFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -46,17 +63,30 @@ class EncodedSet(Sequence[Encoded]):
         return self.family.encode(self.samples[index], self.features(index))
 
     def features(self, index: int) -> list[np.ndarray]:
-        """The features of a sample's clips, read-only, in the order of `family.clips`.
+        """The features of a sample's clips, read-only, in the order of `family.clips`; then the second kind.
 
         `ManifestError` if one is not encoded (another rank's share), `AudioError` if it is damaged.
         """
-        try:
-            return [self.store.get(key) for key in self.keys[index]]
-        except KeyError as error:
-            raise ManifestError(
-                f"sample {self.samples[index].id}: clip {error.args[0]} is not in {self.store.folder}; "
-                "encode the set again, and let every rank finish its share before training"
-            ) from None
+        return self._features(index, None)
+
+    def prompt_features(self, index: int) -> list[np.ndarray]:
+        """The same without those of the answer's clip."""
+        return self._features(index, len(self.family.clips(self.family.prompt(self.samples[index]))))
+
+    def _features(self, index: int, num_clips: int | None) -> list[np.ndarray]:
+        wanted = [(self.store, self.keys[index][:num_clips])]
+        if self.references:
+            wanted.append((self.references.store, self.references.keys[index]))
+        found = []
+        for store, keys in wanted:
+            try:
+                found += [store.get(key) for key in keys]
+            except KeyError as error:
+                raise ManifestError(
+                    f"sample {self.samples[index].id}: clip {error.args[0]} is not in {store.folder}; "
+                    "encode the set again, and let every rank finish its share before training"
+                ) from None
+        return found
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,7 +101,8 @@ class EncodedSet(Sequence[Encoded]):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that the set is made of; a resumed run compares it to refuse a changed dataset."""
-        digest = hashlib.sha256(self.family.encode_key.encode())
+        digest = hashlib.sha256(self.store.encode_key.encode())
+        digest.update(self.references.store.encode_key.encode() if self.references else b"")
         for sample, keys in zip(self.samples, self.keys, strict=True):
             references = [clip.text for clip in sample.references]
             prompt = [sample.system, sample.scene, sample.speaker, sample.language]

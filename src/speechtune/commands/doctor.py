@@ -22,6 +22,7 @@ from speechtune.commands import print_json, wide_console
 from speechtune.config import RunConfig
 from speechtune.errors import SpeechtuneError
 from speechtune.families import create_family, load_config
+from speechtune.lora.additions import addition_state
 from speechtune.lora.apply import (
     apply_lora,
     count_by_component,
@@ -159,7 +160,10 @@ class Trial:
 
     def _with_lora(self, model: nn.Module) -> nn.Module:
         settings, seed = self.config.lora, self.config.train.seed
-        return apply_lora(model, self.family, settings, seed, self.initial) if settings.enabled else model
+        if settings.enabled:
+            model = apply_lora(model, self.family, settings, seed, self.initial)
+        self.family.add_to_base(model, self.initial.directory if self.initial else None, training=True)
+        return model
 
     @cached_property
     def initial(self) -> StoredAdapter | None:
@@ -212,7 +216,7 @@ class Trial:
         """One real forward pass, backward pass and optimizer step."""
         config, model = self.config, self.model
         parameters = trainable(model)
-        guards.check_trainable(parameters, lora=config.lora.enabled)
+        guards.check_trainable(parameters, lora=config.lora.enabled, additions=[n for n, _, _ in addition_state(model)])
         batch = self.family.collate([self.encoded[i] for i in range(len(self.encoded))])
         guards.check_targets(batch, "doctor")
         counts = {head: float(count) for head, count in batch.target_counts.items()}
@@ -242,6 +246,7 @@ class Trial:
                 return "the full model reads back bit for bit"
             trained, _ = self.family.probe(self.model.eval())
             fresh = load_adapter(self.family.load(self.plan), read_adapter(saved))
+            self.family.add_to_base(fresh, saved)
             difference = float((self.family.probe(fresh)[0] - trained).abs().max())
         guards.check_equal(difference, 0.0, "the reloaded adapter")
         return f"reads back bit for bit; logits differ by {difference:.1e}"

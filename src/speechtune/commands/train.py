@@ -38,8 +38,10 @@ def show_plan(config: RunConfig) -> int:
         return 0
     family = create_family(config)
     model = family.skeleton()
+    initial = open_initial(family, config.lora)
     if config.lora.enabled:
-        model = apply_lora(model, family, config.lora, config.train.seed, open_initial(family, config.lora))
+        model = apply_lora(model, family, config.lora, config.train.seed, initial)
+    family.add_to_base(model, initial.directory if initial else None, training=True)
     print(config.to_yaml())
     show_counts(model, family, wide_console())
     return 0

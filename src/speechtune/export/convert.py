@@ -18,7 +18,15 @@ from speechtune.families import adapter_layouts, create_family
 from speechtune.family import NATIVE
 from speechtune.inference.load import model_config, open_adapter
 from speechtune.lora.apply import load_adapter
-from speechtune.lora.files import CARD_NAME, KEY_PREFIX, StoredAdapter, lora_module, write_adapter
+from speechtune.lora.files import (
+    CARD_NAME,
+    KEY_PREFIX,
+    StoredAdapter,
+    addition_files,
+    lora_module,
+    read_tensors,
+    write_adapter,
+)
 from speechtune.lora.layouts import in_layout
 from speechtune.precision import plan_precision
 from speechtune.storage.verified_folder import write_verified
@@ -67,19 +75,23 @@ def convert(adapter: Path, output: Path, to: str, *, base: str | None = None) ->
         converted.config.base_model_name_or_path = base
     config, reason = (None, "nothing was renamed") if stored.layout == to else _comparable(stored, base)
     difference = effect = None
+    beside = addition_files(stored.directory)
+    tensors = {name: tensor for file in beside for name, tensor in read_tensors(file).items()}
 
     def write(aside: Path) -> None:
         nonlocal difference, effect
         write_adapter(aside, converted.config, converted.tensors)
         if (stored.directory / CARD_NAME).is_file():
             shutil.copyfile(stored.directory / CARD_NAME, aside / CARD_NAME)
+        for file in beside:
+            shutil.copyfile(file, aside / file.name)
         if issues := verify_adapter(aside, look_up_base=to == NATIVE).issues:
             raise AdapterError(f"{stored.directory}: cannot be converted to {to}: " + "; ".join(issues))
         if config:
             native, other = (converted, stored) if to == NATIVE else (in_layout(stored, NATIVE, layouts), converted)
             difference, effect = _compare_layouts(config, native, other, layouts[str(other.layout)].to_native)
 
-    write_verified(output, write, converted.tensors)
+    write_verified(output, write, {**converted.tensors, **tensors})
     old, new = stored.config.target_modules, converted.config.target_modules
     return ConvertReport(
         str(output),

@@ -23,6 +23,7 @@ from speechtune.errors import AdapterError, CheckpointError
 from speechtune.export.verify import training_step
 from speechtune.families import create_family
 from speechtune.family import NATIVE, Family
+from speechtune.lora.additions import addition_state, save_additions
 from speechtune.lora.apply import adapter_off, load_adapter, load_base, model_tensors, plain_model
 from speechtune.lora.files import StoredAdapter
 from speechtune.lora.layouts import in_layout
@@ -100,6 +101,7 @@ def merge(
     check_writable(output.parent, count * stored_dtype.itemsize)
     facts = _provenance(family, config, base, adapter)
     model = load_adapter(base, in_layout(adapter, NATIVE, family.adapter_layouts))
+    family.add_to_base(model, adapter.directory)
     merged, report = _merge_checked(family, model, compare_on, _tokenize(config, compare_on) if compare_on else None)
     merged = cast(Any, merged.to(stored_dtype))
     measured = asdict(report)
@@ -110,7 +112,10 @@ def merge(
         vars(merged.generation_config).pop(name, None)
 
     def write(aside: Path) -> None:
-        merged.save_pretrained(aside, max_shard_size=max_shard_size)
+        beside = {place for place, _, _ in addition_state(merged)}
+        base = {name: tensor for name, tensor in merged.state_dict().items() if name not in beside}
+        merged.save_pretrained(aside, state_dict=base if beside else None, max_shard_size=max_shard_size)
+        save_additions(merged, aside)
         if save_tokenizer:
             family.save_assets(aside)
         if (prompts := adapter.directory / PROMPTS_NAME).is_file():

@@ -220,7 +220,7 @@ def _check_base(stored: StoredAdapter, base: str | None, named: str | None) -> l
         return [CheckResult("base", "issue", stored.layout_hint)]
     found = [
         CheckResult("parts", "issue" if issue.severity == "error" else "warning", issue.message)
-        for issue in family.adapter_issues(stored.config, stored.tensors)
+        for issue in family.adapter_issues(stored.config, stored.tensors, stored.directory)
     ]
     empty = copy.deepcopy(stored.config)
     empty.init_lora_weights = False  # some initialisations decompose the base's weights, which are not there

@@ -61,4 +61,4 @@ def model_identity(config: RunConfig, family: Family, adapter: StoredAdapter | N
     if adapter is None:
         return who | {"content": folder_fingerprint(base) if base.is_dir() else None}
     scaled = {} if adapter.strength == 1 else {"strength": adapter.strength}
-    return who | {"adapter": [adapter.sha256["weights"], adapter.sha256["config"]]} | scaled
+    return who | {"adapter": list(adapter.sha256.values())} | scaled

@@ -76,4 +76,5 @@ def load_model(
     model = load_base(family, plan, adapter)
     if adapter is not None:
         model = load_adapter(model, adapter)
+    family.add_to_base(model, adapter.directory if adapter else None)
     return family, model.eval()

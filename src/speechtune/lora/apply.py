@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from speechtune.config import LoraSettings
 from speechtune.errors import AdapterError, ConfigError
 from speechtune.family import NATIVE, Family
+from speechtune.lora.additions import addition_state, addition_tensors
 from speechtune.lora.base_identity import check_base
 from speechtune.lora.files import OTHER_TARGETS, StoredAdapter, adapter_folder, read_adapter
 from speechtune.lora.layouts import in_layout
@@ -95,7 +96,7 @@ def require_usable(family: Family, stored: StoredAdapter) -> None:
     Raises AdapterError: it changes what none of the family may; ConfigError: its base could have been prepared in
     several ways, none of them named.
     """
-    issues = family.adapter_issues(stored.config, stored.tensors)
+    issues = family.adapter_issues(stored.config, stored.tensors, stored.directory)
     if refused := [issue.message for issue in issues if issue.severity == "error"]:
         raise AdapterError(f"{stored.directory}: {'; '.join(refused)}")
     if stored.identity is None and (question := family.unclear_base(stored.tensors)):
@@ -264,9 +265,10 @@ def frozen(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 def count_by_component(model: nn.Module, family: Family) -> list[ComponentCount]:
     """Parameters of the base, and trainable ones, of each component of the model, largest first."""
     totals: dict[str, list[int]] = {}
+    added = {place for place, _, _ in addition_state(model)}
     for name, parameter in model.named_parameters():
         row = totals.setdefault(family.component(name), [0, 0])
-        row[0] += 0 if "lora_" in name else parameter.numel()
+        row[0] += 0 if "lora_" in name or name in added else parameter.numel()
         row[1] += parameter.numel() if parameter.requires_grad else 0
     ordered = sorted(totals.items(), key=lambda item: -item[1][0])
     return [ComponentCount(component, total, trained) for component, (total, trained) in ordered]
@@ -344,7 +346,7 @@ def model_tensors(model: nn.Module, state: Mapping[str, torch.Tensor] | None = N
     `state` holds the model's tensors at another moment, by its own names; None takes those it has now.
     """
     if isinstance(model, PeftModel):
-        return adapter_state(model, state)
+        return adapter_state(model, state) | addition_tensors(model, state)
     tensors = saved_once(model, model.state_dict() if state is None else state)
     # transformers renames what a newer class has moved, so that files keep the names that older releases know.
     return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors

@@ -75,10 +75,11 @@ class StoredAdapter:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """Hashes of its two files: "weights" and "config", which scales them."""
+        """Hashes of its files: "weights", "config", which scales them, and what lies beside them by name."""
         return {
             "weights": file_sha256(weights_file(self.directory)),
             "config": file_sha256(self.directory / CONFIG_NAME),
+            **{path.name: file_sha256(path) for path in addition_files(self.directory)},
         }
 
 
@@ -121,9 +122,15 @@ def read_adapter(directory: Path, layouts: Mapping[str, AdapterLayout] | None = 
     return StoredAdapter(directory, config, tensors, layout_of(tensors, layouts or {}), read_recipe(directory))
 
 
+def addition_files(directory: Path) -> list[Path]:
+    """The weights in an adapter's folder that are not the adapter's own (`lora.additions`)."""
+    return [path for path in sorted(directory.glob("*.safetensors")) if path.name != WEIGHTS_NAME]
+
+
 def manifest_issues(directory: Path) -> list[Issue]:
     """Differences between an adapter's config and weights and what its folder's MANIFEST.json says of them."""
-    return verify_folder(directory, {CONFIG_NAME, weights_file(directory).name})
+    beside = {path.name for path in addition_files(directory)}
+    return verify_folder(directory, {CONFIG_NAME, weights_file(directory).name, *beside})
 
 
 def read_config(directory: Path) -> LoraConfig:

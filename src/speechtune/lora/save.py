@@ -1,7 +1,7 @@
 """Save the LoRA adapter of any training script: unwrapped, checked, written, read back, compared."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
 from speechtune.errors import AdapterError, CheckpointError, SpeechtuneError
+from speechtune.lora.additions import addition_tensors, save_additions
 from speechtune.lora.base_identity import RECIPE_NAME
 from speechtune.lora.files import BIN_NAME, CARD_NAME, CONFIG_NAME, FOLDER_NAME, WEIGHTS_NAME
 from speechtune.lora.prompts import PROMPTS_NAME
@@ -68,12 +69,14 @@ def save_lora_adapters(
         state = named_state(peft_model, name, save_embedding_layers, state_dict)
         embeddings = len(state) > len(named_state(peft_model, name, False, state_dict))
         _check_state(state, allow_untrained)
-        _prepare_place(directory, state, replace)
+        beside = addition_tensors(peft_model, state_dict)
+        _prepare_place(directory, state, replace, {name.partition(".")[0] for name in beside})
         texts = {**(notes or {}), **({} if model_card is None else {CARD_NAME: model_card})}
-        tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()}
+        tensors = {key.replace(COMPILED_PART, ""): tensor for key, tensor in state.items()} | beside
 
         def write(aside: Path) -> None:
             _write(peft_model, name, aside, embeddings, state_dict)
+            save_additions(peft_model, aside, state_dict)
             for file_name, text in texts.items():
                 (aside / file_name).write_text(text, encoding="utf-8")
 
@@ -193,12 +196,15 @@ def log_adapter(state: Mapping[str, torch.Tensor]) -> int:
     return moved
 
 
-def _prepare_place(directory: Path, state: Mapping[str, torch.Tensor], replace: bool) -> None:
-    """Prove that the folder can be written and replaces nothing but an older adapter."""
+def _prepare_place(
+    directory: Path, state: Mapping[str, torch.Tensor], replace: bool, additions: Collection[str]
+) -> None:
+    """Prove that the folder can be written and replaces nothing but an older adapter, with `additions` or without."""
     if directory.exists():
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: a file stands where a folder should be: remove it or save elsewhere")
-        others = sorted(path.name for path in directory.iterdir() if path.name not in ADAPTER_FILES)
+        own = ADAPTER_FILES | {f"{name}.safetensors" for name in additions}
+        others = sorted(path.name for path in directory.iterdir() if path.name not in own)
         if others:
             raise CheckpointError(
                 f"{directory}: holds more than an adapter ({', '.join(others[:5])}) and will not be replaced; name "

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speechtune.errors import CheckpointError
+from speechtune.lora.additions import addition_state, save_additions
 from speechtune.lora.apply import ADAPTER, model_tensors, saved_once, trainable
 from speechtune.lora.files import WEIGHTS_NAME, in_checkpoint
 from speechtune.lora.save import log_adapter
@@ -131,7 +132,12 @@ def save_weights(
             str(directory), save_embedding_layers=False, state_dict=state, selected_adapters=[ADAPTER]
         )
     else:
-        cast(PreTrainedModel, model).save_pretrained(directory, state_dict=None if state is None else dict(state))
+        beside = {place for place, _, _ in addition_state(model)}
+        if beside and state is None:
+            state = weights_of(model)
+        base = None if state is None else {name: tensor for name, tensor in state.items() if name not in beside}
+        cast(PreTrainedModel, model).save_pretrained(directory, state_dict=base)
+    save_additions(model, directory, state)
     for name, text in notes.items():
         (directory / name).write_text(text, encoding="utf-8")
 
@@ -150,7 +156,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
         return saved_once(model, model.state_dict())
     # PEFT stores the buffers of modules_to_save with them
     buffers = {name: buffer for name, buffer in model.named_buffers() if "modules_to_save" in name}
-    return {name: parameter.detach() for name, parameter in trainable(model).items()} | buffers
+    beside = {place: tensor for place, _, tensor in addition_state(model)}
+    return {name: parameter.detach() for name, parameter in trainable(model).items()} | buffers | beside
 
 
 def cpu_copy(value: Any, *, keep: bool = True) -> Any:

@@ -71,8 +71,7 @@ class SampleGenerator:
         for start in range(0, len(self.chosen), size):
             prompts = []
             for index in self.chosen[start : start + size]:
-                prompt = self.family.prompt(self.encoded.samples[index])
-                prompts.append((prompt, self.encoded.features(index)[: len(self.family.clips(prompt))]))
+                prompts.append((self.family.prompt(self.encoded.samples[index]), self.encoded.prompt_features(index)))
             outputs += self.family.generate(model, prompts, options)
         return outputs
 

@@ -4,7 +4,7 @@ Each raises `TrainingError`, which names what was seen, where, and what to do; s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,12 +16,13 @@ from speechtune.types import Batch
 ADAPTER_MARKS = ("lora_", "modules_to_save", "trainable_tokens")
 
 
-def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool) -> None:
-    """Before training: something is trainable, with LoRA only the adapter is, and all of it in float32."""
+def check_trainable(parameters: Mapping[str, nn.Parameter], *, lora: bool, additions: Collection[str] = ()) -> None:
+    """Before training: something is trainable, with LoRA only adapter and `additions` are, and all of it in float32."""
     if not parameters:
         raise TrainingError("nothing is trainable: every parameter is frozen, so the run would change nothing")
     if lora:
-        accidental = [name for name in parameters if not any(mark in name for mark in ADAPTER_MARKS)]
+        others = (name for name in parameters if name not in additions)
+        accidental = [name for name in others if not any(mark in name for mark in ADAPTER_MARKS)]
         if accidental:
             raise TrainingError(
                 f"{len(accidental)} parameters of the base are trainable beside the adapter ({some(accidental)}); "
@@ -94,6 +95,25 @@ def check_reached(parameters: Mapping[str, nn.Parameter], where: str) -> None:
         raise TrainingError(
             f"{where}: no gradient reached {len(unreached)} lora_B ({some(unreached)}): these adapters are attached "
             "where the loss does not pass; narrow lora.targets"
+        )
+
+
+def still_unreached(parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> set[str]:
+    """Those of the named parameters that this step's gradient does not reach."""
+    gradients = {name: parameters[name].grad for name in sorted(names)}
+    return {name for name, grad in gradients.items() if grad is None or not bool(gather(grad).any())}
+
+
+def check_additions_reached(unreached: Collection[str], steps: int, enough: int) -> None:
+    """Within `enough` steps a gradient has reached every tensor that is trained beside the adapter.
+
+    Not at the first one: a gate that starts at zero lets nothing through to what lies behind it, and not every sample
+    has what the module is for.
+    """
+    if unreached and steps >= enough:
+        raise TrainingError(
+            f"step {steps}: no gradient has reached {len(unreached)} tensors beside the adapter so far "
+            f"({some(sorted(unreached))}): does the data hold what they are for?"
         )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from speechtune.config import TrainConfig
 from speechtune.errors import CheckpointError
+from speechtune.lora.additions import addition_state
 from speechtune.lora.apply import trainable
 from speechtune.storage.verified_folder import prune
 from speechtune.tensors import checksums, gather, rng_state, set_rng_state
@@ -91,7 +92,9 @@ class Run:
         objective = Objective(job.model, job.family, job.precision, config.train.head_weights)
         self.engine = Engine(objective, accelerator, config.speed.parallel, defer=config.lora.enabled)
         self.parameters = trainable(job.model)
-        guards.check_trainable(self.parameters, lora=config.lora.enabled)
+        additions = [place for place, _, _ in addition_state(job.model) if place in self.parameters]
+        guards.check_trainable(self.parameters, lora=config.lora.enabled, additions=additions)
+        self.unreached = set(additions)
         self.plan = BatchPlan.of(config, job.train_set.lengths, accelerator.num_processes)
         self.loader = BatchLoader(config, self.plan, job.train_set, accelerator.process_index, device)
         self.total_steps = config.train.max_steps or self.plan.num_steps(config.train.epochs)
@@ -128,6 +131,7 @@ class Run:
                     batches = self.loader.take(step)
                 record = self._step(step, batches)
                 first_losses = first_losses or record.losses
+                guards.check_additions_reached(self.unreached, step + 1, max(2, self.plan.num_steps(1)))
                 tracker.write(record, self.total_steps)
                 self.state = replace(self.state, step=step + 1, epoch=record.epoch, losses=dict(record.losses))
                 stop = sum_over_ranks(self.accelerator, [{"signal": float(interruption.signal)}])["signal"] > 0
@@ -159,7 +163,7 @@ class Run:
         identity, force = self.state.identity, self.config.checkpoint.force
         state = restore(self.job.checkpoint, self.parts, identity, self.accelerator.process_index, force=force)
         self.state = replace(state, total_steps=self.total_steps, identity=identity)
-        self.unproven = False  # its first step lies in the run before
+        self.unproven, self.unreached = False, set()  # its first step lies in the run before
 
     def _step(self, step: int, batches: Sequence[Batch]) -> Record:
         started, heads = time.monotonic() - self.watch.last["data"], self.job.family.heads
@@ -237,6 +241,8 @@ class Run:
         prove = self.unproven and not self.skipped  # the first step that the optimizer really takes
         if prove and self.config.lora.enabled:
             guards.check_reached(self.parameters, where)
+        if self.unreached and not self.skipped:
+            self.unreached = guards.still_unreached(self.parameters, self.unreached)
         before = checksums(self.parameters) if prove else {}
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -32,6 +32,7 @@ from speechtune.errors import ConfigError
 from speechtune.families import create_family
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.family import Family
+from speechtune.lora.additions import additions
 from speechtune.lora.apply import (
     apply_lora,
     count_by_component,
@@ -102,6 +103,9 @@ def prepare(config: RunConfig, accelerator: Accelerator, family: Family | None =
         model = apply_lora(model, family, lora, config.train.seed, initial)
     elif config.train.freeze:
         freeze(model, config.train.freeze)
+    family.add_to_base(model, checkpoint or (initial.directory if initial else None), training=True)
+    if additions(model):
+        identity["additions"] = family.recipe()
     origin = _origin(config, checkpoint, initial, model)
     notes[CARD_NAME] = model_card(config, family, train_set, origin)
     if config.train.gradient_checkpointing is True:

@@ -16,6 +16,7 @@ from speechtune import __version__
 from speechtune.config import RunConfig
 from speechtune.errors import TrainingError
 from speechtune.family import Family
+from speechtune.lora.additions import addition_state
 from speechtune.lora.apply import frozen, lora_b, trainable
 from speechtune.lora.files import CARD_NAME, FOLDER_NAME
 from speechtune.lora.save import save_lora_adapters
@@ -99,7 +100,8 @@ def _train(config: RunConfig, family: Family | None, accelerator: Accelerator, w
         if main:
             add_warnings(config.output_dir, run.state.step + 1, "guard", [str(error)])
         raise
-    proof = prove(job.model, before, tensors_fingerprint(frozen(job.model)) == frozen_before, job.initial)
+    unchanged = tensors_fingerprint(frozen(job.model)) == frozen_before
+    proof = prove(job.model, before, unchanged, job.initial, resumed=job.checkpoint is not None)
     if result.signal is None and not finished:
         _save_final(job, result, main=main)
         if main:
@@ -121,15 +123,23 @@ def _is_finished(job: Job, total_steps: int) -> bool:
 
 
 def prove(
-    model: nn.Module, before: Mapping[str, str], frozen_unchanged: bool, initial: Mapping[str, str] | None = None
+    model: nn.Module,
+    before: Mapping[str, str],
+    frozen_unchanged: bool,
+    initial: Mapping[str, str] | None = None,
+    *,
+    resumed: bool = False,
 ) -> Proof:
     """Measure the proof on a trained model; `before` are the checksums of what is trained before the first step.
 
-    In a resumed run those are of a fresh adapter: what it must have left behind are the weights of `initial`, as in
-    `Job`.
+    In a `resumed` run those are of a fresh adapter: what it must have left behind are the weights of `initial`, as in
+    `Job`. What is trained beside the adapter was loaded from the checkpoint by then, and need not move again.
     """
     parameters = trainable(model)
     moved = {name for name, now in checksums(parameters).items() if before[name] != now}
+    added = [name for name, _, _ in addition_state(model) if name in parameters]
+    if added and not resumed and not moved & set(added):
+        raise TrainingError(f"training changed none of the {len(added)} tensors beside the adapter ({added[0]})")
     lora = isinstance(model, PeftModel)
     chosen = [name for name in parameters if "lora_B" in name] if lora else list(parameters)
     num_moved = len(moved & set(chosen))

@@ -213,7 +213,7 @@ class CsmFamily(Family):
         model.codec_model.requires_grad_(False)
         return model
 
-    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> list[Issue]:
+    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], directory: Path) -> list[Issue]:
         return adapter_issues(config, tensors)
 
     def prompt(self, sample: Sample) -> Sample:

@@ -14,18 +14,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from speechtune.config import RunConfig
-from speechtune.errors import AudioError, ConfigError, ManifestError
+from speechtune.errors import AudioError, ConfigError, Issue, ManifestError
 from speechtune.families.higgs_audio_v2 import layout
 from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
 from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec, sampling_rate_of
+from speechtune.families.higgs_audio_v2.conditioning import Conditioning, batch_rows, conditioned, folder_issue
 from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
+from speechtune.families.higgs_audio_v2.generation import new_rows
 from speechtune.families.higgs_audio_v2.options import Config
 from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes
+from speechtune.families.higgs_audio_v2.whisper import WhisperEncoder
 from speechtune.families.layers.decoder import make_fast
 from speechtune.families.layers.kernels import choose_kernels
 from speechtune.families.layers.ops import IGNORE, head_loss
@@ -49,7 +53,6 @@ log = logging.getLogger("speechtune")
 RELEASED_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
 RELEASED_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 FRAMES_PER_SECOND = 25
-MAX_NEW_TOKENS = 2048  # 82 seconds
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 ASSET_PATTERNS = (*TOKENIZER_FILES, "*processor_config.json")
 
@@ -65,7 +68,6 @@ class HiggsAudioV2Family(Family):
     scorer_names = frozenset({"wer", "sim", "mos"})
     fast_layers = FAST_LAYERS
     base_license = "other"
-    card_note = "Give it text and a few seconds of reference speech; it answers with audio codes of the base's codec."
     card_use = "For speech in voices whose owners have agreed to it. Clone a voice only with its owner's consent."
     lora_presets: Mapping[str, str] = {
         "default": r".*\.(self_attn\.(q|k|v|o)_proj|audio_mlp\.(gate|up|down)_proj)",
@@ -79,6 +81,7 @@ class HiggsAudioV2Family(Family):
         ".mlp.": "text FFN",
         "embed": "embeddings",
         "lm_head": "heads",
+        "reference_projector": "reference projector",
     }
     adapter_layouts = MappingProxyType({"boson": BOSON})
 
@@ -86,6 +89,7 @@ class HiggsAudioV2Family(Family):
         if not isinstance(config, Config):
             raise TypeError(f"{type(config).__name__} is no configuration of {self.name}; see families.build_config")
         self.config = config
+        self.conditioning = Conditioning(config)
         self._prompts_seen: set[str | None] = set()
 
     @cached_property
@@ -136,6 +140,11 @@ class HiggsAudioV2Family(Family):
             )
         return codec
 
+    @property
+    def card_note(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # as it is conditioned
+        note = "Give it text and a few seconds of reference speech; it answers with audio codes of the base's codec."
+        return f"{note} {self.conditioning.card_note}".strip()
+
     @cached_property
     def sampling_rate(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # the codec's
         return sampling_rate_of(self.codec_path, self.config.model.codec_revision)
@@ -153,7 +162,22 @@ class HiggsAudioV2Family(Family):
     @property
     def parts(self) -> Mapping[str, tuple[str, str | None]]:
         model = self.config.model
-        return {"codec": (model.codec_path, model.codec_revision)} if model.codec_path else {}
+        parts = {"codec": (model.codec_path, model.codec_revision), "whisper": (model.whisper_path, None)}
+        return {name: (path, revision) for name, (path, revision) in parts.items() if path}
+
+    @property
+    def reference_encoder(self) -> WhisperEncoder | None:
+        return self.conditioning.encoder
+
+    def recipe(self) -> dict[str, Any]:
+        return self.conditioning.recipe
+
+    def add_to_base(self, model: nn.Module, adapter: Path | None, *, training: bool = False) -> None:
+        self.conditioning.add_projector(plain_model(model), adapter, training=training)
+
+    def adapter_issues(self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], directory: Path) -> list[Issue]:
+        reason = folder_issue(directory)
+        return [Issue(str(directory), "", "missing_projector", reason)] if reason else []
 
     @property
     def max_positions(self) -> int | None:
@@ -180,7 +204,7 @@ class HiggsAudioV2Family(Family):
 
     def check_base(self) -> None:
         require_sound(self.config.model.path, "model.path")
-        _ = self.model_config, self.tokenizer
+        _ = self.model_config, self.tokenizer, self.conditioning.width
 
     def load(self, plan: PrecisionPlan) -> nn.Module:
         """Load the base with its text head (a default load would drop it) onto the plan's device."""
@@ -206,6 +230,10 @@ class HiggsAudioV2Family(Family):
     def skeleton(self) -> nn.Module:
         with torch.device("meta"):
             return HiggsAudioV2ForConditionalGeneration(self.model_config, use_text_head=True)
+
+    def expand(self, samples: Sequence[Sample]) -> list[Sample]:
+        self.conditioning.check(samples)
+        return list(samples)
 
     def prompt(self, sample: Sample) -> Sample:
         return replace(sample, audio=None)
@@ -252,10 +280,12 @@ class HiggsAudioV2Family(Family):
         """Prompt ids, rows, and the targets with the positions whose hidden states predict them."""
         if sample.audio is None:
             raise ManifestError(f"sample {sample.id}: no target audio to train on")
-        ids_S, rows_RK = self.prompt_arrays(sample, features, with_target=True)
-        num_frames = len(features[-1])
+        codes, heard_NW = self.conditioning.split(sample, features)
+        ids_S, rows_RK = self.prompt_arrays(sample, codes, with_target=True)
+        num_frames = len(codes[-1])
         num_last_tokens = len(self._tokenize("<|audio_eos|><|eot_id|>"))
         arrays = layout.target_arrays(ids_S, rows_RK, num_frames, num_last_tokens)
+        arrays |= {"reference_features": heard_NW} if self.conditioning.is_on else {}
         return Encoded(sample.id, arrays, len(ids_S), num_frames / FRAMES_PER_SECOND)
 
     def collate(self, items: Sequence[Encoded]) -> Batch:
@@ -264,6 +294,9 @@ class HiggsAudioV2Family(Family):
             raise ValueError("an empty batch")
         arrays = [item.arrays for item in items]
         inputs, lengths = layout.lay_out(arrays, self.model_config, packed=self.config.batch.packing)
+        if self.conditioning.is_on:
+            ends = np.cumsum([0, *(len(item["audio_rows"]) for item in arrays)])
+            inputs |= batch_rows([item["reference_features"] for item in arrays], ends[:-1].tolist())
         # Per codebook: the audio loss is the sum over codebooks of mean cross-entropies, as in the native class.
         counts = {
             "audio": int((inputs["audio_targets"][:, 0] != IGNORE).sum()),
@@ -276,11 +309,15 @@ class HiggsAudioV2Family(Family):
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per head, with the heads applied only where a target is."""
         base = cast(Any, plain_model(model))
-        audio_PD, text_PD = target_states(base.model, batch)
+        audio_PD, text_PD = self._target_states(base, batch)
         sums = {"audio": head_loss(base.audio_lm_head, audio_PD, batch.inputs["audio_targets"])}
         if base.text_lm_head is not None:
             sums["text"] = head_loss(base.text_lm_head, text_PD, batch.inputs["text_targets"])
         return Losses(sums)
+
+    def _target_states(self, base: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        with conditioned(base, batch.inputs):
+            return target_states(base.model, batch)
 
     def generate(
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
@@ -295,35 +332,30 @@ class HiggsAudioV2Family(Family):
             for (sample, _), audio, rows_RK, (codes_FK, stopped) in zip(prompts, audios, ended, codes, strict=True)
         ]
 
-    @torch.no_grad()
     def generate_rows(
         self, model: nn.Module, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], options: GenerationOptions
     ) -> np.ndarray:
         """Generated rows of shape (B, R, K), the prompts' own rows left out; ended samples go on with EOS."""
-        encoded = [self.prompt_arrays(sample, features, with_target=False) for sample, features in prompts]
-        inputs = layout.pad_inputs(encoded, self.pad_id, self.model_config.audio_stream_eos_id, left=True)
-        max_rows = inputs["audio_input_ids"].shape[1]
-        if not max_rows:  # no reference: the native class wants no rows rather than none of them
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        sampling: dict[str, Any] = {"do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
-        if options.temperature != 0:
-            names = ("temperature", "top_k", "top_p", "ras_win_len", "ras_win_max_num_repeat")
-            given = {name: getattr(options, name) for name in names}
-            sampling = {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
-        generator = cast(Any, model)
-        for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
-            vars(cast(Any, plain_model(model)).generation_config).setdefault(name, None)
-        torch.manual_seed(options.seed)
-        cap = options.max_new_tokens or MAX_NEW_TOKENS
-        on_device = {name: value.to(generator.device) for name, value in inputs.items()}
-        rows = generator.generate(**on_device, max_new_tokens=cap, **sampling)
-        return rows[:, max_rows:].cpu().numpy()
+        inputs, heard = self._padded(prompts, with_target=False)
+        return new_rows(model, inputs, heard, options)
+
+    def _padded(
+        self, prompts: Sequence[tuple[Sample, Sequence[np.ndarray]]], *, with_target: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Inputs of the native class, on the left where generation follows, and the reference rows among theirs."""
+        parts = [(sample, *self.conditioning.split(sample, features)) for sample, features in prompts]
+        arrays = [self.prompt_arrays(sample, codes, with_target=with_target) for sample, codes, _ in parts]
+        eos = self.model_config.audio_stream_eos_id
+        inputs = layout.pad_inputs(arrays, self.pad_id, eos, left=not with_target)
+        num_rows = inputs["audio_input_ids"].shape[1]
+        starts = [number * num_rows for number in range(len(parts))]
+        return inputs, batch_rows([heard_NW for *_, heard_NW in parts], starts)
 
     @torch.no_grad()
     def count_correct(self, model: nn.Module, batch: Batch) -> dict[str, tuple[int, int]]:
         eos = self.model_config.audio_stream_eos_id
         base = cast(Any, plain_model(model))
-        logits = base.audio_lm_head(target_states(base.model, batch)[0])
+        logits = base.audio_lm_head(self._target_states(base, batch)[0])
         logits_PKV = logits.unflatten(-1, (self.model_config.num_codebooks, -1))
         return count_correct_codes(logits_PKV, batch.inputs["audio_targets"], eos)
 
@@ -343,13 +375,16 @@ class HiggsAudioV2Family(Family):
         codes_FK = codes_FK.reshape(12, config.num_codebooks)
         clip = AudioRef(data=b"probe")
         sample = Sample("probe", "A fixed sentence.", clip, (Clip(clip, "Another fixed sentence."),))
-        encoded = self.prompt_arrays(sample, [codes_FK, codes_FK], with_target=True)
-        inputs = layout.pad_inputs([encoded], self.pad_id, config.audio_stream_eos_id, left=False)
-        logits = model(**{k: v.to(cast(Any, model).device) for k, v in inputs.items()}).logits.float().cpu()
+        base = cast(Any, plain_model(model))
+        heard = self.conditioning.made_up(2 * len(codes_FK))
+        inputs, rows = self._padded([(sample, [codes_FK, codes_FK, *heard])], with_target=True)
+        inputs, rows = ({k: v.to(base.device) for k, v in part.items()} for part in (inputs, rows))
+        with conditioned(base, rows):
+            logits = model(**inputs).logits.float().cpu()
         if not greedy_steps:
             return logits, np.zeros((1, 0, config.num_codebooks), np.int64)
         options = GenerationOptions(temperature=0, max_new_tokens=greedy_steps)
-        return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK])], options)
+        return logits, self.generate_rows(model, [(replace(sample, audio=None), [codes_FK, *heard])], options)
 
     def save_assets(self, directory: Path) -> None:
         """Copy tokenizer, processor and chat template files of the base as they are."""

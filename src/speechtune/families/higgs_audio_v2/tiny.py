@@ -10,7 +10,14 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 from transformers.models.higgs_audio_v2_tokenizer.configuration_higgs_audio_v2_tokenizer import (
     HiggsAudioV2TokenizerConfig,
 )
@@ -109,6 +116,30 @@ def make_model(
     model.generation_config.update(allow_custom_entries=True, ras_win_len=7, ras_win_max_num_repeat=2)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def make_whisper(directory: Path, *, width: int = 32, window_seconds: int = 2, seed: int = 0) -> None:
+    """Write a Whisper folder with random weights, which hears `window_seconds` at once where the released hear 30."""
+    config = WhisperConfig(
+        d_model=width,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=2 * width,
+        decoder_ffn_dim=2 * width,
+        max_source_positions=50 * window_seconds,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WhisperModel(config)
+    model.save_pretrained(directory)
+    WhisperFeatureExtractor(chunk_length=window_seconds).save_pretrained(directory)
 
 
 def codec_from_config(*, codebook_size: int = 1024, width: int = 1) -> Any:
