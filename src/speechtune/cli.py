@@ -7,9 +7,10 @@ takes here, and would need those functions, whose modules import torch.
 import argparse
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 from speechtune import __version__
 from speechtune.commands.guarded import guarded
@@ -46,11 +47,12 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 class ModelOption(argparse.Action):
-    """A flag that stands for an option of the recipe's `model:`; all of them make one mapping."""
+    """A flag that stands for an option of the recipe's `model:`, with what goes with it; all make one mapping."""
 
     def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         """Add the option to those given before it."""
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), str(self.const): values})
+        (name, more), given = cast(tuple[str, dict[str, str]], self.const), getattr(namespace, self.dest)
+        setattr(namespace, self.dest, {**given, name: values, **more})
 
 
 class Verbs:
@@ -165,6 +167,7 @@ def _model_verbs(verbs: Verbs) -> None:
     evaluate("--mos", help="voices: predictor of naturalness, distillmos or dnsmos")
     for verb in (generate, evaluate):
         _model_option(verb, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
+        _conditioning(verb)
         verb("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of voices (default: %(default)s)")
         verb("--temperature", type=NOT_NEGATIVE, help="of voices: 0 is greedy")
     for verb in (score, evaluate):
@@ -177,8 +180,17 @@ def _model_verbs(verbs: Verbs) -> None:
         verb("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
 
 
-def _model_option(verb: Callable[..., object], name: str, flag: str, **options: object) -> None:
-    verb(flag, dest="model_options", action=ModelOption, const=name, default={}, **options)
+def _model_option(
+    verb: Callable[..., object], name: str, flag: str, more: Mapping[str, str] = MappingProxyType({}), **options: object
+) -> None:
+    verb(flag, dest="model_options", action=ModelOption, const=(name, more), default={}, **options)
+
+
+def _conditioning(verb: Callable[..., object]) -> None:
+    what = "hub id or folder of the Whisper of a model trained with one, where neither adapter nor recipe says it"
+    _model_option(verb, "whisper_path", "--whisper-path", {"reference_conditioning": "whisper"}, help=what)
+    what = "to how many embeddings a reference was pooled in that training (default: one a codec frame)"
+    _model_option(verb, "reference_positions", "--reference-positions", type=COUNT, help=what)
 
 
 def _speech_lora(verb: Callable[..., object]) -> None:
@@ -193,6 +205,7 @@ def _adapter_verbs(verbs: Verbs) -> None:
     merge("output", type=Path, help="new folder of the merged model")
     merge("--model", dest="base", help="base: hub id or folder (default: the one the adapter names)")
     _model_option(merge, "codec_path", "--codec", help="hub id or folder of the codec, recorded in merge_info.json")
+    _conditioning(merge)
     _speech_lora(merge)
     merge("--strength", type=NOT_NEGATIVE, default=1.0, help="how much of the adapter counts (default: %(default)s)")
     merge("--dtype", choices=("float32", "bfloat16", "float16"), help="weights (default: the base's)")
@@ -209,6 +222,7 @@ def _adapter_verbs(verbs: Verbs) -> None:
     verify = adapters.add("verify", "prove that an adapter is complete, trained and fits its base", "adapters")
     verify("path", type=Path, help="adapter folder")
     verify("--base", help="load it onto this base too (hub id or folder) and prove an effect")
+    _conditioning(verify)
     _speech_lora(verify)
     verify("--find-all", action="store_true", help="every adapter below the path")
     verify("--verbose", action="store_true", help="every check, not only the issues")

@@ -185,6 +185,23 @@ def test_flags_reach_their_options(caplog: pytest.LogCaptureFixture) -> None:
     assert detailed.tracking.detail_every_steps == 7
 
 
+def test_whisper_flags(caplog: pytest.LogCaptureFixture) -> None:
+    """`--whisper_path` turns conditioning on; the original's two flags say what stays frozen, and warn without it."""
+    caplog.set_level("INFO", "speechtune")
+    freeze = ["--freeze_audio_tower", "--freeze_audio_encoder_proj"]
+    model = parse([*REQUIRED, *freeze])[0].model.model_dump()
+    assert (model["reference_conditioning"], model["freeze_reference_projector"]) == (None, False)
+    assert caplog.text.count("nothing to freeze without --whisper_path") == 1
+    caplog.clear()
+    model = parse([*REQUIRED, "--whisper_path", "w", *freeze])[0].model.model_dump()
+    assert (model["reference_conditioning"], model["whisper_path"]) == ("whisper", "w")
+    assert model["freeze_reference_projector"] and not caplog.text
+    model = parse([*REQUIRED, "--whisper_path", "w", "--set", "model.reference_positions=8"])[0].model.model_dump()
+    assert (model["freeze_reference_projector"], model["reference_positions"]) == (False, 8)
+    with pytest.raises(ConfigError, match="reference_positions is for"):
+        parse([*REQUIRED, "--set", "model.reference_positions=8"])
+
+
 def test_messages_name_the_flags() -> None:
     """Guards against advice about options that this command line does not take."""
     with pytest.raises(ConfigError, match=r"--eval_data_file \(e\.json\) and --validation_split \(0\.1\) are both set"):

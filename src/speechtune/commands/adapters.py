@@ -36,7 +36,8 @@ def run_verify(
 ) -> int:
     """Verify one adapter, or all under `path`, and print the result; 0 when all are valid, else 1."""
     if model_options and base is None:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in model_options)
+        names = [name.replace("_", "-") for name in model_options if name != "reference_conditioning"]
+        flags = ", ".join(f"--{name}" for name in names)
         raise ConfigError(f"{flags}: says how a base is prepared; name that base with --base")
     folders = find_adapters(path)[0] if find_all else [path]
     reports = [verify_adapter(folder, base, model_options=model_options) for folder in folders]

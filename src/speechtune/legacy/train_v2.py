@@ -40,6 +40,13 @@ FLAGS = (
     Flag("--freeze_llm", "train.freeze", False, "full fine-tuning: train audio embeddings and heads only"),
     Flag("--strategic_logging_steps", "tracking.detail_every_steps", 100, "steps between lines about the samples"),
     Flag("--enable_strategic_logging", "tracking.detail_every_steps", False, "log the samples of a step at times"),
+    Flag("--whisper_path", "model.whisper_path", "", "condition references by this Whisper: hub id or folder"),
+    Flag(
+        "--freeze_audio_encoder_proj",
+        "model.freeze_reference_projector",
+        False,
+        "with --whisper_path: leave the projector behind Whisper as the base has it",
+    ),
     Flag("--resume", "checkpoint.resume", "", "auto, or a checkpoint to go on from (not in the original)"),
     Flag(
         "--force_resume",
@@ -49,7 +56,7 @@ FLAGS = (
     ),
     Flag("--on_error", "data.on_error", "fail", "fail, or quarantine invalid rows (not in the original)"),
 )
-NOTHING_TO_FREEZE = ("--freeze_audio_tower", "--freeze_audio_encoder_proj")
+FROZEN_TOWER = "--freeze_audio_tower"
 FIXED = {  # what the original left to its trainer's defaults
     "lora.targets": "attention",
     "checkpoint.keep_last": 3,
@@ -70,15 +77,20 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
         else:
             shown = f"{flag.help} (default: %(default)s)" if flag.default != "" else flag.help
             parser.add_argument(flag.name, type=type(flag.default), default=flag.default, help=shown)
-    for name in NOTHING_TO_FREEZE:
-        parser.add_argument(name, action="store_true", help="accepted; this base has no Whisper encoder to freeze")
+    frozen = "the encoder of --whisper_path is always frozen, with this flag and without"
+    parser.add_argument(FROZEN_TOWER, action="store_true", help=frozen)
     parser.add_argument("--dry_run", action="store_true", help="print the resolved recipe and counts; load no weights")
     more = "any other option of a recipe, after all flags; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help=more)
     given = vars(parser.parse_args(arguments))
-    ignored = [name for name in NOTHING_TO_FREEZE if given[name.removeprefix("--")]]
+    flags = (FROZEN_TOWER, "--freeze_audio_encoder_proj")
+    ignored = [name for name in flags if given[name.removeprefix("--")] and not given["whisper_path"]]
     if ignored:
-        log.warning("%s: the Higgs Audio v2 base has no Whisper encoder and no projector; nothing to freeze", ignored)
+        log.warning(
+            "%s: the Higgs Audio v2 base has no Whisper encoder and no projector; nothing to freeze without "
+            "--whisper_path, which adds them",
+            ignored,
+        )
     sections: dict[str, dict[str, Any]] = defaultdict(dict)
     for option, value in options_of(given).items():
         section, _, key = option.rpartition(".")
@@ -99,8 +111,10 @@ def options_of(given: dict[str, Any]) -> dict[str, Any]:
     values["train.freeze"] = LLM_PARAMETERS if given["freeze_llm"] and not given["use_lora"] else None
     if given["freeze_llm"] and given["use_lora"]:
         log.warning("--freeze_llm: LoRA freezes all of the base anyway; the flag changes nothing beside --use_lora")
-    for option in ("data.eval", "checkpoint.resume"):
+    for option in ("data.eval", "checkpoint.resume", "model.whisper_path"):
         values[option] = values[option] or None
+    values["model.reference_conditioning"] = "whisper" if given["whisper_path"] else None
+    values["model.freeze_reference_projector"] &= bool(given["whisper_path"])
     return values | FIXED
 
 
