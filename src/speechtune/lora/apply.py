@@ -19,7 +19,7 @@ from speechtune.errors import AdapterError, ConfigError
 from speechtune.family import NATIVE, Family
 from speechtune.lora.additions import addition_state, addition_tensors
 from speechtune.lora.base_identity import check_base
-from speechtune.lora.files import OTHER_TARGETS, StoredAdapter, adapter_folder, read_adapter
+from speechtune.lora.files import OTHER_TARGETS, StoredAdapter, adapter_folder, addition_files, read_adapter
 from speechtune.lora.layouts import in_layout
 from speechtune.lora.strength import set_strength
 from speechtune.precision import PrecisionPlan
@@ -313,12 +313,17 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
     """Put a saved adapter onto its base for inference at its strength, and refuse what PEFT only warns about.
 
     Raises AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert);
-    a strength other than 1 of an adapter that came with another base.
+    a strength other than 1 of an adapter that came with another base, or with modules trained beside it.
     """
     if stored.strength != 1 and str(stored.config.init_lora_weights).startswith(CHANGES_BASE):
         raise AdapterError(
             f"{stored.directory}: no strength but 1: {stored.config.init_lora_weights} changed the base's weights when "
             "the training began, so less of the adapter is not nearer to the base"
+        )
+    if stored.strength != 1 and (beside := addition_files(stored.directory)):
+        raise AdapterError(
+            f"{stored.directory}: no strength but 1: less of the adapter with all of {beside[0].name}, which was "
+            "trained with it, is not nearer to the base"
         )
     config = copy.deepcopy(stored.config)
     config.inference_mode = True

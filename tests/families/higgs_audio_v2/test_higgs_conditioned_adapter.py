@@ -225,6 +225,12 @@ def test_another_whisper_is_refused(trained: Trained, tmp_path: Path) -> None:
         load_model(used(trained.adapter, whisper_path=str(tmp_path / "other")), open_adapter(trained.adapter))
 
 
+def test_half_an_adapter_is_refused(trained: Trained) -> None:
+    """Of the projector there is no half that would be nearer to the base."""
+    with pytest.raises(AdapterError, match=f"no strength but 1: .*{FILE_NAME}"):
+        load_model(used(trained.adapter), open_adapter(trained.adapter, 0.5))
+
+
 def test_answers_are_those_of_this_projector(trained: Trained, tmp_path: Path) -> None:
     """Answers on disk are not taken over from an adapter with another projector."""
     folder = changed(trained, tmp_path / "other", lambda tensors: {name: 2 * t for name, t in tensors.items()})
