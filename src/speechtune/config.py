@@ -14,7 +14,6 @@ from speechtune.errors import ConfigError
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
-
 Paths = Path | Annotated[tuple[Path, ...], Field(min_length=1)]
 
 
@@ -43,8 +42,8 @@ class DataConfig(Section, frozen=True):
     """Evaluation data, the same; not together with `validation_split`."""
     validation_split: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share held out by seed, at least one: of the samples, or of the speakers where pronunciation is assessed."""
-    audio_root: Path | None = None
-    """Confine every audio path to this folder, symbolic links and `..` resolved."""
+    audio_root: Paths | None = None
+    """Confine every audio path to this folder, or to these, symbolic links and `..` resolved."""
     allow_urls: bool = False
     """Fetch audio given as http(s) URL; refused by default."""
     min_seconds: float = Field(default=0.1, gt=0.0)
@@ -269,7 +268,7 @@ def build_config(values: dict[str, Any], where: str, kind: type[ConfigT], issues
     except ValidationError as error:
         known = option_names(kind)
         lines += [_describe(item, known) for item in _one_an_option(error.errors(include_url=False))]
-    raise ConfigError("\n  ".join([f"{where}: {len(lines)} issue(s) in the configuration", *lines]))
+    raise ConfigError("\n  ".join([f"{where}: {len(lines)} issue(s) in the configuration", *lines]), tuple(lines))
 
 
 def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[RunConfig]]) -> RunConfig:
@@ -371,7 +370,8 @@ def _advice(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {nearest!r}?" if same or likeness(nearest)[0] >= 0.6 else ""
 
 
-OPTIONS_OF_TWO_TYPES = {("data", "train"), ("data", "eval"), ("batch", "tokens"), ("train", "gradient_checkpointing")}
+OPTIONS_OF_TWO_TYPES = {("data", name) for name in ("train", "eval", "audio_root")}
+OPTIONS_OF_TWO_TYPES |= {("batch", "tokens"), ("train", "gradient_checkpointing")}
 """One or several; a number or yes-or-no, or `auto`; a test compares this with the annotations."""
 
 

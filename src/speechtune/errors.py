@@ -41,7 +41,15 @@ class SpeechtuneError(Exception):
 
 
 class ConfigError(SpeechtuneError):
-    """A recipe, an override or a flag that cannot be used."""
+    """A recipe, an override or a flag that cannot be used.
+
+    Attributes:
+        issues: of a recipe, one line for each issue, which begins with the dotted name of the option if it is of one.
+    """
+
+    def __init__(self, message: str, issues: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.issues = issues
 
 
 class ManifestError(SpeechtuneError):

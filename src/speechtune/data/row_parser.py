@@ -96,9 +96,10 @@ class Context:
         path = os.path.join(_real_folder(place), name)
         if name in ("", ".", "..") or os.path.islink(path):
             path = os.path.realpath(joined)
-        if self.config.audio_root is None:
+        named = self.config.audio_root
+        if named is None:
             return path
-        roots = [_real_folder(str(root)) for root in (self.config.audio_root, *also_within)]
+        roots = [_real_folder(str(root)) for root in (*(named if isinstance(named, tuple) else (named,)), *also_within)]
         if not any(path == root or path.startswith(os.path.join(root, "")) for root in roots):
             self.issue("outside_root", f"{text!r} leads to {path}, outside data.audio_root ({roots[0]})")
             return None

@@ -153,8 +153,10 @@ def short_names(directories: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(directory) for directory in directories]
 
 
-def read_run(directory: Path, name: str | None = None) -> RunReport:
+def read_run(directory: Path, name: str | None = None, *, verify: bool = True) -> RunReport:
     """Read a run directory, finished or not; `name` is what the report calls it.
+
+    Without `verify` nothing is read of the checkpoints, and `checkpoints` stays empty.
 
     Raises ConfigError: it is no run directory.
     """
@@ -202,7 +204,8 @@ def read_run(directory: Path, name: str | None = None) -> RunReport:
         missing.append("no evaluation recorded: nothing on unseen data, and no line of the zero-shot base")
     elif evaluations[0]["step"] != 0:
         missing.append("no evaluation of the zero-shot base (step 0) to compare with")
-    report.checkpoints.extend(_checkpoint_facts(report, step, path) for step, path in checkpoints)
+    if verify:
+        report.checkpoints.extend(_checkpoint_facts(report, step, path) for step, path in checkpoints)
     return report
 
 

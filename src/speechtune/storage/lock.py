@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -33,6 +34,21 @@ def locked(directory: Path) -> Iterator[None]:
         with suppress(OSError):  # the disk may have turned read-only by now, and the run says so itself
             path.unlink()  # before it is let go: who waits for this file sees that it is no longer there
         file.close()
+
+
+def lock_holder(directory: Path) -> int | None:
+    """Id of the other process on this machine that holds a folder's lock; None where none does.
+
+    Not to be asked by the process that holds it: closing a file lets go of every lock that a process has on it.
+    """
+    try:
+        with (directory / LOCK_NAME).open("rb") as file:
+            # struct flock of Linux: type, whence, start, length, process
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:  # no such file, or a disk without locks
+        return None
+    kind, *_, pid = struct.unpack("hhqqi", answer)
+    return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
 
 def _acquire(path: Path) -> TextIO:
