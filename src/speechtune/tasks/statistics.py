@@ -137,3 +137,32 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
         largest = max(largest, min(1.0, p_values[key] * (len(p_values) - rank)))
         adjusted[key] = largest
     return adjusted
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Votes between two: for the first, for the second, for neither; and what they say.
+
+    `share` is that of the first among the votes for either, `low` and `high` its exact binomial interval (Clopper and
+    Pearson 1934), `p_value` that of no preference; NaN without a vote for either.
+    """
+
+    first: int
+    second: int
+    neither: int
+    share: float
+    low: float
+    high: float
+    p_value: float
+
+
+def preference(first: int, second: int, neither: int = 0) -> Preference:
+    """Interval and two-sided test of the share of votes for the first of two; votes for neither are left out."""
+    if not first + second:
+        return Preference(first, second, neither, *[math.nan] * 4)
+    from scipy.stats import binomtest
+
+    test = binomtest(first, first + second)
+    interval = test.proportion_ci(CONFIDENCE)
+    share = first / (first + second)
+    return Preference(first, second, neither, share, float(interval.low), float(interval.high), float(test.pvalue))

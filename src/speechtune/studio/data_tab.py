@@ -1,0 +1,106 @@
+"""The tab Data: add recordings, see every issue, listen, correct transcripts, record sentences."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from speechtune.studio import datasets
+from speechtune.studio.reporting import choices, player, reported
+from speechtune.studio.workspace import Workspace
+
+COLUMNS = ["row", "transcript", "issues", "file"]
+SENTENCES = datasets.sentences()
+
+
+def build(workspace: Workspace, tab: gr.Tab) -> None:
+    """Lay out the tab and connect it."""
+    gr.Markdown("Recordings of a voice and what is said in them. Use a voice only with its owner's consent.")
+    with gr.Row():
+        name = gr.Textbox(label="Name of the data set", placeholder="my_voice", elem_id="data-name")
+        path = gr.Textbox(
+            label="Data that lie in a folder the studio may read",
+            info="A manifest or a folder in any layout of docs/data.md, given at start with --allow.",
+        )
+    with gr.Row():
+        files = gr.File(label="Recordings, transcripts, a manifest", file_count="multiple", elem_id="data-files")
+        folder = gr.File(label="A folder of them", file_count="directory")
+    add = gr.Button("Add", variant="primary", elem_id="data-add")
+    chosen = gr.Dropdown(label="Data set", choices=workspace.names("data"), elem_id="data-set")
+    check = gr.Button("Check", elem_id="data-check")
+    verdict = gr.Markdown(elem_id="data-verdict")
+    with gr.Row():
+        issues = gr.Dataframe(
+            headers=["where", "sample", "issue", "message"], label="Issues", interactive=False, wrap=True
+        )
+        statistics = gr.Dataframe(
+            headers=["what", "value"], label="Statistics", interactive=False, wrap=True, elem_id="data-statistics"
+        )
+    rows = gr.Dataframe(
+        headers=COLUMNS,
+        label="Rows: choose one to listen; transcripts can be corrected here",
+        static_columns=[0, 2, 3],
+        interactive=True,
+        wrap=True,
+        column_widths=["10%", "40%", "35%", "15%"],
+        elem_id="data-rows",
+    )
+    clip = player("The chosen row", elem_id="data-player")
+    save = gr.Button("Keep the corrected transcripts", elem_id="data-save")
+    with gr.Accordion("Record sentences", open=False):
+        sentence = gr.Dropdown(label="Read aloud", choices=SENTENCES, value=SENTENCES[0], allow_custom_value=True)
+        recording = gr.Audio(label="Recording", sources=["microphone", "upload"], type="filepath")
+        keep = gr.Button("Keep the recording, go on to the next sentence")
+
+    shown = [verdict, issues, statistics, rows]
+
+    def data_set(name: str | None) -> Path:
+        return workspace.place("data", name)
+
+    @reported
+    def examine(name: str | None) -> tuple[Any, ...]:
+        found = datasets.check(data_set(name), workspace)
+        listed = [(i.source, i.sample_id, i.code, i.message) for i in found.issues]
+        table = [
+            (u.number, u.text, u.issues, u.clip.name if u.clip else "")
+            for u in datasets.utterances(data_set(name), found, workspace)
+        ]
+        line = "\n\n".join([f"**{len(listed)} issue(s)**" if listed else "**No issues**", *found.notes])
+        return line, listed, datasets.statistics_rows(found), table
+
+    @reported
+    def add_data(name: str, path: str, files: list[str] | None, folder: list[str] | None) -> tuple[Any, ...]:
+        place = data_set(name)
+        uploads = [Path(file) for file in (*(files or ()), *(folder or ()))]
+        if path.strip():
+            datasets.take_rows(workspace.readable(path.strip()), place)
+        if uploads:
+            datasets.add_files(place, uploads)
+        return None, None, "", choices(workspace.names("data"), name)
+
+    @reported
+    def correct(name: str | None, table: Any) -> None:
+        place = data_set(name)
+        texts = {int(row): str(text or "") for row, text in zip(table["row"], table["transcript"], strict=True)}
+        datasets.take_rows(place, place, texts)
+
+    @reported
+    def listen(name: str | None, event: gr.SelectData) -> str | None:
+        number = int(event.row_value[0])
+        place = data_set(name)
+        return next(
+            (str(u.clip) for u in datasets.utterances(place, None, workspace) if u.number == number and u.clip), None
+        )
+
+    @reported
+    def keep_recording(name: str, sentence: str, recording: str | None) -> tuple[Any, ...]:
+        datasets.add_recording(data_set(name), Path(recording) if recording else None, sentence)
+        following = SENTENCES.index(sentence) + 1 if sentence in SENTENCES else 0
+        return None, SENTENCES[following % len(SENTENCES)], choices(workspace.names("data"), name)
+
+    add.click(add_data, [name, path, files, folder], [files, folder, path, chosen]).success(examine, chosen, shown)
+    check.click(examine, chosen, shown)
+    rows.select(listen, chosen, clip)
+    save.click(correct, [chosen, rows]).success(examine, chosen, shown)
+    keep.click(keep_recording, [name, sentence, recording], [recording, sentence, chosen])
+    tab.select(lambda name: choices(workspace.names("data"), name), chosen, chosen)

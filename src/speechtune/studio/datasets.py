@@ -1,0 +1,162 @@
+"""Data sets in a studio's folder: clips that were dropped or recorded, and `metadata.jsonl` with their transcripts."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechtune.audio import file_name
+from speechtune.commands.demo_voice import VOICES
+from speechtune.commands.validate import Report, validate
+from speechtune.config import DataConfig
+from speechtune.data.layouts import find_layout, iterate_rows
+from speechtune.data.plain_rows import AUDIO, REFERENCE_AUDIO, TEXT, is_clip
+from speechtune.data.row_parser import first_name
+from speechtune.data.rows import Place
+from speechtune.errors import ConfigError, ManifestError, printable
+from speechtune.storage.files import write_atomically
+from speechtune.studio.workspace import Workspace
+
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A row of a data set as a page shows it; `clip` is None where the row names none that may be played."""
+
+    number: int
+    clip: Path | None
+    text: str
+    issues: str
+
+
+def sentences() -> list[str]:
+    """English sentences to read aloud, from the demonstration's recordings."""
+    rows = map(json.loads, (VOICES / "clips.jsonl").read_text(encoding="utf-8").splitlines())
+    return list(dict.fromkeys(row["text"] for row in rows if row["language"] == "en"))
+
+
+def add_files(folder: Path, files: Sequence[Path]) -> None:
+    """Copy files into a data set; where they are no data of a known layout, clips get rows, to be filled in.
+
+    Raises ConfigError: two files have one name.
+    """
+    names = [file_name(file.name) for file in files]
+    taken = [name for name in names if names.count(name) > 1 or (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"{folder.name}: there is a file {taken[0]!r} already: rename one, or begin another data set")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, name in zip(files, names, strict=True):
+        shutil.copyfile(file, folder / name)
+    if not (folder / METADATA).is_file():
+        try:
+            find_layout(Place(folder))
+            return
+        except ManifestError:
+            pass
+    _add_rows(folder, [{"audio": name, "text": _text_beside(folder / name)} for name in names if is_clip(name)])
+
+
+def add_recording(folder: Path, recording: Path | None, sentence: str) -> None:
+    """Add a recording of a sentence to a data set, as `recording-N` with the ending it has.
+
+    Raises ConfigError: nothing was recorded.
+    """
+    if recording is None:
+        raise ConfigError("record the sentence first")
+    number = 1 + sum(1 for _ in folder.glob("recording-*"))
+    folder.mkdir(parents=True, exist_ok=True)
+    named = folder / f"recording-{number}{recording.suffix}"
+    if number == 1 and any(folder.iterdir()) and not (folder / METADATA).is_file():
+        take_rows(folder, folder)  # metadata.jsonl counts before all else in a folder
+    shutil.copyfile(recording, named)
+    _add_rows(folder, [{"audio": named.name, "text": sentence}])
+
+
+def _add_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    metadata = folder / METADATA
+    write_atomically(metadata, (metadata.read_bytes() if metadata.is_file() else b"") + _lines(rows))
+
+
+def _text_beside(clip: Path) -> str:
+    beside = clip.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")
+
+
+def take_rows(source: Path, folder: Path, texts: Mapping[int, str] | None = None) -> None:
+    """Write the rows of some data as a data set's `metadata.jsonl`; clips stay where they are.
+
+    `source` may be the data set itself: `texts` are transcripts that replace those of rows, by number.
+
+    Raises ConfigError: rows that are no plain rows of a clip and a text, so that nothing can be replaced in them.
+    """
+    _, place = find_layout(Place(source))
+    root = place.path if place.path.is_dir() else place.path.parent
+    rows = []
+    for row in iterate_rows(Place(source)):
+        value = row.value
+        if not isinstance(value, dict) or value.keys().isdisjoint(AUDIO):
+            raise ConfigError(f"{row.source}: no plain row of a clip and its text: correct it in that file")
+        moved = {key: _placed(value[key], root, folder) for key in {*AUDIO, *REFERENCE_AUDIO} & value.keys()}
+        value = value | moved
+        if texts and row.number in texts:
+            value[first_name(value, TEXT) or "text"] = texts[row.number]
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ConfigError(f"{row.source}: holds its clip: only rows that name a file can be changed here") from None
+        rows.append(value)
+    write_atomically(folder / METADATA, _lines(rows))
+
+
+def _placed(clip: object, root: Path, folder: Path) -> object:
+    """A clip's place as seen from the folder of the data set."""
+    if not isinstance(clip, str) or "://" in clip or root == folder:
+        return clip
+    return str(root / clip)
+
+
+def check(path: Path, workspace: Workspace) -> Report:
+    """What `speechtune validate` finds; clips that lie where the studio must not read are issues, and not opened.
+
+    Raises ManifestError: there is no data of a known layout.
+    """
+    return validate(path, DataConfig(audio_root=workspace.roots), deep=True)
+
+
+def utterances(path: Path, report: Report | None, workspace: Workspace) -> list[Utterance]:
+    """The rows of a data set, with the issues of each that a report has, for listening and correcting."""
+    issues: dict[int, list[str]] = {}
+    for issue in report.issues if report else ():
+        issues.setdefault(issue.row, []).append(issue.message)
+    _, place = find_layout(Place(path))
+    root = place.path if place.path.is_dir() else place.path.parent
+    found = []
+    for row in iterate_rows(Place(path)):
+        value = row.value if isinstance(row.value, dict) else {}
+        name, clip = first_name(value, AUDIO), None
+        if name and isinstance(value[name], str):
+            try:
+                clip = workspace.readable(root / value[name])
+            except ConfigError:
+                pass
+        text = str(value.get(first_name(value, TEXT) or "", ""))
+        there = clip if clip is not None and clip.is_file() else None
+        found.append(Utterance(row.number, there, printable(text), "; ".join(issues.get(row.number, []))))
+    return found
+
+
+def statistics_rows(report: Report) -> list[tuple[str, str]]:
+    """Statistics as names and values."""
+    rows = []
+    for name, value in report.statistics.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items() if item)
+        rows.append((name.replace("_", " "), str(value)))
+    return rows
