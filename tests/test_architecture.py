@@ -23,7 +23,7 @@ ROWS = (
     {"tasks", "cache", "lora"},
     {"data", "families"},
     {"inference", "training"},
-    {"export", "report", "integrations"},
+    {"export", "report", "integrations", "preparation"},
     {"commands", "studio"},
     {"cli", "legacy", "__main__"},
 )
@@ -33,6 +33,8 @@ SIBLINGS = (
     {"tasks", "cache", "lora"},
     {"export", "report", "integrations"},
     {"export", "training"},
+    {"preparation", "training"},
+    {"preparation", "export", "integrations"},
 )
 ASKS_THE_REGISTRY = ("training.prepare", "inference.load", "export.", "commands.", "studio.", "legacy.")
 LINT_SEES = {"errors"}

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -26,6 +26,7 @@ from speechtune.types import Audio, AudioRef
 MAX_FILE_BYTES = 4 * 2**30  # largest audio file opened
 MAX_INLINE_BYTES = 128 * 2**20  # largest clip held in memory as bytes (inline base64 or a download)
 MAX_DECODED_VALUES = 2**28  # samples x channels decoded at once: 1 GiB of float32, 93 minutes of mono at 48 kHz
+BLOCK_SECONDS = 30  # of audio decoded at once where a file is streamed
 DOWNLOAD_TIMEOUT_SECONDS = 30.0  # longest wait for a server to connect or to send the next bytes
 DURATION_TOLERANCE_SECONDS = 0.5  # by how much a declared duration or the end of a segment may miss the file's end
 SILENCE_PEAK = 1e-3  # -60 dBFS: audio whose deviation from its mean never exceeds this is silent
@@ -114,16 +115,52 @@ def read_audio(ref: AudioRef, sampling_rate: int | None = None, *, allow_urls: b
         except soundfile.SoundFileError as error:
             raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_reason(error)}") from None
     if len(frames) < count:
-        reason = f"truncated: the header promises {count} frames from {start} on, only {len(frames)} can be decoded"
-        raise InvalidAudioError("truncated", ref, reason)
-    samples = frames[:, 0] if info.num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
+        raise _truncated(ref, start, count, len(frames))
+    return resample(Audio(_mix_down(ref, frames), info.sampling_rate), sampling_rate or info.sampling_rate)
+
+
+def stream_audio(ref: AudioRef, sampling_rate: int | None = None) -> Iterator[np.ndarray]:
+    """Decode a complete file of any length block by block, mixed down to mono float32 and resampled.
+
+    Errors are those of `read_audio`, but no length is too large: one block of `BLOCK_SECONDS` is held at a time.
+    """
+    with _open(ref, allow_urls=False) as file:
+        info = _info(ref, file)
+        rate = sampling_rate or info.sampling_rate
+        resampler = soxr.ResampleStream(info.sampling_rate, rate, 1, dtype="float32")
+        num_read = 0
+        while num_read < info.num_frames:
+            try:
+                frames = file.read(BLOCK_SECONDS * info.sampling_rate, dtype="float32", always_2d=True)
+            except soundfile.SoundFileError as error:
+                raise InvalidAudioError("not_audio", ref, f"cannot be decoded: {_reason(error)}") from None
+            if not len(frames):
+                raise _truncated(ref, 0, info.num_frames, num_read)
+            num_read += len(frames)
+            samples = _mix_down(ref, frames)
+            yield (
+                samples
+                if rate == info.sampling_rate
+                else resampler.resample_chunk(samples, last=num_read >= info.num_frames)
+            )
+
+
+def _truncated(ref: AudioRef, start: int, count: int, decoded: int) -> InvalidAudioError:
+    reason = f"truncated: the header promises {count} frames from {start} on, only {decoded} can be decoded"
+    return InvalidAudioError("truncated", ref, reason)
+
+
+def _mix_down(ref: AudioRef, frames: np.ndarray) -> np.ndarray:
+    """Mono samples of decoded frames of shape (frames, channels)."""
+    num_channels = frames.shape[1]
+    samples = frames[:, 0] if num_channels == 1 else frames.mean(axis=1, dtype=np.float32)
     if not np.isfinite(samples).all():
         raise InvalidAudioError("not_finite", ref, "holds NaN or infinite samples")
-    loudest = float(np.ptp(frames, axis=0).max()) if info.num_channels > 1 else 0.0
+    loudest = float(np.ptp(frames, axis=0).max()) if num_channels > 1 else 0.0
     if loudest > 2 * SILENCE_PEAK and float(np.ptp(samples)) < CANCELLING * loudest:
         reason = "its channels cancel each other out (opposite phase): keep one, ffmpeg -i IN -af 'pan=mono|c0=c0' OUT"
         raise InvalidAudioError("opposite_phase", ref, reason)
-    return resample(Audio(samples, info.sampling_rate), sampling_rate or info.sampling_rate)
+    return samples
 
 
 def resample(audio: Audio, sampling_rate: int) -> Audio:
@@ -173,6 +210,13 @@ def write_wav(path: Path, audio: Audio, provenance: Mapping[str, Any] | None = N
             file.write(audio.samples)
     except (OSError, soundfile.SoundFileError) as error:
         raise InvalidAudioError("unwritable", path, f"cannot be written: {_reason(error)}") from None
+
+
+def flac_bytes(audio: Audio) -> bytes:
+    """A clip as 24-bit FLAC; values beyond full scale are clipped."""
+    file = io.BytesIO()
+    soundfile.write(file, audio.samples, audio.sampling_rate, format="FLAC", subtype="PCM_24")
+    return file.getvalue()
 
 
 def content_hash(ref: AudioRef, *, allow_urls: bool = False) -> str:

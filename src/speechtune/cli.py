@@ -120,6 +120,7 @@ def _recipe_verbs(verbs: Verbs) -> None:
         default=60.0,
         help="longest clip accepted (default: %(default)s)",
     )
+    _prepare_verb(verbs)
     encode = verbs.add("encode", "encode all clips of a recipe's data into the cache, resumably")
     encode("--verify", action="store_true", help="read all cached clips and encode damaged ones anew")
     encode("--shard", metavar="I/N", help="encode only this share of the clips, I from 0 to N-1")
@@ -134,6 +135,20 @@ def _recipe_verbs(verbs: Verbs) -> None:
         optional = {"nargs": "?"} if verb is doctor else {}
         verb("recipe", type=Path, help="YAML recipe, or the name of one that `speechtune recipes` lists", **optional)
         verb("overrides", nargs="*", default=[], metavar="section.key=value", help="replace options of the recipe")
+
+
+def _prepare_verb(verbs: Verbs) -> None:
+    prepare = verbs.add("prepare", "cut, transcribe and check raw recordings: clips ready for training, and a verdict")
+    prepare("recordings", type=Path, help="audio file, or folder of them")
+    prepare(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="replace options, see docs/prepare.md"
+    )
+    prepare("--out", type=Path, required=True, help="folder of the data")
+    prepare("--script", type=Path, help="text file of what was to be said, a line a sentence or paragraph")
+    prepare("--asr", help="recogniser, such as faster-whisper:base.en or faster-whisper:FOLDER")
+    prepare("--language", help="code such as en (default: detected)")
+    prepare("--speaker", metavar="NAME", help="name of the voice in the data (default: voice-1)")
+    prepare("--config", type=Path, help="YAML of options, such as the prepare.yaml of an earlier run")
 
 
 def _model_verbs(verbs: Verbs) -> None:

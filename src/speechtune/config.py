@@ -247,7 +247,7 @@ class RunConfig(Section, frozen=True):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -271,7 +271,7 @@ def build_config(values: dict[str, Any], where: str, kind: type[ConfigT], issues
     raise ConfigError("\n  ".join([f"{where}: {len(lines)} issue(s) in the configuration", *lines]), tuple(lines))
 
 
-def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[RunConfig]]) -> RunConfig:
+def load_config(recipe: Path, overrides: Sequence[str], kind_of: Callable[[object], type[ConfigT]]) -> ConfigT:
     """Read a YAML recipe, or the shipped one of that name, and apply `section.key=value` overrides (values are YAML).
 
     `kind_of` gives the class of options for the recipe's `family`.

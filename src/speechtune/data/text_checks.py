@@ -24,7 +24,7 @@ def check_texts(
     """Issues of texts, and notes; `durations` in seconds, `digests` of what was decoded: equal ones are one clip."""
     issues, near = _different_texts(samples, digests)
     # What learners were to read they may have read in part. A million rows must not keep a list of objects here.
-    rates = np.fromiter((_rate(text, durations[ref]) for _, ref, text in _read(samples, durations)), np.float32)
+    rates = np.fromiter((speech_rate(text, durations[ref]) for _, ref, text in _read(samples, durations)), np.float32)
     median = float(np.median(rates)) if len(rates) >= FEWEST else 0.0
     limit = min(FASTEST, max(FAST, OUTLYING * median)) if median else FASTEST
     drawn_out: list[str] = []
@@ -69,7 +69,8 @@ def _read(samples: Sequence[Sample], durations: Mapping[AudioRef, float]) -> Ite
     return (one for one in _spoken(samples) if one[0].pronunciation is None and durations.get(one[1]))
 
 
-def _rate(text: str, seconds: float) -> float:
+def speech_rate(text: str, seconds: float) -> float:
+    """Characters a second, where an ideograph counts as `WIDE` letters."""
     wide = 0 if text.isascii() else sum(unicodedata.east_asian_width(c) in "WF" and c.isalnum() for c in text)
     return (len(text) + (WIDE - 1) * wide) / (seconds + SLACK_SECONDS)
 

@@ -1,6 +1,7 @@
 """Speech recognisers: Whisper by faster-whisper or transformers, from a path or hub id; pocketsphinx."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,16 @@ WINDOW_SECONDS = 30
 """What Whisper takes at once; longer clips go through it in pieces."""
 
 
+@dataclass(frozen=True, slots=True)
+class TimedWord:
+    """A word with its place in a clip in seconds, and how probable the recogniser took it to be."""
+
+    text: str
+    start: float
+    end: float
+    probability: float
+
+
 class FasterWhisper:
     """Whisper by CTranslate2: greedy as in seed-tts-eval, without the random retries at higher temperatures."""
 
@@ -46,13 +57,33 @@ class FasterWhisper:
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
         """Texts of clips, one at a time, for the library batches only pieces of one recording."""
+        return [self._transcribe(audio, code)[0] for audio, code in zip(audios, languages, strict=True)]
+
+    def transcribe_words(self, audio: Audio, language: str | None) -> tuple[str, list[TimedWord]]:
+        """The text of a clip, and its words with times and probabilities."""
+        return self._transcribe(audio, language, word_timestamps=True)
+
+    def detect_language(self, audio: Audio) -> tuple[str, float]:
+        """Code of the language of a clip, and its probability; of a model of English alone that."""
+        if not self._model.model.is_multilingual:
+            return "en", 1.0
+        code, probability, _ = self._model.detect_language(waveform(audio))
+        return str(code), float(probability)
+
+    def _transcribe(
+        self, audio: Audio, language: str | None, word_timestamps: bool = False
+    ) -> tuple[str, list[TimedWord]]:
         options = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
-        texts = []
-        for audio, code in zip(audios, map(language_code, languages), strict=True):
-            known = code if code in self._known else None
-            segments, _ = self._model.transcribe(waveform(audio), language=known, **options)
-            texts.append("".join(segment.text for segment in segments).strip())
-        return texts
+        code = language_code(language)
+        known = code if code in self._known else None
+        found, _ = self._model.transcribe(waveform(audio), language=known, word_timestamps=word_timestamps, **options)
+        segments = list(found)
+        words = [
+            TimedWord(word.word, float(word.start), float(word.end), float(word.probability))
+            for segment in segments
+            for word in segment.words or ()
+        ]
+        return "".join(segment.text for segment in segments).strip(), words
 
 
 class Whisper:

@@ -1,0 +1,1 @@
+"""Raw recordings -> clips with texts, ready for training, and a verdict on them."""
