@@ -4,8 +4,9 @@ Between the sentences lie stretches of noise, a music-like tone, a passage of a 
 twice. The tests make one of two minutes, `bench/prepare.py` one of forty.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +14,15 @@ import numpy as np
 import soundfile
 
 from speechtune.audio import read_audio
+from speechtune.tasks.voice_cloning.word_errors import word_errors
 from speechtune.types import AudioRef
 
 RATE = 16_000
 FLOOR_DBFS = -65.0  # of the room, everywhere
 STRETCH_DBFS = -28.0  # of noise and tone, as loud as speech
 STRETCH_SECONDS = 7.0
-LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.7, 1.8
+LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 1.0, 2.0
+TOLERANCE_SECONDS = 0.15
 TRIM_SECONDS, TRIM_DB = 0.01, -40.0  # frames of a clip's ends this far below its loudest are no speech
 NOTES_HZ = (220.0, 277.2, 329.6, 440.0)
 
@@ -101,6 +104,57 @@ def make_recording(
     return parts
 
 
-def as_rows(parts: Sequence[Part]) -> list[dict[str, object]]:
-    """The parts as they are written to a file."""
-    return [asdict(part) for part in parts]
+@dataclass(frozen=True)
+class Judged:
+    """What a preparation made of a recording.
+
+    Attributes:
+        whole: share of the sentences that a piece holds whole, both ends within `TOLERANCE_SECONDS` of the truth.
+        torn: sentences of which some piece holds a part.
+        reasons: share of the seconds of noise, tone and second speaker that are rejected for that very reason.
+        wer: word errors of the whole sentences' transcripts; NaN where there are none.
+        worst_seconds: largest distance of an end from the truth, of whole sentences.
+    """
+
+    whole: float
+    torn: list[str]
+    reasons: dict[str, float]
+    wer: float
+    worst_seconds: float
+
+
+RIGHT_REASONS = {"noise": "noise", "tone": "tone", "other": "other_voice"}
+
+
+def judge(parts: Sequence[Part], data: Path) -> Judged:
+    """Compare the manifest and the rejected pieces in a folder with the truth."""
+    names = ("manifest.jsonl", "rejected.jsonl")
+    rows = [json.loads(line) for name in names for line in (data / name).read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "start" in row]
+    torn, ends = list[str](), list[float]()
+    errors = words = 0
+    sentences = [part for part in parts if part.kind in ("sentence", "repeated")]
+    for part in sentences:
+        for row in rows:
+            inside = min(row["end"], part.end) - max(row["start"], part.start)
+            if inside <= 0:
+                continue
+            distance = max(abs(row["start"] - part.start), abs(row["end"] - part.end))
+            if distance <= TOLERANCE_SECONDS:
+                ends.append(distance)
+                wrong, count = word_errors(part.text, row.get("transcript", ""), "en")
+                errors, words = errors + wrong, words + count
+            elif inside < part.end - part.start - TOLERANCE_SECONDS:
+                torn.append(part.text)
+    shares = {}
+    for kind, reason in RIGHT_REASONS.items():
+        places = [part for part in parts if part.kind == kind]
+        covered = sum(
+            max(0.0, min(row["end"], part.end) - max(row["start"], part.start))
+            for part in places
+            for row in rows
+            if row.get("reason") == reason
+        )
+        shares[kind] = covered / max(sum(part.end - part.start for part in places), 1e-9)
+    wer = errors / words if words else float("nan")
+    return Judged(len(ends) / len(sentences), torn, shares, wer, max(ends, default=float("nan")))

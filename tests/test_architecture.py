@@ -189,6 +189,7 @@ PLANTED = {
     "upward from the package": ("config.py", "from speechtune import cli", "higher"),
     "sibling": ("data/rows.py", "from speechtune.families.layers import ops", "sibling"),
     "export and training": ("export/merge.py", "import speechtune.training.loop", "sibling"),
+    "preparation and training": ("preparation/cut.py", "import speechtune.training.loop", "sibling"),
     "registry": ("training/loop.py", "from speechtune.families import create_family", "registry"),
     "lint": ("lint/rules.py", "import speechtune.config", "lint imports"),
     "no row": ("helpers.py", "", "no row"),

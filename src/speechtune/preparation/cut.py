@@ -1,5 +1,6 @@
 """Speech -> pieces of a length to train on, cut in pauses alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,12 +47,13 @@ def cut_speech(speech: Sequence[Region], seconds: float, settings: CutSettings) 
             chains.append([group])
     groups = [group for chain in chains for group in _join_short(chain, settings)]
     pieces = []
+    last = math.floor(1e4 * seconds) / 1e4  # by rounding no piece may end behind the recording
     for number, group in enumerate(groups):
         before = groups[number - 1][-1][1] if number else 0.0
         after = groups[number + 1][0][0] if number + 1 < len(groups) else seconds
         start = group[0][0] - min(settings.margin_seconds, max(0.0, group[0][0] - before) / (2 if number else 1))
         end = group[-1][1] + min(settings.margin_seconds, (after - group[-1][1]) / (2 if after < seconds else 1))
-        pieces.append((round(start, 4), round(min(end, seconds), 4), sum(b - a for a, b in group)))
+        pieces.append((round(start, 4), min(round(end, 4), last), sum(b - a for a, b in group)))
     return pieces
 
 

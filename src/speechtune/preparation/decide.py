@@ -89,8 +89,9 @@ def _reasons(key: str, findings: Findings, config: PrepareConfig) -> Iterator[Re
         elif voice.similarity < config.speakers.min_similarity:
             what = f"cosine {voice.similarity:.2f} to its mean, below {config.speakers.min_similarity:g}"
             yield Reason("other_voice", f"unlike {voice.name}: {what}")
-    if quality.clipping > limits.max_clipping:
-        yield Reason("clipped", f"{quality.clipping:.2%} of the samples stand still at the peak")
+    clipping = findings.loudness[key].clipping
+    if clipping > limits.max_clipping:
+        yield Reason("clipped", f"{clipping:.2%} of the samples stand still at the peak")
     if quality.snr_db < limits.min_snr_db:
         yield Reason("noisy", f"speech only {quality.snr_db:.1f} dB above noise, below {limits.min_snr_db:g} dB")
     if quality.mos is not None and quality.mos < limits.min_mos:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 from speechtune.data.text_checks import plain
+from speechtune.preparation.settings import INSTALL
 from speechtune.tasks.voice_cloning.support import need
-
-INSTALL = "pip install 'speechtune[prepare]'"
 
 
 def find_duplicates(texts: Mapping[str, str], quality: Mapping[str, float], alike: float) -> dict[str, str]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from speechtune.audio import flac_bytes, read_audio, resample
+from speechtune.audio import flac_bytes, read_audio
 from speechtune.errors import ConfigError
 from speechtune.preparation import decide, quality, speakers, transcribe
 from speechtune.preparation.activity import Activity, find_speech
 from speechtune.preparation.cut import Piece, cut_speech
 from speechtune.preparation.decide import Findings, Reason
 from speechtune.preparation.loudness import Loudness, normalise
-from speechtune.preparation.prepared import CLIPS, STEPS, Prepared, Request, piece_file
+from speechtune.preparation.prepared import CLIPS, STEPS, Prepared, Request
 from speechtune.preparation.recordings import Recording, cut_out, find_recordings
 from speechtune.preparation.results import Progress, Results, compute
 from speechtune.preparation.script import align_script
@@ -59,7 +59,8 @@ def _find_speech(request: Request, recordings: Sequence[Recording], progress: Pr
     done = 0.0
     found: dict[str, Activity] = {}
     with Results(
-        request.out / STEPS / "activity.jsonl",
+        request.out / STEPS,
+        "activity",
         Activity,
         {"detector": request.detector.name, "settings": settings.model_dump()},
     ) as results:
@@ -94,40 +95,38 @@ def _measure(
     """Write the pieces, and let each step look at them; the language of each recording by its name."""
     config, steps, names = request.config, request.out / STEPS, request.scorer_names
     fitting = {k: p for k, p in findings.pieces.items() if decide.reject_by_length(p, config) is None}
-    made_with = {"sampling_rate": config.output.sampling_rate, "loudness": config.loudness.model_dump()}
-    findings.loudness = _write_pieces(request, recordings, list(fitting.values()), made_with, progress)
+    findings.loudness = _write_pieces(request, recordings, list(fitting.values()), progress)
 
     def rate(piece: Piece) -> quality.Quality:
         return quality.measure(_audio(request, piece), findings.loudness[piece.key].gain_db, request.mos)
 
-    scorer = {"mos": names.get("mos"), **made_with}
-    findings.quality = compute(steps / "quality.jsonl", quality.Quality, scorer, fitting, rate, progress)
+    scorer = {"mos": names.get("mos"), **request.made_with}
+    findings.quality = compute(steps, "quality", quality.Quality, scorer, fitting, rate, progress)
     spoken = {key: piece for key, piece in fitting.items() if findings.quality[key].sound is None}
     if (encoder := request.speaker_encoder) is not None:
 
         def embed(piece: Piece) -> speakers.Embedding:
             return speakers.Embedding(vector=tuple(encoder.embed([_audio(request, piece)])[0].round(5).tolist()))
 
-        scorer = {"speaker": encoder.name, **made_with}
-        embeddings = compute(steps / "speakers.jsonl", speakers.Embedding, scorer, spoken, embed, progress)
+        scorer = {"speaker": encoder.name, **request.made_with}
+        embeddings = compute(steps, "speakers", speakers.Embedding, scorer, spoken, embed, progress)
         seconds = {key: piece.speech_seconds for key, piece in spoken.items()}
         findings.voices = speakers.find_voices(embeddings, seconds, config.speakers)
     own = {key: piece for key, piece in spoken.items() if decide.is_voice(findings, key, config)}
-    languages = _find_languages(request, recordings, own, made_with, progress)
+    languages = _find_languages(request, recordings, own, progress)
     findings.languages = {key: languages[piece.source].code for key, piece in spoken.items()}
-    _transcribe(request, findings, own, made_with, progress)
+    _transcribe(request, findings, own, progress)
     return languages
 
 
 def _audio(request: Request, piece: Piece) -> Audio:
-    return read_audio(AudioRef(str(piece_file(request.out, piece))))
+    return read_audio(AudioRef(str(request.piece_file(piece))))
 
 
 def _find_languages(
     request: Request,
     recordings: Sequence[Recording],
     pieces: Mapping[str, Piece],
-    made_with: Mapping[str, object],
     progress: Progress,
 ) -> dict[str, transcribe.Language]:
     """The language of each recording by its name, told by its longest pieces where it is not given."""
@@ -139,9 +138,10 @@ def _find_languages(
         for one in recordings
     }
     found = compute(
-        request.out / STEPS / "language.jsonl",
+        request.out / STEPS,
+        "language",
         transcribe.Language,
-        {"asr": request.asr.name, **made_with},
+        {"asr": request.asr.name, **request.made_with},
         {" ".join(piece.key for piece in pieces): pieces for pieces in chosen.values()},
         lambda pieces: transcribe.find_language(request.asr, [_audio(request, piece) for piece in pieces]),
         progress,
@@ -153,15 +153,15 @@ def _transcribe(
     request: Request,
     findings: Findings,
     pieces: Mapping[str, Piece],
-    made_with: Mapping[str, object],
     progress: Progress,
 ) -> None:
     """Texts of the pieces, and their places in the script where there is one."""
     keys = {f"{key} {findings.languages[key]}": key for key in pieces}
     found = compute(
-        request.out / STEPS / "transcripts.jsonl",
+        request.out / STEPS,
+        "transcripts",
         transcribe.Transcript,
-        {"asr": request.asr.name, **made_with},
+        {"asr": request.asr.name, **request.made_with},
         keys,
         lambda key: transcribe.transcribe(request.asr, _audio(request, pieces[key]), findings.languages[key]),
         progress,
@@ -177,21 +177,20 @@ def _write_pieces(
     request: Request,
     recordings: Sequence[Recording],
     pieces: Sequence[Piece],
-    made_with: Mapping[str, object],
     progress: Progress,
 ) -> dict[str, Loudness]:
     """Write pieces of the right length as FLAC, loudness made equal; each recording is decoded once, as a stream."""
-    rate, out = request.config.output.sampling_rate, request.out
-    with Results(out / STEPS / "loudness.jsonl", Loudness, made_with) as results:
+    rate = request.config.output.sampling_rate
+    with Results(request.out / STEPS, "loudness", Loudness, request.made_with) as results:
         done = 0
         for recording in recordings:
             own = [piece for piece in pieces if piece.source == recording.name]
-            missing = [p for p in own if p.key not in results or not piece_file(out, p).is_file()]
+            missing = [p for p in own if p.key not in results or not request.piece_file(p).is_file()]
             done += len(own) - len(missing)
             cuts = cut_out(recording, [(piece.start, piece.end) for piece in missing]) if missing else ()
             for piece, audio in zip(missing, cuts, strict=True):
-                louder, loudness = normalise(resample(audio, rate), request.config.loudness)
-                write_atomically(piece_file(out, piece), flac_bytes(louder))
+                louder, loudness = normalise(audio, rate, request.config.loudness)
+                write_atomically(request.piece_file(piece), flac_bytes(louder))
                 results.put(piece.key, loudness)
                 done += 1
                 progress("loudness", done, len(pieces))

@@ -9,6 +9,7 @@ from speechtune.preparation.activity import Activity, Detector
 from speechtune.preparation.cut import Piece
 from speechtune.preparation.decide import Findings, Reason
 from speechtune.preparation.recordings import Recording
+from speechtune.preparation.results import digest
 from speechtune.preparation.selection import KeptClip
 from speechtune.preparation.settings import PrepareConfig
 from speechtune.preparation.transcribe import Language
@@ -32,6 +33,16 @@ class Request:
     speaker: str | None = None
 
     @property
+    def made_with(self) -> dict[str, object]:
+        """The settings that the sound of pieces depends on."""
+        config = self.config
+        return {"sampling_rate": config.output.sampling_rate, "loudness": config.loudness.model_dump()}
+
+    def piece_file(self, piece: Piece) -> Path:
+        """Where a piece lies, kept or not."""
+        return self.out / STEPS / f"pieces-{digest(self.made_with)}" / f"{piece.key}.flac"
+
+    @property
     def scorer_names(self) -> dict[str, str]:
         """What measured what."""
         return Scorers(self.asr, self.speaker_encoder, self.mos).names | {"activity": self.detector.name}
@@ -49,12 +60,3 @@ class Prepared:
     reasons: Mapping[str, list[Reason]]
     clips: Sequence[KeptClip]
     held: set[str]
-
-    def piece_file(self, piece: Piece) -> Path:
-        """Where a piece lies, kept or not."""
-        return piece_file(self.request.out, piece)
-
-
-def piece_file(out: Path, piece: Piece) -> Path:
-    """Where a piece lies in the folder of results."""
-    return out / STEPS / "pieces" / f"{piece.key}.flac"

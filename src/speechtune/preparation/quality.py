@@ -1,4 +1,4 @@
-"""How a clip sounds: noise, clipping, and a predicted mean opinion score."""
+"""How a clip sounds: noise, and a predicted mean opinion score."""
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from speechtune.types import Audio
 
 FRAME_SECONDS = 0.02
 QUIET_FRAMES = 5  # the quietest tenth of a second, in the margins or between words, holds noise alone
-AT_PEAK = 0.98  # of the highest value: a clip that was made quieter after it was clipped stands still there
 
 
 class Quality(Result, frozen=True):
@@ -18,7 +17,6 @@ class Quality(Result, frozen=True):
 
     snr_db: float
     noise_dbfs: float
-    clipping: float
     sound: str | None
     mos: float | None
 
@@ -30,14 +28,11 @@ def measure(audio: Audio, gain_db: float, predictor: MosPredictor | None) -> Qua
     power = (samples[: len(samples) // size * size].reshape(-1, size) ** 2).mean(axis=1) + 1e-12
     noise = float(np.sort(power)[:QUIET_FRAMES].mean())
     speech = max(float(power.mean()) - noise, 1e-12)
-    peak = np.abs(samples).max()
-    flat = (np.abs(samples[1:]) >= AT_PEAK * peak) & (np.abs(np.diff(samples)) <= 1e-3 * peak)
     frames = waveform(audio)
     frames = frames[: len(frames) // FRAME * FRAME].reshape(-1, FRAME)
     return Quality(
         snr_db=round(10 * float(np.log10(speech / noise)), 1),
         noise_dbfs=round(10 * float(np.log10(noise)) - gain_db, 1),
-        clipping=round(float(flat.mean()), 5),
         sound=sound_kind(spectral_flatness(frames)),
         mos=None if predictor is None else round(float(predictor.predict([audio])[0]), 3),
     )

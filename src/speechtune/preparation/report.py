@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speechtune import __version__
+from speechtune.preparation.coverage import WANTED
 from speechtune.preparation.prepared import Prepared
 from speechtune.preparation.summary import Summary
 from speechtune.report.facts import time_of
@@ -91,7 +92,8 @@ def _sections(prepared: Prepared, summary: Summary) -> Iterator[Section]:
     nothing = Block("note", "Nothing is rare.")
     if coverage.unit == "characters":
         nothing = Block("note", "The project's own list is in English alone: no sentences for this language.")
-    rare = Block("note", f"They hold what the texts hold less than ten times: {' '.join(coverage.rare)}.")
+    what = f"Sentences of the project's own list with the phones that stand less than {WANTED} times in the texts"
+    rare = Block("note", f"{what} ({' '.join(coverage.rare)}):")
     following = [rare, Block("list", coverage.next_sentences)] if coverage.next_sentences else [nothing]
     yield Section("next", "What to record next", following)
     with_what = [*summary.scorers.items(), *((f"language of {name}", one) for name, one in summary.languages.items())]

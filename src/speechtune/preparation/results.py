@@ -1,5 +1,6 @@
 """What a step found, in a file of its own that a killed process cannot damage."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from speechtune.storage.files import write_atomically
 
+HASH_DIGITS = 8
 VERSION = 1  # of what the steps compute; another one computes everything anew
 
 Progress = Callable[[str, float, float], None]
@@ -27,12 +29,13 @@ Item = TypeVar("Item")
 class Results(Generic[ResultT]):
     """Results of one step by key: JSON lines, each appended and synced when it is found.
 
-    The first line says what they were computed with; a file that says something else is begun anew. What a killed
-    process left of its last line is cut off.
+    The first line says what they were computed with, and the file's name has a hash of it: results with other settings
+    lie beside it. What a killed process left of the last line is cut off.
     """
 
-    def __init__(self, path: Path, kind: type[ResultT], computed_with: Mapping[str, object]) -> None:
-        header = json.dumps({"version": VERSION, **computed_with}, ensure_ascii=False).encode() + b"\n"
+    def __init__(self, folder: Path, step: str, kind: type[ResultT], computed_with: Mapping[str, object]) -> None:
+        header = _header(computed_with)
+        path = folder / f"{step}-{digest(computed_with)}.jsonl"
         self._found: dict[str, ResultT] = {}
         content = path.read_bytes() if path.is_file() else b""
         size = len(header)
@@ -71,22 +74,29 @@ class Results(Generic[ResultT]):
         self._found[key] = result
 
 
+def digest(computed_with: Mapping[str, object]) -> str:
+    """A short hash of settings and of this version, for names."""
+    return hashlib.sha256(_header(computed_with)).hexdigest()[:HASH_DIGITS]
+
+
+def _header(computed_with: Mapping[str, object]) -> bytes:
+    return json.dumps({"version": VERSION, **computed_with}, ensure_ascii=False).encode() + b"\n"
+
+
 def compute(
-    path: Path,
+    folder: Path,
+    step: str,
     kind: type[ResultT],
     computed_with: Mapping[str, object],
     items: Mapping[str, Item],
     work: Callable[[Item], ResultT],
     progress: Progress,
 ) -> dict[str, ResultT]:
-    """Results of a step for items by key: those in the file, and the others from `work`, one after the other.
-
-    The file's name is that of the step in `progress`.
-    """
-    with Results(path, kind, computed_with) as results:
+    """Results of a step for items by key: those in its file, and the others from `work`, one after the other."""
+    with Results(folder, step, kind, computed_with) as results:
         for number, (key, item) in enumerate(items.items()):
-            progress(path.stem, number, len(items))
+            progress(step, number, len(items))
             if key not in results:
                 results.put(key, work(item))
-        progress(path.stem, len(items), len(items))
+        progress(step, len(items), len(items))
         return {key: results[key] for key in items}

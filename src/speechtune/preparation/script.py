@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from speechtune.errors import ConfigError
-from speechtune.tasks.voice_cloning.word_errors import normalise, word_errors
+from speechtune.tasks.statistics import edit_counts
+from speechtune.tasks.voice_cloning.word_errors import normalise
 
 EDGE_WORDS = 2  # at an end of a line that the recogniser missed, and that still belong to the piece beside them
 _WORD = re.compile(r"\S+")
@@ -61,7 +62,7 @@ def align_script(
     A transcript may be a line, a part of one, or several. Where the script says something twice, the first place after
     the piece before is taken. A line is missing where more than `EDGE_WORDS` of its words are in no piece that matches.
     """
-    compared_as = {word: normalise(word, language) for word in {word for line in lines for word in line.split()}}
+    compared_as = {word: _plain(word, language) for word in {word for line in lines for word in line.split()}}
     words = [
         ScriptWord(number, found.start(), found.end(), compared_as[found[0]])
         for number, line in enumerate(lines)
@@ -72,23 +73,26 @@ def align_script(
     script = np.array([ids.setdefault(part, len(ids)) for _, part in compared], np.int32)
     owner = [place for place, _ in compared]
     spans: dict[str, tuple[int, int]] = {}
+    claimed: set[int] = set()
     after = 0
     for key, transcript in transcripts.items():
-        heard = np.array([ids.get(part, -1) for part in normalise(transcript, language).split()], np.int32)
+        heard = np.array([ids.get(part, -1) for part in _plain(transcript, language).split()], np.int32)
         if not len(heard) or not len(script):
             continue
-        first, last = _best_span(script, heard, after)
+        first, last, edits = _best_span(script, heard, after)
         if last > first:
             spans[key] = owner[first], owner[last - 1] + 1
-            after = last
-    claimed = {place for first, last in spans.values() for place in range(first, last)}
+            if edits <= max_errors * len(heard):
+                claimed.update(range(*spans[key]))
+                after = last
     matches: dict[str, Match] = {}
     covered: set[int] = set()
     for key, span in spans.items():
         first, last = _to_line_ends(words, span, claimed)
         text = _text(lines, words[first:last])
-        errors, count = word_errors(text, transcripts[key], language)
-        matches[key] = Match(text, errors / max(count, 1), tuple(sorted({w.line for w in words[first:last]})))
+        matches[key] = Match(
+            text, _error_rate(text, transcripts[key], language), tuple(sorted({w.line for w in words[first:last]}))
+        )
         if matches[key].errors <= max_errors:
             covered.update(range(first, last))
     left = [0] * len(lines)
@@ -99,8 +103,19 @@ def align_script(
     return Aligned(matches, missing)
 
 
-def _best_span(script: np.ndarray, heard: np.ndarray, after: int) -> tuple[int, int]:
-    """First and last (exclusive) word of the part of the script with the fewest edits to what was heard.
+def _plain(text: str, language: str | None) -> str:
+    """A text as it is compared; the English rules leave marks such as "..." as words."""
+    return " ".join(word for word in normalise(text, language).split() if any(map(str.isalnum, word)))
+
+
+def _error_rate(text: str, transcript: str, language: str | None) -> float:
+    """Word errors of a transcript per word of the text."""
+    *edits, words = edit_counts([_plain(text, language)], [_plain(transcript, language)])
+    return sum(edits) / max(words, 1)
+
+
+def _best_span(script: np.ndarray, heard: np.ndarray, after: int) -> tuple[int, int, int]:
+    """First and last (exclusive) word of the part of the script with the fewest edits to what was heard; the edits.
 
     Sellers' algorithm (1980): edit distance with free ends in the script. Of equal parts the first behind `after`.
     """
@@ -121,7 +136,7 @@ def _best_span(script: np.ndarray, heard: np.ndarray, after: int) -> tuple[int, 
             row -= 1
         else:
             column -= 1
-    return column, last
+    return column, last, int(rows[-1].min())
 
 
 def _to_line_ends(words: Sequence[ScriptWord], span: tuple[int, int], claimed: set[int]) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from speechtune.config import Section
 
+INSTALL = "pip install 'speechtune[prepare]'"
+
 
 class OutputSettings(Section, frozen=True):
     """The clips that are written."""
@@ -73,9 +75,9 @@ class QualitySettings(Section, frozen=True):
     """Predictor of the mean opinion score."""
     min_mos: float = Field(default=3.0, ge=1.0, le=5.0)
     """Least predicted score."""
-    min_snr_db: float = 18.0
+    min_snr_db: float = 25.0
     """Least ratio of speech to the noise of its pauses."""
-    max_clipping: float = Field(default=0.002, ge=0.0, le=1.0)
+    max_clipping: float = Field(default=0.0005, ge=0.0, le=1.0)
     """Largest share of samples that stand still at the clip's peak."""
     min_rate: float = Field(default=4.0, ge=0.0)
     """Slowest speech, in characters a second."""
@@ -90,7 +92,7 @@ class SpeakerSettings(Section, frozen=True):
     """Speaker encoder: `resemblyzer` or `wavlm:FOLDER_OR_ID`; null takes every clip for one voice."""
     same_voice: float = Field(default=0.72, gt=-1.0, lt=1.0)
     """Mean cosine between the clips of two groups from which on they are one voice."""
-    min_similarity: float = Field(default=0.75, ge=-1.0, le=1.0)
+    min_similarity: float = Field(default=0.8, ge=-1.0, le=1.0)
     """Least cosine of a clip to the mean of its voice."""
     voice: str = "voice-1"
     """The voice that is kept; `voice-1` is the one that speaks most."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechtune.preparation.results import Result
-from speechtune.preparation.settings import SpeakerSettings
+from speechtune.preparation.settings import INSTALL, SpeakerSettings
 from speechtune.tasks.voice_cloning.support import need
 
-INSTALL = "pip install 'speechtune[prepare]'"
 MAX_CLUSTERED = 4000  # pieces; their distances take 128 MB, and later pieces go to the nearest voice
 
 

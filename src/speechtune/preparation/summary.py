@@ -71,7 +71,7 @@ def summarise(prepared: Prepared) -> Summary:
     }
     spoken = [one.code for one in prepared.languages.values() if one.code]
     return Summary(
-        problems=tuple(_problems(prepared, seconds["train"] / 60, counts["train"], voices)),
+        problems=tuple(_problems(prepared, seconds.get("train", 0.0) / 60, counts.get("train", 0), voices)),
         seconds_given=round(given, 2),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         counts=dict(counts),

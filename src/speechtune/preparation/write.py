@@ -27,7 +27,7 @@ def write_data(prepared: Prepared, progress: Progress) -> None:
     speaker = request.speaker or config.speakers.voice
     (out / CLIPS).mkdir(parents=True, exist_ok=True)
     for number, clip in enumerate(prepared.clips):
-        _link(prepared.piece_file(by_id[clip.id]), out / clip.audio)
+        _link(request.piece_file(by_id[clip.id]), out / clip.audio)
         progress("clips", number + 1, len(prepared.clips))
     wanted = {os.path.basename(clip.audio) for clip in prepared.clips}
     for path in (out / CLIPS).iterdir():
