@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -16,6 +16,7 @@ import psutil
 import pytest
 import soundfile
 import yaml
+from pydantic import BaseModel
 
 from helpers import DemoClip
 from speechtune.config import RunConfig, option_names, shipped_recipes
@@ -23,12 +24,13 @@ from speechtune.errors import ConfigError, SpeechtuneError
 from speechtune.families import build_config, config_class, family_packages, load_config
 from speechtune.inference.score import Score
 from speechtune.storage.lock import lock_holder, locked
-from speechtune.studio import app, assessment, datasets, exports, form, listening, processes, progress
+from speechtune.studio import app, assessment, datasets, exports, form, listening, processes, progress, train_tab
 from speechtune.studio.listening import Request
 from speechtune.studio.reporting import reported
-from speechtune.studio.workspace import ASSETS, Workspace
+from speechtune.studio.workspace import ASSETS, Workspace, path_options
 from speechtune.tasks.pronunciation.alignment import PhonePair, WordScore
 from speechtune.tasks.statistics import preference
+from speechtune.training.run import run_training
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -95,21 +97,21 @@ def test_no_option_leads_outside(workspace: Workspace, option: str) -> None:
     assert list(at) == [option.replace("__", ".")] and not others
 
 
-def test_every_option_of_files_is_looked_at() -> None:
-    """A new option that takes a path cannot be forgotten: the annotations are searched, not a list of names."""
-    for family in family_packages():
-        kind = config_class(family)
-        schema = json.dumps(kind.model_json_schema())
-        assert '"format": "path"' in schema
-        values = {"family": family, "model": {"path": "/outside"}}
-        found = {name for name, _ in app_paths(build_config(values, "test"))}
-        assert {"output_dir", "model.path"} <= found
+@pytest.mark.parametrize("family", family_packages())
+def test_every_option_of_files_is_looked_at(family: str) -> None:
+    """A new option that takes a path cannot be forgotten: they are found by their annotations."""
 
+    def names_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+        for name, info in section.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                yield from names_of(info.annotation, f"{prefix}{name}.")
+            elif "Path" in str(info.annotation):
+                yield prefix + name
 
-def app_paths(config: RunConfig) -> list[tuple[str, Path]]:
-    from speechtune.studio.workspace import path_options
-
-    return path_options(config)
+    names = [*names_of(config_class(family)), "model.path", "checkpoint.resume"]
+    assert len(names) > 8
+    config = build_config({"family": family}, "test", [f"{name}=/outside" for name in names])
+    assert {name for name, _ in path_options(config)} == set(names)
 
 
 def test_clips_that_rows_name_stay_inside(workspace: Workspace, demo_clips: list[DemoClip]) -> None:
@@ -231,14 +233,35 @@ def test_data_elsewhere_is_taken_without_copying_or_changing_it(
     assert [path.name for path in folder.iterdir()] == [datasets.METADATA]
 
 
-def test_rows_of_chats_are_not_rewritten(
+def test_rows_of_chats_are_heard_and_not_rewritten(
     workspace: Workspace, write_chatml: Callable[[Path, Sequence[DemoClip]], Path], demo_clips: list[DemoClip]
 ) -> None:
     folder = workspace.place("data", "chat")
     folder.mkdir(parents=True)
     write_chatml(folder / "train.json", demo_clips[:2])
+    rows = datasets.utterances(folder, None, workspace)  # but they are shown, and can be heard
+    assert [(row.text, row.clip) for row in rows] == [(clip.text, clip.path) for clip in demo_clips[:2]]
     with pytest.raises(ConfigError, match="no plain row"):
         datasets.take_rows(folder, folder, {1: "x"})
+
+
+@pytest.mark.slow
+def test_a_long_recording_is_cut_and_judged(workspace: Workspace, demo_clips: list[DemoClip]) -> None:
+    """As `speechtune prepare` does it: the pieces get the script's lines, and too little speech is a NO-GO."""
+    chosen = [clip for clip in demo_clips if clip.speaker == "allison"][:3]
+    silence = np.zeros(8000, np.float32)
+    parts = [part for clip in chosen for part in (soundfile.read(clip.path, dtype="float32")[0], silence)]
+    soundfile.write(workspace.directory / "long.wav", np.concatenate(parts), soundfile.info(chosen[0].path).samplerate)
+    (workspace.directory / "script.txt").write_text("\n".join(clip.text for clip in chosen))
+    options = {"asr": "pocketsphinx", "language": "en", "script": workspace.directory / "script.txt"}
+    verdict, report = datasets.prepare("cut", [workspace.directory / "long.wav"], "", workspace, **options)
+    assert verdict.startswith("**NO-GO**: 0.2 minutes given") and "<html" in report
+    rows = datasets.utterances(workspace.place("data", "cut"), None, workspace)
+    assert rows and {row.text for row in rows} <= {clip.text for clip in chosen}
+    assert all(row.clip and row.clip.is_relative_to(workspace.directory) for row in rows)
+    for place, asr in (("/etc", "pocketsphinx"), ("", "pocketsphinx"), ("data/cut", "faster-whisper:/etc")):
+        with pytest.raises(ConfigError):
+            datasets.prepare("other", [], place, workspace, **options | {"asr": asr})
 
 
 # Runs
@@ -332,6 +355,28 @@ start_run(load_config(Path("recipe.yaml")), Path({str(workspace.directory)!r}))"
     assert workspace.report("first").state == "finished" and workspace.report("first").last_step == stopped + 2
 
 
+@pytest.mark.slow
+def test_doctor_and_fit_before_the_start(
+    workspace: Workspace,
+    make_config: Callable[..., RunConfig],
+    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
+    demo_clips: list[DemoClip],
+) -> None:
+    data = write_chatml(workspace.directory / "train.json", demo_clips[:2])
+    run = workspace.directory / "runs" / "first"
+    config = make_config(output_dir=str(run), data={"train": str(data)}, train={"max_steps": 7, "batch_size": 1})
+    view = train_tab.FormView(config, workspace)
+    line, table = view.doctor(config)
+    assert line == "Doctor: every check passed"
+    verdicts = {row[0]: row[1] for row in table["value"]}
+    assert verdicts["training step"] == verdicts["merge"] == "pass"
+    line, _ = view.fit(config)
+    assert line.startswith("Estimate on cpu: 7 steps") and not (run / "config.yaml").exists()
+    broken = config.model_copy(update={"data": config.data.model_copy(update={"train": data.with_name("none.json")})})
+    line, table = view.doctor(broken)
+    assert line == "Doctor: **1 check(s) failed**" and "none.json" in str(table["value"])
+
+
 def test_a_verb_that_fails_says_why(workspace: Workspace) -> None:
     with pytest.raises(SpeechtuneError, match="nowhere: no such folder"):
         processes.run_verb(workspace.directory, "report", "nowhere")
@@ -361,6 +406,28 @@ def test_base_adapter_and_checkpoints_speak(with_run: Workspace) -> None:
     assert np.array_equal(say("lora_adapters", 0.0), base)  # a line from base to adapter: at its beginning the base
     assert not np.array_equal(full, base) and np.array_equal(say("checkpoint-4", 1.0), full)
     assert np.array_equal(say("base", 1.5), base)
+
+
+def test_a_model_trained_in_full_speaks(
+    workspace: Workspace,
+    make_config: Callable[..., RunConfig],
+    write_chatml: Callable[[Path, Sequence[DemoClip]], Path],
+    demo_clips: list[DemoClip],
+) -> None:
+    chosen = sorted(demo_clips, key=lambda clip: clip.duration_seconds)[:2]
+    run_training(
+        make_config(
+            output_dir=str(workspace.directory / "runs" / "full"),
+            data={"train": str(write_chatml(workspace.directory / "train.json", chosen))},
+            lora={"enabled": False},
+            train={"max_steps": 1, "batch_size": 1, "learning_rate": 1e-2},
+        )
+    )
+    voices = listening.voices_of("full", workspace)
+    assert voices == ["base", "checkpoint-1"]
+    request = Request("full", "One two.", temperature=0, max_new_tokens=12)
+    base, trained = (soundfile.read(path)[0] for _, path in listening.speak(request, voices, workspace))
+    assert not np.array_equal(base, trained)
 
 
 def test_what_cannot_be_said_is_refused(with_run: Workspace, demo_clips: list[DemoClip]) -> None:
@@ -493,5 +560,8 @@ def test_the_page_is_on_loopback_and_serves_no_other_file(
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{address}gradio_api/file={path}")
             assert refused.value.code in (403, 404)
+        other = urllib.request.Request(address, headers={"Host": "example.org"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(other)
     finally:
         page.close()

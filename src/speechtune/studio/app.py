@@ -7,6 +7,8 @@ from types import ModuleType
 
 import gradio as gr
 from gradio.themes import Default
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from speechtune.audio import MAX_FILE_BYTES
 from speechtune.studio import data_tab, listen_tab, pronounce_tab, runs_tab, train_tab
@@ -20,6 +22,7 @@ TABS: dict[str, ModuleType] = {
     "Runs": runs_tab,
 }
 LOOPBACK = "127.0.0.1"
+HOSTS = [LOOPBACK, "localhost"]
 DAY_SECONDS = 24 * 3600
 FONTS = ("system-ui", "sans-serif")
 """Of the machine: Gradio's own themes fetch theirs."""
@@ -60,6 +63,8 @@ def serve(workspace: Workspace, port: int | None, *, block: bool = True) -> tupl
         footer_links=[],
         run_history=False,
         ssr_mode=False,
+        # A page elsewhere could let a name of its own point here, and would then be taken for this one.
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
         theme=theme,
         css=STYLE,
     )

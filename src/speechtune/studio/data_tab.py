@@ -5,12 +5,14 @@ from typing import Any
 
 import gradio as gr
 
+from speechtune.preparation.coverage import own_sentences
 from speechtune.studio import datasets
-from speechtune.studio.reporting import choices, player, reported
+from speechtune.studio.reporting import MODEL, choices, frame, player, reported
 from speechtune.studio.workspace import Workspace
 
 COLUMNS = ["row", "transcript", "issues", "file"]
-SENTENCES = datasets.sentences()
+RECOGNISER = "pocketsphinx"  # needs no download
+SENTENCES = own_sentences()
 
 
 def build(workspace: Workspace, tab: gr.Tab) -> None:
@@ -47,6 +49,19 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     )
     clip = player("The chosen row", elem_id="data-player")
     save = gr.Button("Keep the corrected transcripts", elem_id="data-save")
+    with gr.Accordion("Cut long recordings into a data set", open=False, elem_id="prepare"):
+        with gr.Row():
+            raw = gr.File(label="Recordings of any length", file_count="multiple", elem_id="prepare-files")
+            script = gr.File(label="What was to be said, a line a sentence (optional)", elem_id="prepare-script")
+        with gr.Row():
+            raw_path = gr.Textbox(label="or where they lie", info="In a folder given at start with --allow.")
+            asr = gr.Textbox(
+                RECOGNISER, label="Recogniser", info="Such as faster-whisper:base.en.", elem_id="prepare-asr"
+            )
+            language = gr.Textbox(label="Language", placeholder="detected", elem_id="prepare-language")
+        cut = gr.Button("Prepare: cut, transcribe, check", elem_id="prepare-go")
+        outcome = gr.Markdown(elem_id="prepare-verdict")
+        page = gr.HTML()
     with gr.Accordion("Record sentences", open=False):
         sentence = gr.Dropdown(label="Read aloud", choices=SENTENCES, value=SENTENCES[0], allow_custom_value=True)
         recording = gr.Audio(label="Recording", sources=["microphone", "upload"], type="filepath")
@@ -93,6 +108,21 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         )
 
     @reported
+    def prepare(
+        name: str, raw: list[str] | None, place: str, asr: str, language: str, script: str | None
+    ) -> tuple[Any, ...]:
+        verdict, report = datasets.prepare(
+            name,
+            [Path(file) for file in raw or ()],
+            place.strip(),
+            workspace,
+            asr=asr.strip(),
+            language=language.strip(),
+            script=Path(script) if script else None,
+        )
+        return verdict, frame(report), choices(workspace.names("data"), name)
+
+    @reported
     def keep_recording(name: str, sentence: str, recording: str | None) -> tuple[Any, ...]:
         datasets.add_recording(data_set(name), Path(recording) if recording else None, sentence)
         following = SENTENCES.index(sentence) + 1 if sentence in SENTENCES else 0
@@ -102,5 +132,8 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     check.click(examine, chosen, shown)
     rows.select(listen, chosen, clip)
     save.click(correct, [chosen, rows]).success(examine, chosen, shown)
+    cut.click(
+        prepare, [name, raw, raw_path, asr, language, script], [outcome, page, chosen], concurrency_id=MODEL
+    ).success(examine, chosen, shown)
     keep.click(keep_recording, [name, sentence, recording], [recording, sentence, chosen])
     tab.select(lambda name: choices(workspace.names("data"), name), chosen, chosen)

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from speechtune.audio import file_name
-from speechtune.commands.demo_voice import VOICES
+from speechtune.commands.prepare import REPORT
 from speechtune.commands.validate import Report, validate
 from speechtune.config import DataConfig
 from speechtune.data.layouts import find_layout, iterate_rows
+from speechtune.data.manifest import read_samples
 from speechtune.data.plain_rows import AUDIO, REFERENCE_AUDIO, TEXT, is_clip
 from speechtune.data.row_parser import first_name
 from speechtune.data.rows import Place
+from speechtune.data.sources import find_source
 from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.storage.files import write_atomically
-from speechtune.studio.workspace import Workspace
+from speechtune.studio.processes import run_verb
+from speechtune.studio.workspace import Workspace, paths_in
 
 METADATA = "metadata.jsonl"
 
@@ -32,24 +35,12 @@ class Utterance:
     issues: str
 
 
-def sentences() -> list[str]:
-    """English sentences to read aloud, from the demonstration's recordings."""
-    rows = map(json.loads, (VOICES / "clips.jsonl").read_text(encoding="utf-8").splitlines())
-    return list(dict.fromkeys(row["text"] for row in rows if row["language"] == "en"))
-
-
 def add_files(folder: Path, files: Sequence[Path]) -> None:
     """Copy files into a data set; where they are no data of a known layout, clips get rows, to be filled in.
 
     Raises ConfigError: two files have one name.
     """
-    names = [file_name(file.name) for file in files]
-    taken = [name for name in names if names.count(name) > 1 or (folder / name).exists()]
-    if taken:
-        raise ConfigError(f"{folder.name}: there is a file {taken[0]!r} already: rename one, or begin another data set")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, name in zip(files, names, strict=True):
-        shutil.copyfile(file, folder / name)
+    names = _copy(files, folder)
     if not (folder / METADATA).is_file():
         try:
             find_layout(Place(folder))
@@ -57,6 +48,17 @@ def add_files(folder: Path, files: Sequence[Path]) -> None:
         except ManifestError:
             pass
     _add_rows(folder, [{"audio": name, "text": _text_beside(folder / name)} for name in names if is_clip(name)])
+
+
+def _copy(files: Sequence[Path], folder: Path) -> list[str]:
+    names = [file_name(file.name) for file in files]
+    taken = [name for name in names if names.count(name) > 1 or (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"{folder.name}: there is a file {taken[0]!r} already: rename one, or begin another data set")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, name in zip(files, names, strict=True):
+        shutil.copyfile(file, folder / name)
+    return names
 
 
 def add_recording(folder: Path, recording: Path | None, sentence: str) -> None:
@@ -96,8 +98,7 @@ def take_rows(source: Path, folder: Path, texts: Mapping[int, str] | None = None
 
     Raises ConfigError: rows that are no plain rows of a clip and a text, so that nothing can be replaced in them.
     """
-    _, place = find_layout(Place(source))
-    root = place.path if place.path.is_dir() else place.path.parent
+    root = _root(source)
     rows = []
     for row in iterate_rows(Place(source)):
         value = row.value
@@ -122,6 +123,41 @@ def _placed(clip: object, root: Path, folder: Path) -> object:
     return str(root / clip)
 
 
+def prepare(
+    name: str,
+    recordings: Sequence[Path],
+    place: str,
+    workspace: Workspace,
+    *,
+    asr: str,
+    language: str,
+    script: Path | None,
+) -> tuple[str, str]:
+    """Cut raw recordings into a new data set as `speechtune prepare` does; the verdict in lines, and its report.
+
+    Recordings that were dropped are kept beside the data set; others stay at the `place` that was typed.
+
+    Raises SpeechtuneError: as the verb.
+    """
+    out = workspace.place("data", name)
+    if recordings:
+        source = workspace.place("recordings", name)
+        _copy(recordings, source)
+    elif place:
+        source = workspace.readable(place)
+    else:
+        raise ConfigError("drop recordings, or type where they lie")
+    for path in paths_in(asr):
+        workspace.readable(path)
+    arguments = ["prepare", str(source), "--out", str(out), "--asr", asr]
+    arguments += ["--language", language] if language else []
+    arguments += ["--script", str(workspace.readable(script))] if script else []
+    found = run_verb(workspace.directory, *arguments)
+    seconds = ", ".join(f"{what} {value / 60:.1f} min" for what, value in found["seconds"].items())
+    lines = [f"**{found['verdict']}**: {found['seconds_given'] / 60:.1f} minutes given; {seconds}", *found["problems"]]
+    return "\n\n".join(lines), (out / REPORT).read_text(encoding="utf-8")
+
+
 def check(path: Path, workspace: Workspace) -> Report:
     """What `speechtune validate` finds; clips that lie where the studio must not read are issues, and not opened.
 
@@ -131,25 +167,44 @@ def check(path: Path, workspace: Workspace) -> Report:
 
 
 def utterances(path: Path, report: Report | None, workspace: Workspace) -> list[Utterance]:
-    """The rows of a data set, with the issues of each that a report has, for listening and correcting."""
+    """The rows of a data set, with the issues of each that a report has, for listening and correcting.
+
+    Pronunciation data have labels besides, and give no rows here.
+    """
+    if find_source(path) is not None:
+        return []
     issues: dict[int, list[str]] = {}
     for issue in report.issues if report else ():
         issues.setdefault(issue.row, []).append(issue.message)
-    _, place = find_layout(Place(path))
-    root = place.path if place.path.is_dir() else place.path.parent
+    samples = {sample.row: sample for sample in read_samples(path, DataConfig(audio_root=workspace.roots)).samples}
     found = []
     for row in iterate_rows(Place(path)):
-        value = row.value if isinstance(row.value, dict) else {}
-        name, clip = first_name(value, AUDIO), None
-        if name and isinstance(value[name], str):
-            try:
-                clip = workspace.readable(root / value[name])
-            except ConfigError:
-                pass
-        text = str(value.get(first_name(value, TEXT) or "", ""))
-        there = clip if clip is not None and clip.is_file() else None
-        found.append(Utterance(row.number, there, printable(text), "; ".join(issues.get(row.number, []))))
+        sample = samples.get(row.number)
+        if sample is not None:
+            text, clip = sample.text, sample.audio.path if sample.audio else None
+        else:
+            value = row.value if isinstance(row.value, dict) else {}
+            text, clip = str(value.get(first_name(value, TEXT) or "", "")), _clip_of(value, path, workspace)
+        playable = Path(clip) if clip and Path(clip).is_file() else None
+        found.append(Utterance(row.number, playable, printable(text), "; ".join(issues.get(row.number, []))))
     return found
+
+
+def _clip_of(value: Mapping[str, Any], path: Path, workspace: Workspace) -> Path | None:
+    """The clip of a row that gives no sample, where it may be read."""
+    name = first_name(value, AUDIO)
+    if name is None or not isinstance(value[name], str):
+        return None
+    try:
+        return workspace.readable(_root(path) / value[name])
+    except ConfigError:
+        return None
+
+
+def _root(path: Path) -> Path:
+    """The folder that paths in the rows of some data start from."""
+    _, place = find_layout(Place(path))
+    return place.path if place.path.is_dir() else place.path.parent
 
 
 def statistics_rows(report: Report) -> list[tuple[str, str]]:

@@ -5,13 +5,13 @@ from typing import Any, get_args
 
 import gradio as gr
 
+from speechtune.errors import ConfigError
 from speechtune.studio import form, listening
 from speechtune.studio.form import SHIPPED
 from speechtune.studio.listening import BASE, Request, Vote
-from speechtune.studio.reporting import choices, player, reported
+from speechtune.studio.reporting import MODEL, choices, player, reported
 from speechtune.studio.workspace import Workspace
 
-MODEL = "model"  # one at a time: each would load a model of its own
 MAX_STRENGTH = 1.5
 
 
@@ -27,7 +27,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         strength = gr.Slider(
             0, MAX_STRENGTH, 1, step=0.05, label="Strength of adapters", info="0 is the base, 1 the adapter as trained."
         )
-        seed = gr.Number(42, label="Seed", precision=0, minimum=0)
+        seed = gr.Number(42, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
         temperature = gr.Textbox(label="Temperature", info="0 is greedy; empty: as the model says.")
         longest = gr.Number(500, label="Most rows of codes", info="25 a second.", precision=0, minimum=1)
     asked = [run, text, reference, reference_text, strength, seed, temperature, longest]
@@ -76,7 +76,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         @reported
         def count(pair: listening.Pair | None, first: str, second: str, strength: float) -> tuple[Any, ...]:
             if pair is None:
-                raise gr.Error("Play a pair first", print_exception=False)
+                raise ConfigError("play a pair first")
             listening.vote(pair, answer, float(strength), workspace)
             said = f"A was **{pair.voices[0]}**, B was **{pair.voices[1]}**. "
             return None, said + describe(listening.tally(pair.run, first, second, workspace), first, second)

@@ -78,7 +78,11 @@ def speak(request: Request, voices: Sequence[str], workspace: Workspace) -> Iter
 
 
 def _say(request: Request, voice: str, prompts: Sequence[Sample], folder: Path, workspace: Workspace) -> Path:
-    config, adapter, family, model = _load(request.run or SHIPPED, voice, request.strength, workspace)
+    run = request.run or SHIPPED
+    if voice not in voices_of(run, workspace):
+        raise ConfigError(f"{voice}: {run} has no such adapter or checkpoint")
+    written = 0 if voice == BASE else (workspace.run(run) / voice).stat().st_mtime_ns
+    config, adapter, family, model = _load(run, voice, written, request.strength, workspace)
     options = GenerationOptions(
         temperature=request.temperature, seed=request.seed, max_new_tokens=request.max_new_tokens
     )
@@ -90,17 +94,16 @@ def _say(request: Request, voice: str, prompts: Sequence[Sample], folder: Path, 
 
 @lru_cache(maxsize=1)  # of a large model a second copy may not fit
 def _load(
-    run: str, voice: str, strength: float, workspace: Workspace
+    run: str, voice: str, written: int, strength: float, workspace: Workspace
 ) -> tuple[RunConfig, StoredAdapter | None, Family, nn.Module]:
-    if run == SHIPPED:
-        config = start_from(SHIPPED, workspace)
-    else:
-        config = load_config(workspace.run(run) / "config.yaml")
+    """What speaks; `written` is when its folder was, so that one that a resumed run has written anew is read anew."""
+    config = start_from(SHIPPED, workspace) if run == SHIPPED else load_config(workspace.run(run) / "config.yaml")
     adapter = None
-    if voice != BASE:
-        if voice not in voices_of(run, workspace):
-            raise ConfigError(f"{voice}: {run} has no such adapter or checkpoint")
+    if voice != BASE and config.lora.enabled:
         adapter = open_adapter(workspace.run(run) / voice, strength)
+    elif voice != BASE:  # a checkpoint of full fine-tuning is a model
+        model = config.model.model_copy(update={"path": str(workspace.run(run) / voice)})
+        config = config.model_copy(update={"model": model})
     return config, adapter, *load_model(config, adapter, ability="speak")
 
 

@@ -17,7 +17,7 @@ from speechtune.storage.files import write_atomically
 from speechtune.storage.lock import lock_holder
 
 PROCESS_NAME = "process.json"
-RECIPE_NAME = "recipe.yaml"
+RECIPE_NAME, CONFIG_NAME = "recipe.yaml", "config.yaml"
 LOG_NAME = "train.log"
 LOG_SHOWN_BYTES = 16_384
 COMMAND = (sys.executable, "-m", "speechtune")
@@ -34,7 +34,7 @@ def start_run(config: RunConfig, directory: Path, *, resume: bool = False) -> in
     if (process := find_process(run)) is not None:
         raise ConfigError(f"{run.name}: process {process.pid} works on this run already")
     run.mkdir(parents=True, exist_ok=True)
-    recipe = str(run / RECIPE_NAME) if resume else write_recipe(config, run / RECIPE_NAME)
+    recipe = str(recipe_of(run)) if resume else write_recipe(config, run / RECIPE_NAME)
     command = [*COMMAND, "train", recipe, *(["checkpoint.resume=auto"] if resume else [])]
     with (run / LOG_NAME).open("ab") as log:
         # A session of its own: neither Ctrl-C in the studio's terminal nor the end of the studio reaches it.
@@ -56,6 +56,12 @@ def write_recipe(config: RunConfig, path: Path) -> str:
     """Write a configuration as a recipe; returns its path."""
     write_atomically(path, config.to_yaml().encode())
     return str(path)
+
+
+def recipe_of(run: Path) -> Path:
+    """The recipe that a run was started with; of one that no studio started, what its recipe resolved to."""
+    recipe = run / RECIPE_NAME
+    return recipe if recipe.is_file() else run / CONFIG_NAME
 
 
 def find_process(run: Path) -> psutil.Process | None:

@@ -5,11 +5,10 @@ from typing import Any
 
 import gradio as gr
 
+from speechtune.preparation.coverage import own_sentences
 from speechtune.studio import assessment
 from speechtune.studio.assessment import EMBEDDED
-from speechtune.studio.datasets import sentences
-from speechtune.studio.listen_tab import MODEL
-from speechtune.studio.reporting import choices, reported
+from speechtune.studio.reporting import MODEL, choices, reported
 from speechtune.studio.workspace import Workspace
 
 COLOURS = {"right": "#2e7d32", "replaced": "#c62828", "left out": "#ef6c00", "put in": "#6a1b9a"}
@@ -17,7 +16,7 @@ COLOURS = {"right": "#2e7d32", "replaced": "#c62828", "left out": "#ef6c00", "pu
 
 def build(workspace: Workspace, tab: gr.Tab) -> None:
     """Lay out the tab and connect it."""
-    texts = sentences()
+    texts = own_sentences()
     run = gr.Dropdown(label="Run that assesses pronunciation", choices=[EMBEDDED], value=EMBEDDED)
     text = gr.Dropdown(label="Read aloud", choices=texts, value=texts[0], allow_custom_value=True)
     recording = gr.Audio(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from html import escape
 from typing import Any
@@ -11,47 +12,43 @@ import gradio as gr
 from speechtune.commands.guarded import EXTRAS
 from speechtune.errors import SpeechtuneError
 
+MODEL = "model"
+"""Handlers that load a model wait for one another: two at once may not fit the memory."""
 
-def message_of(error: Exception) -> gr.Error:
-    """An error that users can meet, as a message that stays until it is closed."""
-    text = str(error)
-    if isinstance(error, ModuleNotFoundError):
-        text = f"{error.name} is missing: pip install 'speechtune[{EXTRAS[str(error.name)]}]'"
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Errors that users can meet become messages that stay until they are closed; faults of ours go to the console."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise message(f"{error.name} is missing: pip install 'speechtune[{EXTRAS[error.name]}]'") from None
+    except (SpeechtuneError, OSError) as error:
+        raise message(str(error)) from None
+
+
+def message(text: str) -> gr.Error:
+    """A message on the page, to be raised."""
     return gr.Error(escape(text).replace("\n", "<br>"), duration=None, print_exception=False)
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose errors for users appear on the page; faults of ours go to the console, as everywhere."""
-    caught = (SpeechtuneError, OSError)
-
-    def known(error: ModuleNotFoundError) -> bool:
-        return error.name in EXTRAS
-
+    """A handler whose errors appear on the page, see `messages`."""
     if inspect.isgeneratorfunction(function):
 
         @wraps(function)
         def generate(*arguments: Any) -> Iterator[Any]:
-            try:
+            with messages():
                 yield from function(*arguments)
-            except caught as error:
-                raise message_of(error) from None
-            except ModuleNotFoundError as error:
-                if not known(error):
-                    raise
-                raise message_of(error) from None
 
         return generate
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        try:
+        with messages():
             return function(*arguments)
-        except caught as error:
-            raise message_of(error) from None
-        except ModuleNotFoundError as error:
-            if not known(error):
-                raise
-            raise message_of(error) from None
 
     return call
 
@@ -59,6 +56,11 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
 def player(label: str, path: str | None = None, **options: Any) -> gr.Audio:
     """A player without the button that uploads what it plays to a service."""
     return gr.Audio(path, label=label, interactive=False, buttons=["download"], **options)
+
+
+def frame(html: str) -> str:
+    """A report inside the page. It has a script of its own, so it is kept apart, without access to this page."""
+    return f'<iframe class="report" sandbox="allow-scripts" title="report" srcdoc="{escape(html)}"></iframe>'
 
 
 def choices(names: list[str], chosen: str | None = None) -> dict[str, Any]:

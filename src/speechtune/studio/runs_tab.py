@@ -1,15 +1,14 @@
 """The tab Runs: the report of each, two side by side, and a checkpoint merged or exported."""
 
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from speechtune.commands.report import write_report
 from speechtune.studio import exports, progress
-from speechtune.studio.listen_tab import MAX_STRENGTH, MODEL
+from speechtune.studio.listen_tab import MAX_STRENGTH
 from speechtune.studio.listening import voices_of
-from speechtune.studio.reporting import choices, reported
+from speechtune.studio.reporting import MODEL, choices, frame, reported
 from speechtune.studio.workspace import Workspace
 
 
@@ -34,10 +33,6 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     done = gr.Markdown(elem_id="runs-done")
     file = gr.File(label="Exported", interactive=False, elem_id="runs-file")
     page = gr.HTML(elem_id="runs-page")
-
-    def frame(html: str) -> str:
-        # The report has a script of its own: it gets a page of its own, without access to this one.
-        return f'<iframe class="report" sandbox="allow-scripts" title="report" srcdoc="{escape(html)}"></iframe>'
 
     @reported
     def report(*names: str | None) -> str:

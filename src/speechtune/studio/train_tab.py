@@ -11,12 +11,12 @@ from speechtune.errors import ConfigError
 from speechtune.families import load_config
 from speechtune.studio import form, processes, progress
 from speechtune.studio.form import BASIC, SHIPPED, Option
-from speechtune.studio.listen_tab import MODEL
-from speechtune.studio.reporting import choices, player, reported
+from speechtune.studio.reporting import MODEL, choices, player, reported
 from speechtune.studio.workspace import Workspace
 
 EVERY_SECONDS = 2.0
 FIELD_WIDTH = 300  # pixels: as many stand side by side as fit
+RECIPES = (processes.RECIPE_NAME, processes.CONFIG_NAME)  # either tells a run from another folder
 CHECK_FOLDER = "checks"  # where the recipes of doctor and fit lie
 
 
@@ -38,7 +38,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     gr.Markdown("## Runs")
     with gr.Row():
-        run = gr.Dropdown(label="Watch", choices=workspace.names("runs", processes.RECIPE_NAME), elem_id="train-watch")
+        run = gr.Dropdown(label="Watch", choices=workspace.names("runs", *RECIPES), elem_id="train-watch")
         stop = gr.Button("Stop: finish the step, save, end", elem_id="train-stop")
         resume = gr.Button("Resume", elem_id="train-resume")
     state = gr.Markdown(elem_id="train-state")
@@ -62,8 +62,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     def look(name: str | None) -> tuple[Any, ...]:
         if not name:
             return tuple(gr.skip() for _ in shown)
-        found = progress.read_progress(name, workspace)
-        return tuple(found)
+        return tuple(progress.read_progress(name, workspace))
 
     @reported
     def stop_run(name: str | None) -> None:
@@ -71,11 +70,11 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     @reported
     def resume_run(name: str | None) -> None:
-        config = load_config(workspace.run(name) / processes.RECIPE_NAME)
+        config = load_config(processes.recipe_of(workspace.run(name)))
         gr.Info(f"process {processes.start_run(config, workspace.directory, resume=True)} goes on")
 
     def runs(chosen: str | None) -> dict[str, Any]:
-        return choices(workspace.names("runs", processes.RECIPE_NAME), chosen)
+        return choices(workspace.names("runs", *RECIPES), chosen)
 
     gr.Timer(EVERY_SECONDS).tick(look, run, shown, show_progress="hidden")
     run.change(look, run, shown, show_progress="hidden")
@@ -194,7 +193,7 @@ class FormView:
 
     def train(self, config: RunConfig) -> tuple[str, Any]:
         """Start the run. Raises ConfigError: there is one of that name."""
-        if (config.output_dir / processes.RECIPE_NAME).exists() or (config.output_dir / "config.yaml").exists():
+        if any((config.output_dir / name).exists() for name in RECIPES):
             raise ConfigError(
                 f"{config.output_dir.name}: there is a run of that name: resume it, or choose another name"
             )

@@ -97,8 +97,13 @@ def path_options(config: RunConfig) -> list[tuple[str, Path]]:
                 if isinstance(item, Path):
                     found.append((dotted, item))
                 elif isinstance(item, str) and section_name in ("model", "evaluate", "checkpoint"):
-                    found += [(dotted, Path(part)) for part in {item, item.partition(":")[2]} if _is_path(part)]
+                    found += [(dotted, path) for path in paths_in(item)]
     return found
+
+
+def paths_in(text: str) -> list[Path]:
+    """The path that a text such as `model` or `faster-whisper:model` names, where it names one."""
+    return [Path(part) for part in {text, text.partition(":")[2]} if _is_path(part)]
 
 
 def _is_path(text: str) -> bool:
