@@ -2,7 +2,7 @@
 
     python bench/prepare.py known DEMO_VOICES --asr faster-whisper:FOLDER   40 minutes: what is found, and how fast
     python bench/prepare.py long DEMO_VOICES                               4 hours, without a recogniser: memory
-    python bench/prepare.py peer DEMO_VOICES                               voice activity beside silero-vad's own loop
+    python bench/prepare.py peer DEMO_VOICES --asr faster-whisper:FOLDER    steps beside the same libraries used plainly
 
 Times are those of this process on the CPU, for the machine may do other work too; real-time factors are audio per
 time. OMP_NUM_THREADS says how many threads torch and CTranslate2 take.
@@ -14,18 +14,17 @@ import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from recording import RATE, judge, make_recording
 
-from speechtune.audio import read_audio
+from speechtune.audio import read_audio, resample
 from speechtune.family import Scorers
-from speechtune.preparation.activity import find_speech, load_detector
-from speechtune.preparation.cut import cut_speech
+from speechtune.preparation.activity import load_detector
 from speechtune.preparation.prepare import prepare
 from speechtune.preparation.prepared import Request
-from speechtune.preparation.recordings import find_recordings
 from speechtune.preparation.settings import DuplicateSettings, PrepareConfig
 from speechtune.tasks.voice_cloning.scorers import load_scorers
 from speechtune.types import Audio, AudioRef
@@ -104,26 +103,44 @@ def show(clock: Clock, seconds: float) -> None:
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
-def peer(demo_voices: Path, folder: Path) -> None:
-    """Voice activity and cutting beside silero-vad's own functions on the same recording, both from the file."""
+def peer(demo_voices: Path, folder: Path, asr: str) -> None:
+    """Steps beside the plain use of the same libraries on the same sound, one clip after the other."""
+    import pyloudnorm
+    import torch
+    from faster_whisper import WhisperModel
     from silero_vad import get_speech_timestamps, load_silero_vad
-    from torch import from_numpy
 
-    recording = folder / "peer.flac"
-    make_recording(recording, clips_of(demo_voices, SPEAKER), [], minutes=10)
-    model, detector, settings = load_silero_vad(onnx=True), load_detector(PrepareConfig().activity), PrepareConfig()
-    (found,) = find_recordings(recording, lambda *values: None)
-    seconds = found.info.duration_seconds
-    for name in ("silero-vad", "prepare", "silero-vad", "prepare"):
+    recording, out, config = folder / "peer.flac", folder / "data", PrepareConfig()
+    make_recording(recording, clips_of(demo_voices, SPEAKER), [], minutes=1.5)
+    clock, seconds = run(recording, out, load_scorers(asr, config.speakers.encoder, config.quality.mos))
+    samples = read_audio(AudioRef(str(recording)), RATE).samples
+    pieces = [read_audio(AudioRef(str(path))) for path in sorted(out.glob(".steps/pieces-*/*.flac"))]
+    detector, whisper = load_silero_vad(onnx=True), WhisperModel(asr.partition(":")[2], compute_type="float32")
+    from distillmos import ConvTransformerSQAModel  # imports torchaudio, which the scorers have shown to be needless
+
+    predictor = ConvTransformerSQAModel().eval()
+    at_16k = [resample(piece, RATE).samples for piece in pieces]
+
+    def transcribe(clip: np.ndarray) -> None:
+        list(whisper.transcribe(clip, beam_size=1, temperature=0.0, language="en", word_timestamps=True)[0])
+
+    def loudness(piece: Audio) -> None:
+        level = pyloudnorm.Meter(piece.sampling_rate).integrated_loudness(piece.samples)
+        pyloudnorm.normalize.loudness(piece.samples, level, -23.0)
+
+    plain: dict[str, Callable[[], object]] = {
+        "activity": lambda: get_speech_timestamps(torch.from_numpy(samples), detector),
+        "loudness": lambda: [loudness(piece) for piece in pieces],
+        "quality": lambda: [predictor(torch.from_numpy(clip)[None]) for clip in at_16k],
+        "transcripts": lambda: [transcribe(clip) for clip in at_16k],
+    }
+    for step, work in plain.items():
         start = time.process_time()
-        if name == "prepare":
-            speech = find_speech(found, detector, settings.activity, lambda *values: None, 0, 1).speech
-            pieces = len(cut_speech(speech, seconds, settings.cut))
-        else:
-            samples = read_audio(AudioRef(str(recording)), RATE).samples
-            pieces = len(get_speech_timestamps(from_numpy(samples), model))
+        with torch.inference_mode():
+            work()
         spent = time.process_time() - start
-        print(f"{name:12} {spent:6.1f} s on the CPU, {seconds / spent:6.0f} x real time, {pieces} pieces")
+        ours, theirs = seconds / clock.seconds[step], seconds / spent
+        print(f"{step:12} {ours:6.0f} x real time, the libraries alone {theirs:6.0f} x")
 
 
 def main() -> None:
@@ -139,7 +156,7 @@ def main() -> None:
         if given.what == "known":
             known(given.demo_voices, folder, given.minutes or 40.0, given.asr)
         elif given.what == "peer":
-            peer(given.demo_voices, folder)
+            peer(given.demo_voices, folder, given.asr)
         else:
             others = [path for path, _ in clips_of(given.demo_voices, OTHER)]
             clips = clips_of(given.demo_voices, SPEAKER)

@@ -30,8 +30,9 @@ from speechtune.preparation.settings import (
     SelectSettings,
     SpeakerSettings,
 )
-from speechtune.preparation.speakers import Embedding, find_voices
+from speechtune.preparation.speakers import Embedding, embed, find_voices
 from speechtune.tasks.pronunciation.phones import PHONES
+from speechtune.tasks.voice_cloning.speaker import Resemblyzer
 from speechtune.types import Audio, AudioRef
 
 RATE = 16_000
@@ -233,6 +234,25 @@ def test_voices_are_told_apart_and_named_by_how_long_they_speak() -> None:
     expected = np.array(embeddings["13"].vector) @ mean / np.linalg.norm(mean)
     assert voices["13"].similarity == pytest.approx(float(expected), abs=1e-3)
     assert find_voices({"a": embeddings["00"]}, {"a": 1.0}, SpeakerSettings())["a"].name == "voice-1"
+
+
+def test_two_people_in_one_piece_show_in_its_halves() -> None:
+    pytest.importorskip("webrtcvad")
+    encoder = Resemblyzer("resemblyzer", "cpu")
+    clips = [clip for clip in read_demo_clips() if clip.duration_seconds > 2.5]
+    first, second, other = (
+        next(clip for clip in clips[start:] if clip.speaker == speaker)
+        for start, speaker in ((0, "allison"), (3, "allison"), (0, "carlo"))
+    )
+    sounds = [read_audio(AudioRef(str(clip.path)), RATE).samples[: int(2.5 * RATE)] for clip in (first, second, other)]
+    own, both = (embed(encoder, Audio(np.concatenate([sounds[0], sounds[n]]), RATE)) for n in (1, 2))
+    assert both.halves is not None and own.halves is not None
+    limit = SpeakerSettings().min_halves
+    assert both.halves == pytest.approx(
+        float(np.dot(*encoder.embed([Audio(sounds[n], RATE) for n in (0, 2)]))), abs=1e-3
+    )
+    assert both.halves < limit < own.halves
+    assert embed(encoder, Audio(sounds[0], RATE)).halves is None
 
 
 def test_the_best_take_of_a_sentence_stays() -> None:

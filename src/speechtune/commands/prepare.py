@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -95,7 +96,8 @@ def make_request(
         raise ConfigError(f"{what} ({INSTALL})")
     for module in ("pyloudnorm", "rapidfuzz", "scipy"):
         need(module, "speechtune prepare", INSTALL)
-    scorers = load_scorers(config.transcribe.asr, config.speakers.encoder, config.quality.mos)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorers = load_scorers(config.transcribe.asr, config.speakers.encoder, config.quality.mos, device=device)
     assert scorers.asr is not None
     language = language_code(language)
     check_language(scorers.asr, language)

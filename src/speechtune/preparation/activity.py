@@ -15,7 +15,7 @@ from speechtune.types import AudioRef
 FRAME, CONTEXT = 512, 64
 """Samples of a frame, 32 ms, and of the one before it that Silero's network sees too (silero_vad/sequence_vad.py)."""
 SILERO_MODEL = "data/silero_vad_16k_sequence.onnx"
-LOUD_DB, FAINT_DB, SILENT_DBFS = 15.0, 10.0, -60.0
+LOUD_DB, FAINT_DB, SILENT_DBFS, DIGITAL_DBFS = 15.0, 10.0, -60.0, -96.0
 """A frame without speech is a noise when it exceeds the room's quietest tenth by 15 dB, and this level; at the ends of
 speech it belongs to it from 10 dB on."""
 WIDENED, NARROWED = 5, 3  # frames by which level may move an end of speech that the detector set
@@ -115,7 +115,8 @@ def find_speech(
         progress("activity", done + count * FRAME / RATE, total)
     seconds = recording.info.duration_seconds
     level = np.concatenate(levels)
-    floor = float(np.quantile(level, 0.1))
+    room = level[level > DIGITAL_DBFS]  # a gate or an editor leaves digital silence, which says nothing of the room
+    floor = float(np.quantile(room, 0.1)) if len(room) else DIGITAL_DBFS
     speech = _regions(np.concatenate(found), level > max(floor + FAINT_DB, SILENT_DBFS), seconds, settings)
     loud = level > max(floor + LOUD_DB, SILENT_DBFS)
     stretches = _stretches(loud, np.concatenate(flatness), speech)

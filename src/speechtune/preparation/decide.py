@@ -89,6 +89,9 @@ def _reasons(key: str, findings: Findings, config: PrepareConfig) -> Iterator[Re
         elif voice.similarity < config.speakers.min_similarity:
             what = f"cosine {voice.similarity:.2f} to its mean, below {config.speakers.min_similarity:g}"
             yield Reason("other_voice", f"unlike {voice.name}: {what}")
+        elif voice.halves is not None and voice.halves < config.speakers.min_halves:
+            what = f"cosine {voice.halves:.2f} of its halves, below {config.speakers.min_halves:g}"
+            yield Reason("two_voices", f"more than one voice: {what}")
     clipping = findings.loudness[key].clipping
     if clipping > limits.max_clipping:
         yield Reason("clipped", f"{clipping:.2%} of the samples stand still at the peak")

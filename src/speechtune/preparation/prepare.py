@@ -1,5 +1,6 @@
 """Recordings -> a folder of training data: the steps in their order, each taken up where the last run left it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from speechtune.audio import flac_bytes, read_audio
@@ -31,8 +32,8 @@ def prepare(request: Request, progress: Progress) -> Prepared:
         raise ConfigError(f"--out {out}: its folder {CLIPS} was not made by `speechtune prepare`: name another")
     if request.recordings.is_dir() and out.resolve().is_relative_to(request.recordings.resolve()):
         raise ConfigError(f"--out {out} lies among the recordings, which its clips would join: name another")
+    recordings = find_recordings(request.recordings, progress)
     with locked(out):
-        recordings = find_recordings(request.recordings, progress)
         activities = _find_speech(request, recordings, progress)
         findings = Findings(_cut(request.config, recordings, activities))
         languages = _measure(request, recordings, findings, progress)
@@ -79,13 +80,16 @@ def _cut(
 ) -> dict[str, Piece]:
     """The pieces of all recordings in order; their keys say what they hold, so that the same audio has the same key."""
     pieces: dict[str, Piece] = {}
+    seen: Counter[str] = Counter()
     for recording in recordings:
+        again = f"-{seen[recording.digest]}" if recording.digest in seen else ""  # a copy of another recording
+        seen[recording.digest] += 1
         for start, end, spoken in cut_speech(
             activities[recording.digest].speech, recording.info.duration_seconds, config.cut
         ):
-            key = f"{recording.digest}-{round(1e4 * start)}-{round(1e4 * end)}"
+            key = f"{recording.digest}-{round(1e4 * start)}-{round(1e4 * end)}{again}"
             name = f"{recording.stem}-{round(1e3 * start):08d}"
-            pieces.setdefault(key, Piece(name, key, recording.name, start, end, spoken))
+            pieces[key] = Piece(name, key, recording.name, start, end, spoken)
     return pieces
 
 
@@ -106,7 +110,7 @@ def _measure(
     if (encoder := request.speaker_encoder) is not None:
 
         def embed(piece: Piece) -> speakers.Embedding:
-            return speakers.Embedding(vector=tuple(encoder.embed([_audio(request, piece)])[0].round(5).tolist()))
+            return speakers.embed(encoder, _audio(request, piece))
 
         scorer = {"speaker": encoder.name, **request.made_with}
         embeddings = compute(steps, "speakers", speakers.Embedding, scorer, spoken, embed, progress)

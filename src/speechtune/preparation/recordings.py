@@ -48,7 +48,7 @@ def find_recordings(place: Path, progress: Progress) -> list[Recording]:
     for number, name in enumerate(names):
         progress("recordings", number, len(names))
         ref, stem = AudioRef(str(folder / name)), os.path.splitext(name)[0]
-        stem = file_name((stem if stems[stem] == 1 else name).replace(os.sep, "_"))
+        stem = file_name(stem if stems[stem] == 1 else name)
         try:
             recordings.append(Recording(name, stem, ref, audio_info(ref), content_hash(ref)[:HASH_DIGITS]))
         except InvalidAudioError as error:
@@ -57,7 +57,7 @@ def find_recordings(place: Path, progress: Progress) -> list[Recording]:
     if unreadable:
         lines = "\n  ".join(unreadable)
         raise AudioError(
-            f"{len(unreadable)} of {len(names)} recording(s) cannot be read; mend or remove them:\n  {lines}"
+            f"{len(unreadable)} of {len(names)} recording(s) cannot be read; repair or remove them:\n  {lines}"
         )
     return recordings
 

@@ -26,6 +26,7 @@ WORDS = {
     "too_short": "too short",
     "too_long": "too long, without a pause",
     "other_voice": "another voice",
+    "two_voices": "two voices in one piece",
     "clipped": "clipped",
     "noisy": "noise under the speech",
     "low_mos": "low predicted quality",
@@ -55,7 +56,7 @@ def page(prepared: Prepared, summary: Summary) -> str:
         ("clips for evaluation", str(summary.counts.get("test", 0))),
     ]
     return TEMPLATES.get_template("preparation.html").render(
-        name=prepared.request.recordings.name,
+        name=prepared.request.recordings.resolve().name,
         problems=summary.problems,
         headline=headline,
         parts=[section for section in _sections(prepared, summary) if section.blocks],

@@ -94,6 +94,8 @@ class SpeakerSettings(Section, frozen=True):
     """Mean cosine between the clips of two groups from which on they are one voice."""
     min_similarity: float = Field(default=0.8, ge=-1.0, le=1.0)
     """Least cosine of a clip to the mean of its voice."""
+    min_halves: float = Field(default=0.6, ge=-1.0, le=1.0)
+    """Least cosine of a clip's halves, from 4 s on; below it two people take turns."""
     voice: str = "voice-1"
     """The voice that is kept; `voice-1` is the one that speaks most."""
 

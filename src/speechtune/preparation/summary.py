@@ -98,8 +98,6 @@ def _problems(prepared: Prepared, minutes: float, count: int, voices: dict[str, 
     total = sum(voices.values())
     for name, spoken in voices.items():
         if name != own and spoken > limits.max_second_voice * total:
-            what = f"{name} speaks {spoken / 60:.1f} of {total / 60:.1f} minutes"
-            found.append(
-                f"{what}: whose voice is wanted? {own} is kept; say so with speakers.voice={name} if it is {name}"
-            )
+            what = f"{name} speaks {spoken / 60:.1f} of {total / 60:.1f} minutes: whose voice is wanted?"
+            found.append(f"{what} For {name} speakers.voice={name}; for {own}, kept now, verdict.max_second_voice=1")
     return found

@@ -31,7 +31,7 @@ def write_data(prepared: Prepared, progress: Progress) -> None:
         progress("clips", number + 1, len(prepared.clips))
     wanted = {os.path.basename(clip.audio) for clip in prepared.clips}
     for path in (out / CLIPS).iterdir():
-        if path.name not in wanted:
+        if path.name not in wanted and path.is_file():
             path.unlink()
     rows = {clip.id: chat_row(clip, references[clip.id], speaker) for clip in prepared.clips}
     _write_rows(out / MANIFEST, (_manifest_row(prepared, by_id[c.id], c, references[c.id]) for c in prepared.clips))
@@ -62,12 +62,12 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 def _measures(prepared: Prepared, piece: Piece) -> dict[str, object]:
     """What the steps found of a piece, as the rows of clips and of rejected pieces give it."""
     findings, key = prepared.findings, piece.key
-    rows: dict[str, object] = {"source": piece.source, "start": piece.start, "end": piece.end, "scores": {}}
+    rows: dict[str, object] = {"source": piece.source, "start": piece.start, "end": piece.end}
     scores: dict[str, object] = {}
     if key in findings.quality:
         scores |= findings.quality[key].model_dump() | findings.loudness[key].model_dump()
     if (voice := findings.voices.get(key)) is not None:
-        scores |= {"voice": voice.name, "voice_similarity": voice.similarity}
+        scores |= {"voice": voice.name, "voice_similarity": voice.similarity, "halves_similarity": voice.halves}
     if (transcript := findings.transcripts.get(key)) is not None:
         rows["transcript"] = transcript.text
         scores["confidence"] = transcript.confidence
