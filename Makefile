@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-browser: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/studio $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -192,7 +192,8 @@ def test_dropped_recordings_become_data(workspace: Workspace, demo_clips: list[D
     assert [row.clip for row in rows] == [folder / clip.path.name for clip in chosen] and all(
         row.issues for row in rows
     )
-    datasets.take_rows(folder, folder, {row.number: clip.text for row, clip in zip(rows, chosen, strict=True)})
+    texts = {row.number: clip.text for row, clip in zip(rows, chosen, strict=True)}
+    datasets.correct(folder, texts, workspace)
     report = datasets.check(folder, workspace)
     assert not report.issues and report.statistics["num_samples"] == 2
     assert [row.text for row in datasets.utterances(folder, None, workspace)] == [clip.text for clip in chosen]
@@ -202,13 +203,21 @@ def test_dropped_recordings_become_data(workspace: Workspace, demo_clips: list[D
     assert [row.text for row in datasets.utterances(folder, None, workspace)][2:] == ["One more."]
 
 
+def test_a_file_that_is_no_data_is_named(workspace: Workspace) -> None:
+    (workspace.directory / "notes.pdf").write_bytes(b"%PDF")
+    with pytest.raises(SpeechtuneError, match="nor any other data file"):
+        datasets.add_files(workspace.place("data", "notes"), [workspace.directory / "notes.pdf"])
+
+
 def test_pairs_are_read_as_they_are_and_can_be_corrected(workspace: Workspace, demo_clips: list[DemoClip]) -> None:
     folder, clip = workspace.place("data", "pairs"), demo_clips[0]
     text = workspace.directory / f"{clip.path.stem}.txt"
     text.write_text(clip.text)
     datasets.add_files(folder, [clip.path, text])
     assert not (folder / datasets.METADATA).exists() and not datasets.check(folder, workspace).issues
-    datasets.take_rows(folder, folder, {1: "Another text."})
+    datasets.correct(folder, {1: clip.text, 7: "no such row"}, workspace)
+    assert not (folder / datasets.METADATA).exists(), "nothing was changed"
+    datasets.correct(folder, {1: "Another text."}, workspace)
     datasets.add_recording(folder, demo_clips[1].path, "One more.")
     assert [row.text for row in datasets.utterances(folder, None, workspace)] == ["Another text.", "One more."]
 
@@ -223,9 +232,11 @@ def test_data_elsewhere_is_taken_without_copying_or_changing_it(
     lines = [f"wavs/{clip.path.name}|{clip.text}" for clip in demo_clips[:2]]
     (given / "metadata.csv").write_text("audio_file|text\n" + "\n".join(lines))
     before = {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
-    datasets.take_rows(given, folder)
+    datasets.import_rows(given, folder)
+    with pytest.raises(ConfigError, match="of that name"):
+        datasets.import_rows(given, folder)
     assert not datasets.check(folder, workspace).issues
-    datasets.take_rows(folder, folder, {1: "Corrected."})
+    datasets.correct(folder, {1: "Corrected."}, workspace)
     first, second = datasets.utterances(folder, None, workspace)
     assert (first.text, second.text) == ("Corrected.", demo_clips[1].text)
     assert first.clip == given / "wavs" / demo_clips[0].path.name
@@ -242,7 +253,7 @@ def test_rows_of_chats_are_heard_and_not_rewritten(
     rows = datasets.utterances(folder, None, workspace)  # but they are shown, and can be heard
     assert [(row.text, row.clip) for row in rows] == [(clip.text, clip.path) for clip in demo_clips[:2]]
     with pytest.raises(ConfigError, match="no plain row"):
-        datasets.take_rows(folder, folder, {1: "x"})
+        datasets.correct(folder, {1: "x"}, workspace)
 
 
 @pytest.mark.slow

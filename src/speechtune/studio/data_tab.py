@@ -1,5 +1,6 @@
 """The tab Data: add recordings, see every issue, listen, correct transcripts, record sentences."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import gradio as gr
 
 from speechtune.preparation.coverage import own_sentences
 from speechtune.studio import datasets
-from speechtune.studio.reporting import MODEL, choices, frame, player, reported
+from speechtune.studio.reporting import MODEL, choices, frame, player, recorder, reported
 from speechtune.studio.workspace import Workspace
 
 COLUMNS = ["row", "transcript", "issues", "file"]
 RECOGNISER = "pocketsphinx"  # needs no download
+NUMBER = re.compile(r"\d+(\.0)?")  # rows that a page adds by itself have none
 SENTENCES = own_sentences()
 
 
@@ -28,7 +30,13 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         files = gr.File(label="Recordings, transcripts, a manifest", file_count="multiple", elem_id="data-files")
         folder = gr.File(label="A folder of them", file_count="directory")
     add = gr.Button("Add", variant="primary", elem_id="data-add")
-    chosen = gr.Dropdown(label="Data set", choices=workspace.names("data"), elem_id="data-set")
+    chosen = gr.Dropdown(
+        label="Data set",
+        info="Or the path of data in a folder that the studio may read: they can be checked and heard.",
+        choices=workspace.names("data"),
+        allow_custom_value=True,
+        elem_id="data-set",
+    )
     check = gr.Button("Check", elem_id="data-check")
     verdict = gr.Markdown(elem_id="data-verdict")
     with gr.Row():
@@ -64,13 +72,13 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         page = gr.HTML()
     with gr.Accordion("Record sentences", open=False):
         sentence = gr.Dropdown(label="Read aloud", choices=SENTENCES, value=SENTENCES[0], allow_custom_value=True)
-        recording = gr.Audio(label="Recording", sources=["microphone", "upload"], type="filepath")
+        recording = recorder("Recording", "microphone")
         keep = gr.Button("Keep the recording, go on to the next sentence")
 
     shown = [verdict, issues, statistics, rows]
 
     def data_set(name: str | None) -> Path:
-        return workspace.place("data", name)
+        return workspace.readable(name) if name and "/" in name else workspace.place("data", name)
 
     @reported
     def examine(name: str | None) -> tuple[Any, ...]:
@@ -85,19 +93,19 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     @reported
     def add_data(name: str, path: str, files: list[str] | None, folder: list[str] | None) -> tuple[Any, ...]:
-        place = data_set(name)
+        place = workspace.place("data", name)
         uploads = [Path(file) for file in (*(files or ()), *(folder or ()))]
         if path.strip():
-            datasets.take_rows(workspace.readable(path.strip()), place)
+            datasets.import_rows(workspace.readable(path.strip()), place)
         if uploads:
             datasets.add_files(place, uploads)
         return None, None, "", choices(workspace.names("data"), name)
 
     @reported
     def correct(name: str | None, table: Any) -> None:
-        place = data_set(name)
-        texts = {int(row): str(text or "") for row, text in zip(table["row"], table["transcript"], strict=True)}
-        datasets.take_rows(place, place, texts)
+        rows = zip(map(str, table["row"]), table["transcript"], strict=True)
+        texts = {int(float(row)): str(text or "") for row, text in rows if NUMBER.fullmatch(row)}
+        datasets.correct(workspace.place("data", name), texts, workspace)
 
     @reported
     def listen(name: str | None, event: gr.SelectData) -> str | None:
@@ -124,9 +132,13 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     @reported
     def keep_recording(name: str, sentence: str, recording: str | None) -> tuple[Any, ...]:
-        datasets.add_recording(data_set(name), Path(recording) if recording else None, sentence)
+        datasets.add_recording(workspace.place("data", name), Path(recording) if recording else None, sentence)
         following = SENTENCES.index(sentence) + 1 if sentence in SENTENCES else 0
         return None, SENTENCES[following % len(SENTENCES)], choices(workspace.names("data"), name)
+
+    def offer(name: str | None) -> dict[str, Any]:
+        names = workspace.names("data")
+        return gr.update(choices=names, value=name or next(iter(names), None))
 
     add.click(add_data, [name, path, files, folder], [files, folder, path, chosen]).success(examine, chosen, shown)
     check.click(examine, chosen, shown)
@@ -136,4 +148,4 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
         prepare, [name, raw, raw_path, asr, language, script], [outcome, page, chosen], concurrency_id=MODEL
     ).success(examine, chosen, shown)
     keep.click(keep_recording, [name, sentence, recording], [recording, sentence, chosen])
-    tab.select(lambda name: choices(workspace.names("data"), name), chosen, chosen)
+    tab.select(offer, chosen, chosen)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,18 @@ class Utterance:
 def add_files(folder: Path, files: Sequence[Path]) -> None:
     """Copy files into a data set; where they are no data of a known layout, clips get rows, to be filled in.
 
-    Raises ConfigError: two files have one name.
+    Raises ConfigError: two files have one name; ManifestError: neither data nor clips are among them.
     """
     names = _copy(files, folder)
+    clips = [{"audio": name, "text": _text_beside(folder / name)} for name in names if is_clip(name)]
     if not (folder / METADATA).is_file():
         try:
             find_layout(Place(folder))
             return
         except ManifestError:
-            pass
-    _add_rows(folder, [{"audio": name, "text": _text_beside(folder / name)} for name in names if is_clip(name)])
+            if not clips:
+                raise
+    _add_rows(folder, clips)
 
 
 def _copy(files: Sequence[Path], folder: Path) -> list[str]:
@@ -68,10 +71,10 @@ def add_recording(folder: Path, recording: Path | None, sentence: str) -> None:
     """
     if recording is None:
         raise ConfigError("record the sentence first")
-    number = 1 + sum(1 for _ in folder.glob("recording-*"))
+    number = next(number for number in count(1) if not any(folder.glob(f"recording-{number}.*")))
     folder.mkdir(parents=True, exist_ok=True)
     named = folder / f"recording-{number}{recording.suffix}"
-    if number == 1 and any(folder.iterdir()) and not (folder / METADATA).is_file():
+    if any(folder.iterdir()) and not (folder / METADATA).is_file():
         take_rows(folder, folder)  # metadata.jsonl counts before all else in a folder
     shutil.copyfile(recording, named)
     _add_rows(folder, [{"audio": named.name, "text": sentence}])
@@ -89,6 +92,27 @@ def _text_beside(clip: Path) -> str:
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")
+
+
+def import_rows(source: Path, folder: Path) -> None:
+    """Begin a data set with the rows of data that lie elsewhere, which are not copied and stay as they are.
+
+    Raises ConfigError: there is a data set of that name, or as `take_rows`.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder.name}: there is a data set of that name: choose another")
+    take_rows(source, folder)
+
+
+def correct(folder: Path, texts: Mapping[int, str], workspace: Workspace) -> None:
+    """Keep transcripts as a page shows them; rows whose transcript is as it was are not touched.
+
+    Raises ConfigError: as `take_rows`.
+    """
+    shown = {row.number: row.text for row in utterances(folder, None, workspace)}
+    changed = {number: text for number, text in texts.items() if number in shown and text != shown[number]}
+    if changed:
+        take_rows(folder, folder, changed)
 
 
 def take_rows(source: Path, folder: Path, texts: Mapping[int, str] | None = None) -> None:

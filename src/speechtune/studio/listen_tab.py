@@ -9,7 +9,7 @@ from speechtune.errors import ConfigError
 from speechtune.studio import form, listening
 from speechtune.studio.form import SHIPPED
 from speechtune.studio.listening import BASE, Request, Vote
-from speechtune.studio.reporting import MODEL, choices, player, reported
+from speechtune.studio.reporting import MODEL, choices, player, recorder, reported
 from speechtune.studio.workspace import Workspace
 
 MAX_STRENGTH = 1.5
@@ -21,7 +21,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     voices = gr.CheckboxGroup(label="Who speaks", choices=[BASE], value=[BASE], elem_id="listen-voices")
     text = gr.Textbox(label="Text", value="Please hold while we try to connect you.", elem_id="listen-text")
     with gr.Row():
-        reference = gr.Audio(label="Recording of the voice", sources=["upload", "microphone"], type="filepath")
+        reference = recorder("Recording of the voice", "upload")
         reference_text = gr.Textbox(label="What is said in the recording")
     with gr.Row():
         strength = gr.Slider(

@@ -8,7 +8,7 @@ import gradio as gr
 from speechtune.preparation.coverage import own_sentences
 from speechtune.studio import assessment
 from speechtune.studio.assessment import EMBEDDED
-from speechtune.studio.reporting import MODEL, choices, reported
+from speechtune.studio.reporting import MODEL, choices, recorder, reported
 from speechtune.studio.workspace import Workspace
 
 COLOURS = {"right": "#2e7d32", "replaced": "#c62828", "left out": "#ef6c00", "put in": "#6a1b9a"}
@@ -19,9 +19,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     texts = own_sentences()
     run = gr.Dropdown(label="Run that assesses pronunciation", choices=[EMBEDDED], value=EMBEDDED)
     text = gr.Dropdown(label="Read aloud", choices=texts, value=texts[0], allow_custom_value=True)
-    recording = gr.Audio(
-        label="Recording", sources=["microphone", "upload"], type="filepath", elem_id="pronounce-recording"
-    )
+    recording = recorder("Recording", "microphone", elem_id="pronounce-recording")
     score = gr.Button("Score", variant="primary", elem_id="pronounce-score")
     scores = gr.Dataframe(headers=["score", "value"], label="Scores, 0 to 10", elem_id="pronounce-scores")
     heard = gr.Textbox(label="Words as the model heard them", interactive=False)

@@ -58,6 +58,12 @@ def player(label: str, path: str | None = None, **options: Any) -> gr.Audio:
     return gr.Audio(path, label=label, interactive=False, buttons=["download"], **options)
 
 
+def recorder(label: str, source: str, **options: Any) -> gr.Audio:
+    """A field for a recording: from `source`, "microphone" or "upload", first, and without that button too."""
+    sources: Any = sorted(("microphone", "upload"), key=lambda one: one != source)
+    return gr.Audio(label=label, sources=sources, type="filepath", buttons=["download"], **options)
+
+
 def frame(html: str) -> str:
     """A report inside the page. It has a script of its own, so it is kept apart, without access to this page."""
     return f'<iframe class="report" sandbox="allow-scripts" title="report" srcdoc="{escape(html)}"></iframe>'
