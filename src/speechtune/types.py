@@ -177,7 +177,10 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How to sample. Temperature 0 means greedy; None means what the model's generation config says."""
+    """How to sample. Temperature 0 means greedy; None means what the model's generation config says.
+
+    `seed` is that of all draws of a batch; `seeds`, one for each prompt, give each what it would get alone.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -186,6 +189,7 @@ class GenerationOptions:
     ras_win_max_num_repeat: int | None = None
     max_new_tokens: int | None = None
     seed: int = 42
+    seeds: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

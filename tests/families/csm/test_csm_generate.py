@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ def test_batch_mates_change_nothing(family: CsmFamily, overfitted: Any, cases: l
         np.testing.assert_array_equal(output.arrays["codes"], case.codes)
         assert output.stopped and output.num_tokens == len(case.codes) + 1
         assert output.audio is not None and len(output.audio.samples) == len(case.codes) * 1920
+
+
+def test_a_batch_with_seeds_is_what_each_would_be_alone(family: CsmFamily, model: Any, cases: list[Case]) -> None:
+    prompts = [case.question for case in cases]
+    options, seeds = GenerationOptions(max_new_tokens=8), (3, 3)
+    together = family.generate(model, prompts, replace(options, seeds=seeds))
+    alone = [family.generate(model, [one], replace(options, seed=s))[0] for one, s in zip(prompts, seeds, strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one.arrays["codes"]) and np.array_equal(one.arrays["codes"], other.arrays["codes"])
 
 
 def test_options_of_the_depth_decoder_do_not_stay(family: CsmFamily, model: Any, cases: list[Case]) -> None:

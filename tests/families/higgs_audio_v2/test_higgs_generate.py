@@ -67,6 +67,23 @@ def test_batch_equals_one_by_one(learnt: tuple[HiggsAudioV2Family, Any], cases: 
     assert len({output.num_tokens for output in together}) > 1
 
 
+def test_a_batch_with_seeds_is_what_each_would_be_alone(
+    tiny_family: HiggsAudioV2Family, model: Any, cases: list[Case]
+) -> None:
+    """Also where codes are drawn anew, by repetition-aware sampling."""
+    (first, codes), (second, more) = prompts_of(cases)
+    prompts = [(first, codes), (second, more), (first, codes), (replace(second, references=()), [])]
+    options = GenerationOptions(max_new_tokens=30, temperature=0.5, top_k=2, ras_win_len=4, ras_win_max_num_repeat=1)
+    seeds = (1, 1, 2, 3)
+    together = tiny_family.generate(model, prompts, replace(options, seeds=seeds))
+    alone = [
+        tiny_family.generate(model, [one], replace(options, seed=s))[0] for one, s in zip(prompts, seeds, strict=True)
+    ]
+    for one, other in zip(together, alone, strict=True):
+        assert np.array_equal(one.arrays["rows"], other.arrays["rows"])
+    assert not np.array_equal(together[0].arrays["rows"], together[2].arrays["rows"])
+
+
 def test_cap_is_reported(tiny_family: HiggsAudioV2Family, model: Any, cases: list[Case]) -> None:
     """An output that met the length cap says so; its complete frames are kept."""
     output = tiny_family.generate(model, prompts_of(cases[:1]), replace(GREEDY, max_new_tokens=20))[0]

@@ -10,6 +10,7 @@ from transformers import CsmConfig
 from speechtune.errors import ConfigError
 from speechtune.families.csm.configuration import codes_of
 from speechtune.families.csm.forward import embed
+from speechtune.families.layers.draws import seeded
 from speechtune.types import GenerationOptions
 
 MAX_FRAMES = 375  # 30 seconds; the released generation config says 125, which cuts whatever is longer than 10
@@ -26,15 +27,15 @@ def generate_rows(
     room = config.max_position_embeddings - inputs["input_ids"].shape[1]
     cap = options.max_new_tokens or max(1, min(MAX_FRAMES, room))
     kept = copy.deepcopy(base.depth_decoder.generation_config)  # transformers leaves the options for it on the model
-    torch.manual_seed(options.seed)
     try:
-        return base.generate(
-            inputs_embeds=embed(base, inputs),
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=cap,
-            **sampling,
-            **{f"depth_decoder_{name}": value for name, value in sampling.items()},
-        )
+        with seeded(options, base.device):
+            return base.generate(
+                inputs_embeds=embed(base, inputs),
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=cap,
+                **sampling,
+                **{f"depth_decoder_{name}": value for name, value in sampling.items()},
+            )
     finally:
         base.depth_decoder.generation_config = kept
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from speechtune.families.higgs_audio_v2.conditioning import conditioned
+from speechtune.families.layers.draws import seeded
 from speechtune.lora.apply import plain_model
 from speechtune.types import GenerationOptions
 
@@ -32,9 +33,8 @@ def new_rows(
         sampling = {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
     for name in ("ras_win_len", "ras_win_max_num_repeat"):  # a base that does not know them refuses the option
         vars(base.generation_config).setdefault(name, None)
-    torch.manual_seed(options.seed)
     cap = options.max_new_tokens or MAX_NEW_TOKENS
     inputs, heard = ({name: value.to(base.device) for name, value in part.items()} for part in (inputs, heard))
-    with conditioned(base, heard):
+    with conditioned(base, heard), seeded(options, base.device):
         rows = model.generate(**inputs, max_new_tokens=cap, **sampling)
     return rows[:, max_rows:].cpu().numpy()
