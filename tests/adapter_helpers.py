@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, HiggsAudioV2ForConditionalGeneration
@@ -100,3 +101,17 @@ def to_binary(folder: Path) -> None:
     """Replace adapter_model.safetensors by adapter_model.bin."""
     torch.save(read_weights(folder), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
+
+
+def make_adapter(base: Path, folder: Path, **kind: Any) -> Path:
+    """Save an adapter with random weights, by plain PEFT."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]} | kind
+    model = get_peft_model(plain_base(base), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            # a magnitude stays near the norm that it is trained from
+            parameter.data = parameter.data * (1 + 0.1 * noise) if "magnitude" in name else 0.1 * noise
+    model.save_pretrained(str(folder))
+    return folder

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 import soundfile
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 
-from adapter_helpers import plain_base, plain_logits
+from adapter_helpers import make_adapter, plain_base, plain_logits
 from helpers import DemoClip, merged
 from speechtune.audio import read_provenance
 from speechtune.cli import main
@@ -28,20 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "an embedding by DoRA": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
 }
-
-
-def make_adapter(base: Path, folder: Path, **kind: Any) -> Path:
-    """Save an adapter with random weights, by plain PEFT."""
-    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]} | kind
-    model = get_peft_model(plain_base(base), LoraConfig(**config))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            # a magnitude stays near the norm that it is trained from
-            parameter.data = parameter.data * (1 + 0.1 * noise) if "magnitude" in name else 0.1 * noise
-    model.save_pretrained(str(folder))
-    return folder
 
 
 def loaded(base: Path, adapter: Path, strength: float) -> PeftModel:

@@ -275,13 +275,17 @@ def count_by_component(model: nn.Module, family: Family) -> list[ComponentCount]
 
 
 def adapter_state(
-    model: PeftModel, state: Mapping[str, torch.Tensor] | None = None, *, embeddings: bool = False
+    model: PeftModel,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    embeddings: bool = False,
+    name: str = ADAPTER,
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the names they have on disk; `state` are the model's at another moment.
 
     `embeddings` adds those of the base's embeddings that PEFT's save_embedding_layers puts beside them.
     """
-    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=embeddings)
+    return get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=embeddings)
 
 
 def lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -290,27 +294,29 @@ def lora_b(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if "lora_B" in name}
 
 
-def fit_issues(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def fit_issues(model: PeftModel, tensors: Mapping[str, torch.Tensor], name: str = ADAPTER) -> list[str]:
     """How the tensors of a saved adapter differ from those that a model, with its configuration applied, has for it."""
-    wanted, known = adapter_state(model), adapter_state(model, embeddings=True)
+    wanted, known = adapter_state(model, name=name), adapter_state(model, embeddings=True, name=name)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(known))
     issues = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
     issues += [f"{len(extra)} left over (first {extra[0]})"] if extra else []
-    for name in sorted(known.keys() & tensors.keys()):
-        has, wants = tuple(tensors[name].shape), tuple(known[name].shape)
+    for key in sorted(known.keys() & tensors.keys()):
+        has, wants = tuple(tensors[key].shape), tuple(known[key].shape)
         if has == wants:
             continue
-        issues.append(f"{name}: shape {has}, the base wants {wants}")
-        if EMBEDDING.search(name) and max(has) != max(wants):
+        issues.append(f"{key}: shape {has}, the base wants {wants}")
+        if EMBEDDING.search(key) and max(has) != max(wants):
             return [
-                f"the adapter was trained with a vocabulary of {max(has)} tokens, the base has {max(wants)} ({name}): "
+                f"the adapter was trained with a vocabulary of {max(has)} tokens, the base has {max(wants)} ({key}): "
                 "give the base as many with transformers' resize_token_embeddings, save it, and name that folder"
             ]
     return issues
 
 
-def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
+def load_adapter(model: nn.Module, stored: StoredAdapter, name: str = ADAPTER) -> PeftModel:
     """Put a saved adapter onto its base for inference at its strength, and refuse what PEFT only warns about.
+
+    Under another name than our own it is loaded, but not switched on.
 
     Raises AdapterError: missing or extra keys, other shapes, another layout (the message names the command to convert);
     a strength other than 1 of an adapter that came with another base, or with modules trained beside it.
@@ -329,19 +335,21 @@ def load_adapter(model: nn.Module, stored: StoredAdapter) -> PeftModel:
     config.inference_mode = True
     try:
         if isinstance(model, PeftModel):
-            model.add_adapter(ADAPTER, config)
+            model.add_adapter(name, config)
             loaded = model
         else:
-            loaded = PeftModel(cast(PreTrainedModel, model), config, ADAPTER)
+            loaded = PeftModel(cast(PreTrainedModel, model), config, name)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = stored.layout_hint or f"the adapter does not load: {error}; {OTHER_TARGETS}"
         raise AdapterError(f"{stored.directory}: {reason}") from None
-    if issues := fit_issues(loaded, stored.tensors):
+    if issues := fit_issues(loaded, stored.tensors, name):
+        loaded.delete_adapter(name)
         reason = stored.layout_hint or f"the adapter does not belong to this base: {'; '.join(issues[:3])}"
         raise AdapterError(f"{stored.directory}: {reason}")
-    set_peft_model_state_dict(loaded, dict(stored.tensors), ADAPTER)
-    set_strength(loaded, ADAPTER, stored.strength)
-    activate(loaded)
+    set_peft_model_state_dict(loaded, dict(stored.tensors), name)
+    set_strength(loaded, name, stored.strength)
+    if name == ADAPTER:
+        activate(loaded)
     return loaded.eval()
 
 
