@@ -184,18 +184,30 @@ def _model_verbs(verbs: Verbs) -> None:
     evaluate("--asr", help="voices: recogniser for WER, such as faster-whisper:base.en or pocketsphinx")
     evaluate("--speaker", help="voices: encoder for similarity, such as wavlm:ID or resemblyzer")
     evaluate("--mos", help="voices: predictor of naturalness, distillmos or dnsmos")
+    serve = verbs.add("serve", "speak or assess over HTTP, as OpenAI's API does", json=False)
+    serve("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="may be given several times")
+    serve("--adapter-root", type=Path, help="folder of adapters that may be added by name while it serves")
+    serve("--dir", dest="directory", type=Path, default=Path("speechtune-server"), help="(default: %(default)s)")
+    serve("--host", default="127.0.0.1", help="another than this machine's own asks for SPEECHTUNE_API_KEY")
+    serve("--port", type=number(int, 0, 65535), default=8000, help="0 takes a free one (default: %(default)s)")
+    serve("--max-characters", type=COUNT, default=20_000, help="longest text (default: %(default)s)")
+    serve("--max-requests", type=COUNT, default=256, help="at one time (default: %(default)s)")
+    serve("--deadline", type=POSITIVE, default=300.0, help="seconds for an answer (default: %(default)s)")
+    _model_option(serve, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
     for verb in (generate, evaluate):
         _model_option(verb, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
         _conditioning(verb)
         verb("--seed", type=number(int, 0, 2**63 - 1), default=42, help="of voices (default: %(default)s)")
         verb("--temperature", type=NOT_NEGATIVE, help="of voices: 0 is greedy")
-    for verb in (score, evaluate):
+    for verb in (score, evaluate, serve):
         _speech_lora(verb)
-    for verb in (generate, score, evaluate):
+    for verb in (generate, score, evaluate, serve):
         verb("--model", help="base or merged model: hub id or folder (default: the adapter's base)")
-        rows = "most rows of codes, 25 a second (default: 2048)" if verb is generate else "length cap of an answer"
+        speaks = verb in (generate, serve)
+        rows = "most rows of codes, 25 a second (default: 2048)" if speaks else "length cap of an answer"
         verb("--max-new-tokens", type=COUNT, help=rows)
-        verb("--batch-size", type=COUNT, default=8, help="(default: %(default)s)")
+        verb("--batch-size", type=COUNT, default=32 if verb is serve else 8, help="(default: %(default)s)")
+    for verb in (generate, score, evaluate):
         verb("--cache-dir", type=Path, default=Path("speechtune-cache"), help="(default: %(default)s)")
 
 

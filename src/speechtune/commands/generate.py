@@ -67,7 +67,7 @@ def run_generate(
         raise ConfigError(NO_ADAPTER)
     stored = open_adapter(adapter, 1.0 if strength is None else strength) if adapter else None
     if model is None and stored is None:
-        model, model_options = _speaking_base(model_options)
+        model, model_options = speaking_base(model_options)
     config = model_config(model, model_options, stored)
     samples = as_trained(samples, stored.directory if stored else Path(config.model.path))
     family, loaded = load_model(config, stored, ability="speak")
@@ -77,7 +77,7 @@ def run_generate(
     return print_result({"outputs": rows}, [f"outputs: {row}" for row in rows], as_json)
 
 
-def _speaking_base(options: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+def speaking_base(options: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
     """The small model that ships with speechtune and speaks, for a first try, with its options."""
     shipped = family_part(BASE_FAMILY, "tiny").speaking_base()
     path = shipped.pop("path")

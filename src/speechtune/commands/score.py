@@ -10,18 +10,16 @@ from rich.text import Text
 
 from speechtune.commands import check_output, print_json, require_words, wide_console
 from speechtune.config import DataConfig
-from speechtune.data.audio_checks import check_audio
 from speechtune.data.prompts import read_recordings
 from speechtune.data.quarantine import require_valid
 from speechtune.data.sources import find_source, read_source
-from speechtune.errors import ConfigError, ManifestError, printable
+from speechtune.errors import ConfigError, printable
 from speechtune.inference.load import open_adapter
-from speechtune.inference.score import Score, assessor, log, score_samples
+from speechtune.inference.score import Score, assessor, check_recordings, log, score_samples
 from speechtune.tasks.pronunciation.alignment import pronunciation_dictionary
-from speechtune.tasks.pronunciation.targets import MAX_CLIP_SECONDS, canonical_phones
+from speechtune.tasks.pronunciation.targets import canonical_phones
 from speechtune.types import AudioRef, Sample
 
-_ACCEPTED = ("clipped", "text_too_long", "different_texts")  # the alignment with the text shows what is wrong
 _SHOWN = 20  # scores printed where they are also written to a file
 
 
@@ -35,28 +33,18 @@ def read_requests(audio: Sequence[Path], text: str | None, manifest: Path | None
             Sample(printable(str(path)), text or "", AudioRef(str(path)), source=str(path), row=number)
             for number, path in enumerate(audio, 1)
         ]
-        return _checked("the command line", samples)
+        return check_recordings("the command line", samples)
     if text is not None:
         raise ConfigError("--text goes with audio files; a manifest names its own texts")
     if (source := find_source(manifest)) is None:
-        return _checked(str(manifest), read_recordings(manifest, DataConfig()))
+        return check_recordings(str(manifest), read_recordings(manifest, DataConfig()))
     found = read_source(source, None if source.format == "jsonl" else source.split or "test", DataConfig())
-    samples = _checked(str(manifest), require_valid(manifest, found))
+    samples = check_recordings(str(manifest), require_valid(manifest, found))
     asked: dict[object, Sample] = {}
     for sample in samples:  # JSONL may ask for both tasks of a clip, and both are answered anyway
         labels = sample.pronunciation
         asked.setdefault((sample.audio, sample.text) if labels and labels.task else sample.id, sample)
     return list(asked.values())
-
-
-def _checked(where: str, samples: list[Sample]) -> list[Sample]:
-    missing = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
-    check = check_audio(samples, DataConfig(), deep=True, max_seconds=MAX_CLIP_SECONDS)
-    issues = [issue for issue in check.issues if issue.code not in _ACCEPTED]
-    if lines := [*missing, *map(str, issues)]:
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))
-    return samples
 
 
 def print_score(score: Score, console: Console) -> None:

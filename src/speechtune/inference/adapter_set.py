@@ -20,7 +20,7 @@ from speechtune.precision import plan_precision
 from speechtune.types import Sample
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class LoadedAdapter:
     """An adapter on the base; `key` is its name there, `effect` by how much it moves the logits at the most.
 

@@ -9,18 +9,21 @@ from typing import Any
 from torch import nn
 
 from speechtune.audio import audio_info, segment_frames
-from speechtune.config import RunConfig
-from speechtune.errors import ConfigError, printable
+from speechtune.config import DataConfig, RunConfig
+from speechtune.data.audio_checks import check_audio
+from speechtune.errors import ConfigError, ManifestError, printable
 from speechtune.family import Family
 from speechtune.inference.generate import answer
 from speechtune.inference.load import load_model, model_config
 from speechtune.lora.files import StoredAdapter
 from speechtune.tasks.pronunciation.alignment import WordScore, align_words
 from speechtune.tasks.pronunciation.answers import Answer, read_answer
-from speechtune.tasks.pronunciation.targets import FIELDS, TASKS, Task, task_of
+from speechtune.tasks.pronunciation.targets import FIELDS, MAX_CLIP_SECONDS, TASKS, Task, task_of
 from speechtune.types import AudioRef, GenerationOptions, Output, Pronunciation, Sample
 
 log = logging.getLogger("speechtune")
+
+ACCEPTED = ("clipped", "text_too_long", "different_texts")  # the alignment with the text shows what is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,20 @@ class Score:
         for word, plain in zip(self.words, values["words"], strict=True):
             plain["mispronounced"] = word.mispronounced
         return values
+
+
+def check_recordings(where: str, samples: list[Sample]) -> list[Sample]:
+    """The samples, if every one has a recording that can be decoded and assessed.
+
+    Raises ManifestError: those that cannot; `where` is named in the message.
+    """
+    missing = [f"{sample.source}: no audio to score" for sample in samples if sample.audio is None]
+    check = check_audio(samples, DataConfig(), deep=True, max_seconds=MAX_CLIP_SECONDS)
+    issues = [issue for issue in check.issues if issue.code not in ACCEPTED]
+    if lines := [*missing, *map(str, issues)]:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ManifestError(f"{where}: {len(lines)} recording(s) cannot be scored\n{listed}", tuple(issues))
+    return samples
 
 
 def answer_by_length(

@@ -38,8 +38,9 @@ class RowDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_row_mask(self, index: object) -> bool:
-        is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim == 2
-        return is_mask and len(index) == len(self.generators)
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.bool:
+            return False
+        return index.ndim == 2 and len(index) == len(self.generators)
 
 
 def seeded(options: GenerationOptions, device: torch.device) -> AbstractContextManager[object]:

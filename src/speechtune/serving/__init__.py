@@ -1,0 +1,1 @@
+"""A model behind an HTTP interface: batches, voices, audio formats, limits. `speechtune serve` starts it."""

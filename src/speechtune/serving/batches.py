@@ -1,0 +1,127 @@
+"""Requests to a model in batches: those that arrive while one runs form the next, as soon as it ends."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+T = TypeVar("T")
+Observe = Callable[[int], object]
+
+
+@dataclass(eq=False, slots=True)
+class _Job(Generic[Key, Item, Result]):
+    key: Key
+    item: Item
+    answer: asyncio.Future[Result]
+    alone: bool = False
+
+
+class Batches(Generic[Key, Item, Result]):
+    """A queue before a model, which works in one thread of its own; made and used inside a running event loop.
+
+    A batch holds requests of one key, the oldest one's, in the order they came. Who cancels the future of a request is
+    left out of the next batch. A batch that fails is tried again request by request, so that one that cannot be
+    answered spoils no other's answer.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Key, Sequence[Item], Callable[[], bool]], Sequence[Result]],
+        batch_size: int,
+        observe: Observe = lambda size: None,
+    ) -> None:
+        """`work` answers the items of a batch; it may stop early where the function it gets says that nobody waits.
+
+        `observe` is told the size of each batch.
+        """
+        self._work, self._batch_size, self._observe = work, batch_size, observe
+        self._jobs: deque[_Job[Key, Item, Result]] = deque()
+        self._arrived = asyncio.Event()
+        self._closing = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._seconds = 1.0
+        self._task = asyncio.get_running_loop().create_task(self._dispatch())
+
+    def __len__(self) -> int:
+        """Number of requests that wait for a batch."""
+        return len(self._jobs)
+
+    def submit(self, key: Key, item: Item) -> asyncio.Future[Result]:
+        """Queue a request; the future holds its answer, or the error that it met."""
+        job = _Job[Key, Item, Result](key, item, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self._arrived.set()
+        return job.answer
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Call something that uses the model, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def wait_seconds(self) -> int:
+        """Roughly how long a request that comes now has to wait, at least a second."""
+        return max(1, math.ceil((len(self._jobs) / self._batch_size + 1) * self._seconds))
+
+    async def close(self) -> None:
+        """Answer what is queued, then end."""
+        self._closing = True
+        self._arrived.set()
+        await self._task
+        self._thread.shutdown()
+
+    async def _dispatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._jobs or not self._closing:
+            if not self._jobs:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            if not (batch := self._take()):
+                continue
+            self._observe(len(batch))
+            items, abandoned = [job.item for job in batch], _all_cancelled(batch)
+            started = time.monotonic()
+            running = loop.run_in_executor(self._thread, self._work, batch[0].key, items, abandoned)
+            await asyncio.wait([running])
+            self._seconds += 0.3 * (time.monotonic() - started - self._seconds)
+            self._deliver(batch, running)
+
+    def _take(self) -> list[_Job[Key, Item, Result]]:
+        batch: list[_Job[Key, Item, Result]] = []
+        kept: deque[_Job[Key, Item, Result]] = deque()
+        for job in self._jobs:
+            fits = not batch or (job.key == batch[0].key and not job.alone and not batch[0].alone)
+            if job.answer.cancelled():
+                continue
+            (batch if fits and len(batch) < self._batch_size else kept).append(job)
+        self._jobs = kept
+        return batch
+
+    def _deliver(self, batch: list[_Job[Key, Item, Result]], done: asyncio.Future[Sequence[Result]]) -> None:
+        error = done.exception()
+        waiting = [job for job in batch if not job.answer.done()]
+        if error is None:
+            for job, result in zip(batch, done.result(), strict=True):
+                if not job.answer.done():
+                    job.answer.set_result(result)
+        elif len(batch) > 1:
+            for job in reversed(waiting):
+                job.alone = True
+                self._jobs.appendleft(job)
+        else:
+            for job in waiting:
+                job.answer.set_exception(error)
+                with contextlib.suppress(asyncio.CancelledError):
+                    job.answer.exception()  # seen: nobody may be left to ask for it
+
+
+def _all_cancelled(batch: Sequence[_Job[Key, Item, Result]]) -> Callable[[], bool]:
+    return lambda: all(job.answer.cancelled() for job in batch)

@@ -1,0 +1,259 @@
+"""What a server does with a model: speak texts of any length in registered voices, and assess recordings."""
+
+import asyncio
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from speechtune.audio import read_audio
+from speechtune.errors import ConfigError
+from speechtune.inference.adapter_set import AdapterSet, LoadedAdapter
+from speechtune.inference.generate import provenance
+from speechtune.inference.score import Score, check_recordings, score_samples
+from speechtune.lora.apply import plain_model
+from speechtune.serving.adapters import Adapters
+from speechtune.serving.batches import Batches
+from speechtune.serving.metrics import Metrics
+from speechtune.serving.voices import NO_REFERENCE, Voice, VoiceStore, check_recording
+from speechtune.types import Audio, AudioRef, Clip, GenerationOptions, Output, Sample
+
+BASE = "base"
+"""Name of the model without an adapter."""
+AHEAD = 8
+"""Pieces of one text that are asked for before the first of them is sent."""
+
+
+class Abandoned(Exception):
+    """Nobody waits for a batch any more."""
+
+
+class NotFound(ConfigError):
+    """A name that is not registered; `param` is the field that held it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        batch_size: pieces of text, or recordings, at a time.
+        max_new_tokens: cap of a piece, as for `generate`.
+        max_characters: longest text.
+        max_requests: requests that are answered or wait at one time.
+        max_voices: registered voices.
+        deadline_seconds: longest that an answer may take.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    max_characters: int = 20_000
+    max_requests: int = 256
+    max_voices: int = 1000
+    deadline_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a request speaks with: clips of the voice with their features, the adapter's name, its strength."""
+
+    clips: tuple[tuple[Clip, np.ndarray], ...]
+    adapter: str | None
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Speech:
+    """A piece of text to be spoken: the prompt, its reference's features, the seed of its draws."""
+
+    prompt: Sample
+    features: Sequence[np.ndarray]
+    seed: int
+
+
+_Key = tuple[LoadedAdapter | None, GenerationOptions | None]
+"""What a batch has in common: the adapter, and how it is drawn; no options where recordings are assessed."""
+
+
+class Service:
+    """One base with its adapters and voices; made inside a running event loop."""
+
+    def __init__(
+        self,
+        models: AdapterSet,
+        folder: Path,
+        limits: Limits,
+        adapters: Mapping[str, Path] | None = None,
+        adapter_root: Path | None = None,
+    ) -> None:
+        """`folder` is the server's own; `adapters` and `adapter_root` as in `serving.adapters`.
+
+        Raises ConfigError: a stored voice that cannot be read.
+        """
+        self.models, self.limits, self.folder = models, limits, folder
+        self.voices = VoiceStore(folder / "voices")
+        self.batches: Batches[_Key, Any, Any] = Batches(
+            self._work, limits.batch_size, lambda size: self.metrics.batch_size.observe(size)
+        )
+        self.metrics = Metrics(lambda: len(self.batches))
+        self.adapters = Adapters(models, self.batches, dict(adapters or {}), adapter_root)
+        self._features: dict[str, np.ndarray] = {}
+
+    async def start(self) -> None:
+        """Verify and load every adapter that is named at the start or by a stored voice, and encode all voices.
+
+        Raises AdapterError, ConfigError, AudioError: what cannot be served, with its name.
+        """
+        for name in list(self.adapters.folders):
+            await self.adapters.register(name)
+        for voice in self.voices:
+            if voice.adapter is not None and self.adapters.find(voice.adapter) is None:
+                raise ConfigError(
+                    f"voice {voice.name} speaks with the adapter {voice.adapter}, which is not there: name it with "
+                    f"--adapter {voice.adapter}=FOLDER, or remove {self.folder / 'voices' / voice.name}.json"
+                )
+            async with self.adapters.in_use(voice.adapter, voice.strength):
+                self._features[voice.name] = await self._encode(voice)
+
+    async def close(self) -> None:
+        """Answer what is queued, then end."""
+        await self.batches.close()
+
+    async def add_voice(self, voice: Voice) -> None:
+        """Check and keep a voice; its adapter is loaded at its strength and proven active first.
+
+        Raises AudioError, ManifestError: the recording; AdapterError, ConfigError: the adapter.
+        """
+        if len(self.voices) >= self.limits.max_voices:
+            raise ConfigError(f"there are {self.limits.max_voices} voices already: remove one")
+        await asyncio.to_thread(check_recording, voice.clip)
+        async with self.adapters.in_use(voice.adapter, voice.strength):
+            features = await self._encode(voice)
+        await asyncio.to_thread(self.voices.add, voice)
+        self._features[voice.name] = features
+
+    def remove_voice(self, name: str) -> bool:
+        """Forget a voice; False where there is none of that name."""
+        voice = self.voices.get(name)
+        if voice is not None:
+            self.voices.remove(voice)
+            self._features.pop(name, None)
+        return voice is not None
+
+    async def _encode(self, voice: Voice) -> np.ndarray:
+        family = self.models.family
+        audio = await asyncio.to_thread(read_audio, voice.clip.audio, family.sampling_rate)
+        return (await self.batches.call(lambda: family.encode_audio([audio])))[0]
+
+    def choose(self, model: str, voice_name: str) -> Chosen:
+        """The voice, and the adapter with its strength, that a request means.
+
+        Raises NotFound: a model or a voice of that name; ConfigError: they want different adapters.
+        """
+        named = self.choose_adapter(model)
+        if voice_name == NO_REFERENCE:
+            return Chosen((), named, 1.0)
+        voice, features = self.voices.get(voice_name), self._features.get(voice_name)
+        if voice is None or features is None:
+            raise NotFound(f"no voice {voice_name!r}; register it at /v1/audio/voices", "voice")
+        if voice.adapter is not None and named not in (None, voice.adapter):
+            raise ConfigError(f"the voice {voice.name} speaks with the adapter {voice.adapter}, the model is {named}")
+        clips = ((voice.clip, features),)
+        return Chosen(clips, voice.adapter or named, voice.strength if voice.adapter else 1.0)
+
+    def choose_adapter(self, model: str) -> str | None:
+        """The adapter that a request's model names; None is the base.
+
+        Raises NotFound: there is none of that name.
+        """
+        if model != BASE and model not in self.adapters.folders:
+            known = ", ".join([BASE, *sorted(self.adapters.folders)])
+            raise NotFound(f"no model {model!r}: there are {known}", "model")
+        return None if model == BASE else model
+
+    async def origin(self, chosen: Chosen) -> dict[str, Any]:
+        """Where a recording comes from, to be written into it."""
+        async with self.adapters.in_use(chosen.adapter, chosen.strength) as loaded:
+            return provenance(self.models.config, loaded.stored if loaded else None)
+
+    async def speak(
+        self, pieces: Sequence[str], chosen: Chosen, options: GenerationOptions
+    ) -> AsyncGenerator[Output, None]:
+        """Speak a text piece by piece, several in a batch; each is what `generate` says with the same seed.
+
+        Without a reference the first piece decides on the voice: it is the reference of the others.
+        """
+        deadline = time.monotonic() + self.limits.deadline_seconds
+        left, waiting, clips = deque(pieces), deque[asyncio.Future[Output]](), chosen.clips
+        options, seed = replace(options, seed=0, max_new_tokens=self.limits.max_new_tokens), options.seed
+        async with AsyncExitStack() as stack:
+            loaded = await stack.enter_async_context(self.adapters.in_use(chosen.adapter, chosen.strength))
+            stack.callback(lambda: [answer.cancel() for answer in waiting])
+            while left or waiting:
+                while left and len(waiting) < (AHEAD if clips else 1):
+                    speech = self._prompt(left.popleft(), clips, loaded, seed)
+                    waiting.append(self.batches.submit((loaded, options), speech))
+                output = await asyncio.wait_for(waiting[0], deadline - time.monotonic())
+                waiting.popleft()
+                if not clips and left and output.audio is not None and len(output.audio.samples):
+                    clips = (await self._as_reference(output.audio, pieces[0]),)
+                self.metrics.audio_seconds.inc(output.audio.duration_seconds if output.audio else 0.0)
+                yield output
+
+    def _prompt(
+        self, text: str, clips: Sequence[tuple[Clip, np.ndarray]], loaded: LoadedAdapter | None, seed: int
+    ) -> _Speech:
+        system, scene = (loaded.system, loaded.scene) if loaded else self.models.prompt
+        references = tuple(clip for clip, _ in clips)
+        sample = Sample("input", text, None, references, system, scene, source="the request")
+        return _Speech(sample, [codes for _, codes in clips], seed)
+
+    async def _as_reference(self, audio: Audio, text: str) -> tuple[Clip, np.ndarray]:
+        features = await self.batches.call(lambda: self.models.family.encode_audio([audio]))
+        return Clip(AudioRef(data=b"spoken"), text), features[0]
+
+    async def score(self, audio: AudioRef, text: str, adapter: str | None) -> Score:
+        """Assess a recording, as `speechtune score` does.
+
+        Raises ManifestError: it cannot be assessed.
+        """
+        sample = Sample("audio", text, audio, source="the upload")
+        await asyncio.to_thread(check_recordings, "the upload", [sample])
+        async with self.adapters.in_use(adapter) as loaded:
+            answer = self.batches.submit((loaded, None), sample)
+            return await asyncio.wait_for(answer, self.limits.deadline_seconds)
+
+    def _work(self, key: _Key, items: Sequence[Any], abandoned: Callable[[], bool]) -> Sequence[Any]:
+        """Answer a batch, in the model's thread."""
+        adapter, options = key
+        self.models.use(adapter)
+        family, model = self.models.family, self.models.model
+
+        def leave(module: nn.Module, args: object) -> None:
+            if abandoned():
+                raise Abandoned
+
+        hook = plain_model(model).register_forward_pre_hook(leave)  # called for every step of generation
+        try:
+            if options is not None:
+                prompts = [(family.prompt(item.prompt), item.features) for item in items]
+                return family.generate(model, prompts, replace(options, seeds=tuple(item.seed for item in items)))
+            with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+                asked = [replace(item, id=str(number)) for number, item in enumerate(items)]
+                cap = self.limits.max_new_tokens
+                return score_samples(
+                    family, model, asked, Path(cache), batch_size=self.limits.batch_size, max_tokens=cap
+                )
+        finally:
+            hook.remove()
