@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,16 @@ Spoken = tuple[AudioRef, float | None, str]
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://|(file|data):", re.IGNORECASE)
 
 
+def text_issues(text: str, what: str, empty: str = "empty_text") -> Iterator[tuple[str, str]]:
+    """Code and message of whatever keeps a text from being spoken; `what` names it, `empty` is the code of no text."""
+    if not text.strip():
+        yield empty, f"{what} is empty"
+    if token := _SPECIAL_TOKEN.search(text):
+        yield "special_token", f"{what} holds the control token {token[0]!r}, which would enter the prompt"
+    if NOT_TEXT.search(text):
+        yield "bad_unicode", f"{what} holds bytes that are not UTF-8, lone surrogates or NUL"
+
+
 @dataclass(slots=True)
 class Context:
     """One row on its way to a `Sample`: where it stands, what is allowed, and the issues found so far."""
@@ -49,12 +59,8 @@ class Context:
 
     def text(self, text: str, what: str, code: str = "empty_text") -> str:
         """Check a text and return it unchanged, byte for byte."""
-        if not text.strip():
-            self.issue(code, f"{what} is empty")
-        if token := _SPECIAL_TOKEN.search(text):
-            self.issue("special_token", f"{what} holds the control token {token[0]!r}, which would enter the prompt")
-        if NOT_TEXT.search(text):
-            self.issue("bad_unicode", f"{what} holds bytes that are not UTF-8, lone surrogates or NUL")
+        for issue in text_issues(text, what, code):
+            self.issue(*issue)
         return text
 
     def optional_text(self, values: Mapping[str, Any], *names: str) -> str | None:

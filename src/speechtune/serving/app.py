@@ -16,6 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from speechtune import __version__
+from speechtune.data.row_parser import text_issues
 from speechtune.inference.sentences import cut_text
 from speechtune.serving import schemas
 from speechtune.serving.errors import CLIENT_LEFT, Refused, add_error_handlers
@@ -141,12 +142,20 @@ async def add_voice(request: Request) -> schemas.VoiceInfo:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise Refused(422, f"{where}: {first['msg']}", "invalid_value", where) from None
+    _require_speakable(voice.text, "text")
     if service.voices.get(voice.name) is not None:
         raise Refused(409, f"there is a voice {voice.name!r} already: delete it first", "exists", "name")
     if voice.adapter is not None and service.adapters.find(voice.adapter) is None:
         raise Refused(404, f"no adapter {voice.adapter!r}", "not_found", "adapter")
     await service.add_voice(voice)
     return _info(voice)
+
+
+def _require_speakable(text: str, where: str) -> None:
+    if not any(character.isalnum() for character in text):
+        raise Refused(422, f"{where}: there is nothing to say in it", "empty_text", where)
+    for code, message in text_issues(text, where):
+        raise Refused(422, message, code, where)
 
 
 @router.delete("/v1/audio/voices/{name}")
@@ -164,8 +173,7 @@ async def speech(request: Request, body: schemas.SpeechBody) -> Response:
     if len(body.input) > service.limits.max_characters:
         most = service.limits.max_characters
         raise Refused(413, f"the text has {len(body.input)} characters, {most} are taken", "text_too_long", "input")
-    if not any(character.isalnum() for character in body.input):
-        raise Refused(422, "there is nothing to say in the text", "empty_text", "input")
+    _require_speakable(body.input, "input")
     chosen = service.choose(body.model, body.voice)
     pieces, options = cut_text(body.input), GenerationOptions(temperature=body.temperature, seed=body.seed)
     origin = await service.origin(chosen)
