@@ -24,6 +24,7 @@ ROWS = (
     {"data", "families"},
     {"inference", "training"},
     {"export", "report", "integrations", "preparation"},
+    {"serving"},
     {"commands", "studio"},
     {"cli", "legacy", "__main__"},
 )

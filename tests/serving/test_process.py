@@ -17,14 +17,25 @@ from typing import Any
 
 import httpx2
 import pytest
+import schemathesis
 import soundfile
+from hypothesis import HealthCheck, given, settings
 from openai import APIStatusError, AuthenticationError, OpenAI
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from helpers import DemoClip
 from speechtune.audio import read_provenance
 
 KEY = "a key of the tests"
 TEXT = "Hello there. How are you?"
+SETTINGS = settings(
+    max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+)
 
 
 @dataclass
@@ -231,3 +242,41 @@ def test_a_signal_lets_what_runs_finish(start: Start, tmp_path: Path, demo_clips
         assert server.process.wait(30) == -signal.SIGTERM
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{server.url}/health")
+
+
+def test_the_examples_of_the_page_run(server: Server, tmp_path: Path, demo_clips: list[DemoClip]) -> None:
+    """docs/serve.md, as it stands but for the address and the key."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    voice = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0]
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    clip = min(demo_clips, key=lambda one: one.duration_seconds)
+    (tmp_path / "anna.flac").write_bytes(clip.path.read_bytes())
+    address = "http://127.0.0.1:8000"
+    assert address in voice and address in python
+    environment = {**os.environ, "SPEECHTUNE_API_KEY": KEY}
+    words: dict[str, Any] = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-ec", voice.replace(address, server.url)], **words)
+    assert '"name":"anna"' in done.stdout
+    assert soundfile.info(tmp_path / "hello.mp3").frames > 1000
+    code = python.replace(address, server.url).replace("the server's key", KEY)
+    subprocess.run([sys.executable, "-c", code], **words)
+    assert soundfile.info(tmp_path / "hello.wav").samplerate == 24_000
+
+
+def test_made_up_requests(server: Server) -> None:
+    """From the OpenAPI, by schemathesis: no server error, and no answer that the document does not know."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    schema = schemathesis.openapi.from_dict(httpx2.get(f"{server.url}/openapi.json", headers=headers).json())
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) == 9
+    for operation in operations:
+        seen: list[int] = []
+
+        def check(case: schemathesis.Case) -> None:
+            answer = case.call(base_url=server.url, headers=headers)
+            seen.append(answer.status_code)  # noqa: B023  # called before the next operation
+            case.validate_response(answer, checks=checks)
+
+        given(case=operation.as_strategy())(SETTINGS(check))()
+        assert seen, operation.label

@@ -14,7 +14,7 @@ from speechtune.family import Ability, Family
 from speechtune.inference.load import load_model, model_config
 from speechtune.lora.apply import load_adapter, plain_model, require_usable
 from speechtune.lora.base_identity import check_base
-from speechtune.lora.files import StoredAdapter
+from speechtune.lora.files import StoredAdapter, addition_files
 from speechtune.lora.prompts import as_trained
 from speechtune.precision import plan_precision
 from speechtune.types import Sample
@@ -72,6 +72,11 @@ class AdapterSet:
         Raises AdapterError: it belongs to another base, or to this one prepared otherwise, does not fit, or changes
         nothing; ConfigError: nothing says how its base was prepared.
         """
+        if beside := addition_files(stored.directory):
+            raise AdapterError(
+                f"{stored.directory}: {beside[0].name} was trained beside it and changes the base itself, which other "
+                "adapters could not share: use `speechtune generate`, or serve its merged model"
+            )
         require_usable(self.family, stored)
         self.use(None)
         if stored.identity:

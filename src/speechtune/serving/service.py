@@ -1,6 +1,7 @@
 """What a server does with a model: speak texts of any length in registered voices, and assess recordings."""
 
 import asyncio
+import io
 import tempfile
 import time
 from collections import deque
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 from torch import nn
 
-from speechtune.audio import read_audio
+from speechtune.cache.encode import encode_samples
 from speechtune.errors import ConfigError
 from speechtune.inference.adapter_set import AdapterSet, LoadedAdapter
 from speechtune.inference.generate import provenance
@@ -64,11 +66,15 @@ class Limits:
     deadline_seconds: float = 300.0
 
 
+_Reference = tuple[Clip, Sequence[np.ndarray]]
+"""A clip of a voice, and its features."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a request speaks with: clips of the voice with their features, the adapter's name, its strength."""
+    """What a request speaks with: the voice's reference, the adapter's name, its strength."""
 
-    clips: tuple[tuple[Clip, np.ndarray], ...]
+    reference: _Reference | None
     adapter: str | None
     strength: float
 
@@ -108,7 +114,7 @@ class Service:
         )
         self.metrics = Metrics(lambda: len(self.batches))
         self.adapters = Adapters(models, self.batches, dict(adapters or {}), adapter_root)
-        self._features: dict[str, np.ndarray] = {}
+        self._references: dict[str, _Reference] = {}
 
     async def start(self) -> None:
         """Verify and load every adapter that is named at the start or by a stored voice, and encode all voices.
@@ -124,7 +130,7 @@ class Service:
                     f"--adapter {voice.adapter}=FOLDER, or remove {self.folder / 'voices' / voice.name}.json"
                 )
             async with self.adapters.in_use(voice.adapter, voice.strength):
-                self._features[voice.name] = await self._encode(voice)
+                self._references[voice.name] = await self._encode(voice.clip)
 
     async def close(self) -> None:
         """Answer what is queued, then end."""
@@ -139,22 +145,28 @@ class Service:
             raise ConfigError(f"there are {self.limits.max_voices} voices already: remove one")
         await asyncio.to_thread(check_recording, voice.clip)
         async with self.adapters.in_use(voice.adapter, voice.strength):
-            features = await self._encode(voice)
+            reference = await self._encode(voice.clip)
         await asyncio.to_thread(self.voices.add, voice)
-        self._features[voice.name] = features
+        self._references[voice.name] = reference
 
     def remove_voice(self, name: str) -> bool:
         """Forget a voice; False where there is none of that name."""
         voice = self.voices.get(name)
         if voice is not None:
             self.voices.remove(voice)
-            self._features.pop(name, None)
+            self._references.pop(name, None)
         return voice is not None
 
-    async def _encode(self, voice: Voice) -> np.ndarray:
-        family = self.models.family
-        audio = await asyncio.to_thread(read_audio, voice.clip.audio, family.sampling_rate)
-        return (await self.batches.call(lambda: family.encode_audio([audio])))[0]
+    async def _encode(self, clip: Clip) -> _Reference:
+        """A clip with its features, which are encoded as `generate` encodes them; nothing of them stays on the disk."""
+
+        def encode() -> Sequence[np.ndarray]:
+            sample = Sample("reference", clip.text, None, (clip,), source="the upload")
+            with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+                features = encode_samples(self.models.family, [sample], Path(cache), quiet=True).features(0)
+                return [np.array(values) for values in features]
+
+        return clip, await self.batches.call(encode)
 
     def choose(self, model: str, voice_name: str) -> Chosen:
         """The voice, and the adapter with its strength, that a request means.
@@ -163,14 +175,13 @@ class Service:
         """
         named = self.choose_adapter(model)
         if voice_name == NO_REFERENCE:
-            return Chosen((), named, 1.0)
-        voice, features = self.voices.get(voice_name), self._features.get(voice_name)
-        if voice is None or features is None:
+            return Chosen(None, named, 1.0)
+        voice, reference = self.voices.get(voice_name), self._references.get(voice_name)
+        if voice is None or reference is None:
             raise NotFound(f"no voice {voice_name!r}; register it at /v1/audio/voices", "voice")
         if voice.adapter is not None and named not in (None, voice.adapter):
             raise ConfigError(f"the voice {voice.name} speaks with the adapter {voice.adapter}, the model is {named}")
-        clips = ((voice.clip, features),)
-        return Chosen(clips, voice.adapter or named, voice.strength if voice.adapter else 1.0)
+        return Chosen(reference, voice.adapter or named, voice.strength if voice.adapter else 1.0)
 
     def choose_adapter(self, model: str) -> str | None:
         """The adapter that a request's model names; None is the base.
@@ -195,33 +206,27 @@ class Service:
         Without a reference the first piece decides on the voice: it is the reference of the others.
         """
         deadline = time.monotonic() + self.limits.deadline_seconds
-        left, waiting, clips = deque(pieces), deque[asyncio.Future[Output]](), chosen.clips
+        left, waiting, reference = deque(pieces), deque[asyncio.Future[Output]](), chosen.reference
         options, seed = replace(options, seed=0, max_new_tokens=self.limits.max_new_tokens), options.seed
         async with AsyncExitStack() as stack:
             loaded = await stack.enter_async_context(self.adapters.in_use(chosen.adapter, chosen.strength))
             stack.callback(lambda: [answer.cancel() for answer in waiting])
             while left or waiting:
-                while left and len(waiting) < (AHEAD if clips else 1):
-                    speech = self._prompt(left.popleft(), clips, loaded, seed)
+                while left and len(waiting) < (AHEAD if reference else 1):
+                    speech = self._prompt(left.popleft(), reference, loaded, seed)
                     waiting.append(self.batches.submit((loaded, options), speech))
                 output = await asyncio.wait_for(waiting[0], deadline - time.monotonic())
                 waiting.popleft()
-                if not clips and left and output.audio is not None and len(output.audio.samples):
-                    clips = (await self._as_reference(output.audio, pieces[0]),)
+                if reference is None and left and output.audio is not None and len(output.audio.samples):
+                    reference = await self._encode(Clip(AudioRef(data=_wav(output.audio)), pieces[0]))
                 self.metrics.audio_seconds.inc(output.audio.duration_seconds if output.audio else 0.0)
                 yield output
 
-    def _prompt(
-        self, text: str, clips: Sequence[tuple[Clip, np.ndarray]], loaded: LoadedAdapter | None, seed: int
-    ) -> _Speech:
+    def _prompt(self, text: str, reference: _Reference | None, loaded: LoadedAdapter | None, seed: int) -> _Speech:
         system, scene = (loaded.system, loaded.scene) if loaded else self.models.prompt
-        references = tuple(clip for clip, _ in clips)
-        sample = Sample("input", text, None, references, system, scene, source="the request")
-        return _Speech(sample, [codes for _, codes in clips], seed)
-
-    async def _as_reference(self, audio: Audio, text: str) -> tuple[Clip, np.ndarray]:
-        features = await self.batches.call(lambda: self.models.family.encode_audio([audio]))
-        return Clip(AudioRef(data=b"spoken"), text), features[0]
+        clip, features = reference or (None, ())
+        sample = Sample("input", text, None, (clip,) if clip else (), system, scene, source="the request")
+        return _Speech(sample, features, seed)
 
     async def score(self, audio: AudioRef, text: str, adapter: str | None) -> Score:
         """Assess a recording, as `speechtune score` does.
@@ -257,3 +262,9 @@ class Service:
                 )
         finally:
             hook.remove()
+
+
+def _wav(audio: Audio) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, audio.samples, audio.sampling_rate, subtype="FLOAT", format="WAV")
+    return file.getvalue()
