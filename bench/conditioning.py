@@ -31,12 +31,14 @@ from speechtune.types import Audio, GenerationOptions
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "speaking_base"))
 from features import SAMPLING_RATE, read_speech
 
-REFERENCES = 3  # of each voice that is trained on: Whisper listens to 30 seconds, however short a clip is
-MOST_TRAINED, PROMPTS = 600, 72
+TRAINED, PROMPTS = 320, 48
 
 
 def write_data(speech: Path, folder: Path) -> dict[str, Path]:
-    """Clips as wav, and two manifests: training samples, and held-out sentences of held-out voices."""
+    """Clips as wav, and two manifests: training samples, and held-out sentences of held-out voices.
+
+    A voice has one reference: Whisper listens to 30 seconds, however short a clip is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     clips: dict[str, dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     for shard in sorted(speech.glob("kokoro-*.npz")):
@@ -46,19 +48,17 @@ def write_data(speech: Path, folder: Path) -> dict[str, Path]:
                 write_wav(path, Audio(clip.samples, SAMPLING_RATE))
             row = {"audio": str(path.resolve()), "text": clip.row["text"], "speaker": clip.row["voice"]}
             clips[clip.row["split"]][row["speaker"]].append(row)
-    voices = [own for own in clips["train"].values() if len(own) > 1]
+    voices = list(clips["train"].values())
     training = [
-        chatml(next(one for one in own[index % REFERENCES : REFERENCES] + own if one is not own[index]), own[index])
-        for index in range(max(map(len, voices)))
-        for own in voices
-        if index < len(own)
+        chatml(own[0], own[index]) for index in range(1, max(map(len, voices))) for own in voices if index < len(own)
     ]
+    references = clips["reference"]  # only voices that are held out have such clips
     prompts = [
-        chatml(references[index % len(references)], target)
-        for voice, references in clips["reference"].items()  # only voices that are held out have such clips
-        for index, target in enumerate(clips["held_out"][voice])
+        chatml(references[voice][0], clips["held_out"][voice][index])
+        for index in range(PROMPTS // len(references))
+        for voice in references
     ]
-    manifests = {"train": training[:MOST_TRAINED], "prompts": prompts[:PROMPTS]}
+    manifests = {"train": training[:TRAINED], "prompts": prompts}
     for name, rows in manifests.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return {name: folder / f"{name}.json" for name in manifests}
@@ -82,7 +82,7 @@ def train(name: str, data: Path, output: Path, steps: int, conditioning: dict[st
             "model": {**speaking_base(), **conditioning},
             "data": {"train": data, "cache_dir": output / "cache"},
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.05},
-            "train": {"max_steps": steps, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 20},
+            "train": {"max_steps": steps, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 20},
             "evaluate": {"prompts": 0},
             "checkpoint": {"every_steps": steps, "keep_last": 1, "resume": "auto"},
             "tracking": {"trackers": ()},
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("--speech", "--whisper", "--output"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--asr", required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=280)
     options = parser.parse_args(arguments)
     data = write_data(options.speech, options.output / "clips")
     conditioning = {"reference_conditioning": "whisper", "whisper_path": str(options.whisper)}

@@ -225,6 +225,19 @@ def test_another_whisper_is_refused(trained: Trained, tmp_path: Path) -> None:
         load_model(used(trained.adapter, whisper_path=str(tmp_path / "other")), open_adapter(trained.adapter))
 
 
+def test_half_precision(trained: Trained, tmp_path: Path) -> None:
+    """A bfloat16 base and Whisper; the projector stays float32, and is the same again where it is loaded."""
+    more = {"output_dir": tmp_path / "half", "train": {"precision": "bf16"}}
+    outcome = run_training(build_config(merged(trained.config.model_dump(), more), "test"))
+    adapter = tmp_path / "half" / "lora_adapters"
+    stored = load_file(adapter / FILE_NAME)
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values()) and stored["reference_projector.gate"].any()
+    plan = outcome.job.precision
+    assert plan.base_dtype == torch.bfloat16
+    family, model = load_model(used(adapter), open_adapter(adapter), plan)
+    assert torch.equal(family.probe(model)[0], outcome.job.family.probe(outcome.job.model.eval())[0])
+
+
 def test_half_an_adapter_is_refused(trained: Trained) -> None:
     """Of the projector there is no half that would be nearer to the base."""
     with pytest.raises(AdapterError, match=f"no strength but 1: .*{FILE_NAME}"):

@@ -20,8 +20,8 @@ from helpers import WAYS, DemoClip, native_batch, overfit
 from higgs_cases import FP32, Case, family_on, mean_loss
 from speechtune.audio import read_audio
 from speechtune.cache.encode import encode_samples
-from speechtune.errors import ConfigError
-from speechtune.families.higgs_audio_v2 import conditioning, tiny
+from speechtune.errors import ConfigError, ManifestError
+from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.families.higgs_audio_v2.conditioning import reference_rows
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.higgs_audio_v2.forward import target_states
@@ -227,6 +227,15 @@ def test_gradients_reach_every_tensor(
         assert parameter.grad is not None and not parameter.grad.any()
 
 
+def test_a_reference_that_nobody_heard_is_an_error(tiny_base: Path, whisper: Path, cases: list[Case]) -> None:
+    """Codes alone would make a conditioned model answer as if nothing had been said."""
+    family = conditioned_family(tiny_base, whisper)
+    with pytest.raises(ManifestError, match="Whisper heard 0 of 1 references"):
+        family.encode(cases[0].sample, cases[0].features)
+    with pytest.raises(ManifestError, match="Whisper heard 1 of 0 references"):
+        family_on(tiny_base / "model").encode(cases[0].sample, [*cases[0].features, cases[0].features[0]])
+
+
 def test_several_references_each_raise_their_own_rows(
     tiny_base: Path, whisper: Path, cases: list[Case], heard: list[list[np.ndarray]]
 ) -> None:
@@ -321,4 +330,3 @@ def test_what_is_no_whisper_is_refused(tiny_base: Path, whisper: Path, tmp_path:
         conditioned_family(tiny_base, tiny_base / "model").check_base()
     with pytest.raises(ConfigError, match="none of the samples has a reference"):
         conditioned_family(tiny_base, whisper).expand([Sample("a", "text", AudioRef("a.wav"))])
-    assert conditioning.FILE_NAME == "reference_projector.safetensors"

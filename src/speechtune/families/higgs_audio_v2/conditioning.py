@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from speechtune.errors import AdapterError, ConfigError
+from speechtune.errors import AdapterError, ConfigError, ManifestError
 from speechtune.families.higgs_audio_v2.options import Config
 from speechtune.families.higgs_audio_v2.whisper import WhisperEncoder, whisper_config, whisper_fingerprint
 from speechtune.lora.additions import Addition
@@ -31,9 +31,12 @@ FILE_NAME = f"{NAME}.safetensors"
 USE_IT = "name its Whisper with model.reference_conditioning=whisper and model.whisper_path, or --whisper-path"
 CARD_NOTE = (
     "It was trained with what the encoder of the Whisper `{}` hears in the reference. Plain PEFT loads the LoRA part "
-    f"alone, and without `{FILE_NAME}` the model answers otherwise than it was trained to; speechtune loads both."
+    f"alone, plain transformers the model alone: without `{FILE_NAME}` it answers otherwise than it was trained to. "
+    "speechtune loads both."
 )
-LEAVE_IT = "leave model.reference_conditioning and model.whisper_path, or --whisper-path, out"
+LEAVE_IT = (
+    "leave model.reference_conditioning and model.whisper_path, or --whisper-path, out (or evaluate with --no-base)"
+)
 
 
 class ReferenceProjector(Addition):
@@ -57,7 +60,7 @@ def reference_rows(
 
     Args:
         codes: of each reference, (F, K); row r of a clip holds frame r - 1 of its first codebook.
-        heard: of the same, (T, W); none where the base is asked without conditioning.
+        heard: of the same, (T, W).
         positions: how many means are taken of a clip; None takes one a codec frame.
         width: W, for samples without a reference.
     """
@@ -169,7 +172,10 @@ class Conditioning:
         """Codes of all clips of a sample, and what Whisper heard at the rows of its references (N, W)."""
         count = len(sample.references) + (sample.audio is not None)
         codes, heard = features[:count], features[count:]
-        return codes, reference_rows(codes[: len(heard)], heard, self.settings.reference_positions, self.width)
+        expected = len(sample.references) if self.is_on else 0
+        if len(heard) != expected:
+            raise ManifestError(f"sample {sample.id}: Whisper heard {len(heard)} of {expected} references")
+        return codes, reference_rows(codes[:expected], heard, self.settings.reference_positions, self.width)
 
     def made_up(self, num_positions: int) -> list[np.ndarray]:
         """Features of a reference for probes, fixed and from no audio; none where conditioning is off."""
