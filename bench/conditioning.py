@@ -82,7 +82,7 @@ def train(name: str, data: Path, output: Path, steps: int, conditioning: dict[st
             "model": {**speaking_base(), **conditioning},
             "data": {"train": data, "cache_dir": output / "cache"},
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.05},
-            "train": {"max_steps": steps, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 20},
+            "train": {"max_steps": steps, "batch_size": 8, "learning_rate": 8e-4, "warmup_steps": 8},
             "evaluate": {"prompts": 0},
             "checkpoint": {"every_steps": steps, "keep_last": 1, "resume": "auto"},
             "tracking": {"trackers": ()},
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("--speech", "--whisper", "--output"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--asr", required=True)
-    parser.add_argument("--steps", type=int, default=280)
+    parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args(arguments)
     data = write_data(options.speech, options.output / "clips")
     conditioning = {"reference_conditioning": "whisper", "whisper_path": str(options.whisper)}

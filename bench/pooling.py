@@ -147,9 +147,8 @@ def main() -> None:
         ones = np.ones(len(right[Mean]))
         gain = estimate(right[Attention] - right[Mean], ones, median=False)
         scores = ", ".join(f"{kind.__name__.lower()} {value.mean():.3f}" for kind, value in right.items())
-        print(
-            f"{what} ({classes} classes, {len(ones)} held out, {SEEDS} seeds): {scores}; difference {gain}", flush=True
-        )
+        difference = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        print(f"{what} ({classes} classes, {len(ones)} held out, {SEEDS} seeds): {scores}; {difference}", flush=True)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def expected_logits(model: Any, tokenizer: Any, case: Case, heard: np.ndarray) -
         x = torch.from_numpy(heard[first:end].astype(np.float32)).mean(0)
         x = functional.layer_norm(x, x.shape, weights["norm.weight"], weights["norm.bias"])
         x = functional.gelu(weights["up.weight"] @ x + weights["up.bias"])
-        projector.append(weights["gate"] * (weights["down.weight"] @ x + weights["down.bias"]))
+        projector.append(weights["scale"] * weights["gate"] * (weights["down.weight"] @ x + weights["down.bias"]))
     ids = native["input_ids"][0]
     config = model.config
     audio = ((ids == config.audio_token_id) | (ids == config.audio_delay_token_id)).nonzero()[:, 0]
@@ -173,7 +173,7 @@ def test_an_open_gate_raises_the_references_rows_alone(
     family: HiggsAudioV2Family, tokenizer: Any, cases: list[Case], heard: list[list[np.ndarray]]
 ) -> None:
     """Against a second implementation, through plain transformers; packed and padded, fast and native agree with it."""
-    batch, model = batch_of(family, cases, heard), model_of(family, gate=3.0)
+    batch, model = batch_of(family, cases, heard), model_of(family, gate=1.0)
     with torch.no_grad():
         logits = model.audio_lm_head(family._target_states(model, batch)[0])
     first = cases[0].utterance.rows - 1
@@ -193,7 +193,7 @@ def test_generation_hears_what_training_hears(
 ) -> None:
     """Teacher-forced logits of training choose the rows that generation speaks, prompts of other lengths beside it."""
     family = conditioned_family(tiny_base, whisper)
-    model = model_of(family, gate=3.0)
+    model = model_of(family, gate=1.0)
     prompts = [(replace(c.sample, audio=None), [c.features[0], *h]) for c, h in zip(cases, heard, strict=True)]
     prompts.append((replace(cases[0].sample, references=(), audio=None), []))
     together = family.generate_rows(model, prompts, GREEDY)
@@ -207,6 +207,17 @@ def test_generation_hears_what_training_hears(
         logits = model.audio_lm_head(family._target_states(model, family.collate([spoken]))[0])
     best = logits[0].unflatten(-1, (8, -1)).argmax(-1)
     assert together[0][1][0] == best[0]
+
+
+def test_what_is_added_is_measured_by_the_rows(tiny_base: Path, whisper: Path, cases: list[Case]) -> None:
+    """Twenty times the root mean square of the rows of real clips; kept, as full training changes them."""
+    family = conditioned_family(tiny_base, whisper)
+    model = model_of(family)
+    codes = torch.from_numpy(np.concatenate([case.features[1] for case in cases]).astype(np.int64))
+    with torch.no_grad():
+        rows = model.model.embed_audio_tokens(codes)
+    assert float(model.reference_projector.scale) == pytest.approx(20 * float(rows.square().mean().sqrt()), rel=0.1)
+    assert "scale" in model.reference_projector.state_dict()
 
 
 def test_gradients_reach_every_tensor(
