@@ -194,6 +194,7 @@ def _model_verbs(verbs: Verbs) -> None:
     serve("--max-requests", type=COUNT, default=256, help="at one time (default: %(default)s)")
     serve("--deadline", type=POSITIVE, default=300.0, help="seconds for an answer (default: %(default)s)")
     _model_option(serve, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
+    _conditioning(serve)
     for verb in (generate, evaluate):
         _model_option(verb, "codec_path", "--codec", help="of voices: hub id or folder (default: the released one)")
         _conditioning(verb)

@@ -27,6 +27,7 @@ from speechtune.export.verify import verify_adapter
 from speechtune.families import build_config
 from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.families.higgs_audio_v2.conditioning import FILE_NAME
+from speechtune.inference.adapter_set import AdapterSet
 from speechtune.inference.answer_file import model_identity
 from speechtune.inference.load import load_model, model_config, open_adapter
 from speechtune.storage.verified_folder import verify_folder
@@ -110,6 +111,10 @@ def test_saved_is_reloaded_is_merged(trained: Trained, tmp_path: Path) -> None:
     options = {"reference_conditioning": "whisper", "whisper_path": str(trained.whisper), "reference_positions": 6}
     logits, rows = probe(model_config(str(tmp_path / "merged"), options), None)  # type: ignore[arg-type]
     assert float((logits - trained.logits).abs().max()) <= 1e-5 and np.array_equal(rows, trained.rows)
+    served = AdapterSet(str(tmp_path / "merged"), options)  # type: ignore[arg-type]
+    assert torch.equal(served.family.probe(served.model)[0], logits)
+    with pytest.raises(AdapterError, match=f"{FILE_NAME} was trained beside it"):
+        served.add(open_adapter(trained.adapter))
     plain, found = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         tmp_path / "merged", output_loading_info=True, use_text_head=True
     )
