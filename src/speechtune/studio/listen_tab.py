@@ -74,10 +74,11 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     def vote_for(answer: Vote) -> Any:
         @reported
-        def count(pair: listening.Pair | None, first: str, second: str, strength: float) -> tuple[Any, ...]:
+        def count(pair: listening.Pair | None, first: str, second: str) -> tuple[Any, ...]:
             if pair is None:
                 raise ConfigError("play a pair first")
-            listening.vote(pair, answer, float(strength), workspace)
+            listening.vote(pair, answer, workspace)
+            first, second = (first, second) if {first, second} == set(pair.voices) else pair.voices
             said = f"A was **{pair.voices[0]}**, B was **{pair.voices[1]}**. "
             return None, said + describe(listening.tally(pair.run, first, second, workspace), first, second)
 
@@ -92,7 +93,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     say.click(speak, [voices, *asked], made, concurrency_id=MODEL)
     new_pair.click(play_pair, [first, second, *asked], [pair, clip_a, clip_b, result], concurrency_id=MODEL)
     for answer, button in votes.items():
-        button.click(vote_for(answer), [pair, first, second, strength], [pair, result])
+        button.click(vote_for(answer), [pair, first, second], [pair, result])
     run.change(offer, run, [voices, first, second])
     runs = [run]
     tab.select(lambda run: choices([*workspace.names("runs", "config.yaml"), SHIPPED], run), runs, runs)

@@ -129,6 +129,7 @@ class Pair:
     clips: tuple[Path, Path]
     text: str
     seed: int
+    strength: float
 
 
 def blind_pair(request: Request, first: str, second: str, workspace: Workspace) -> Pair:
@@ -143,13 +144,15 @@ def blind_pair(request: Request, first: str, second: str, workspace: Workspace) 
     (one, clip), (other, other_clip) = made
     # A name would tell which is which.
     hidden = tuple(path.rename(path.with_name(name)) for path, name in ((clip, "A.wav"), (other_clip, "B.wav")))
-    return Pair(request.run or SHIPPED, (one, other), (hidden[0], hidden[1]), request.text, request.seed)
+    return Pair(
+        request.run or SHIPPED, (one, other), (hidden[0], hidden[1]), request.text, request.seed, request.strength
+    )
 
 
-def vote(pair: Pair, answer: Vote, strength: float, workspace: Workspace) -> None:
+def vote(pair: Pair, answer: Vote, workspace: Workspace) -> None:
     """Keep what a listener preferred."""
     preferred = {"A": pair.voices[0], "B": pair.voices[1]}.get(answer)
-    row = asdict(pair) | {"clips": [str(clip) for clip in pair.clips], "strength": strength, "preferred": preferred}
+    row = asdict(pair) | {"clips": [str(clip) for clip in pair.clips], "preferred": preferred}
     with (workspace.directory / "listening" / VOTES_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
