@@ -37,6 +37,8 @@ SETTINGS = settings(
     max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
 )
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Server:

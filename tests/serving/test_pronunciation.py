@@ -13,6 +13,8 @@ from speechtune.inference.adapter_set import AdapterSet
 from speechtune.inference.load import open_adapter
 from speechtune.training.run import Outcome
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def assessor(phi4_base: Path, phi4_run: Outcome) -> AdapterSet:
