@@ -60,6 +60,17 @@ def test_what_arrives_while_a_batch_runs_is_the_next() -> None:
     assert run(test).batches == [("a", [1]), ("a", [2, 4, 6]), ("b", [3, 5]), ("a", [7])]
 
 
+def test_a_batch_is_of_like_size_and_the_oldest_is_in_it() -> None:
+    async def test(work: Work, batches: Batches[str, int, int]) -> None:
+        answers = [batches.submit("a", 1)]
+        await first_runs(work)
+        answers += [batches.submit("a", item, size) for item, size in ((2, 50), (3, 9), (4, 51), (5, 8), (6, 49))]
+        work.free.set()
+        assert await asyncio.gather(*answers) == [1, 4, 9, 16, 25, 36]
+
+    assert run(test).batches == [("a", [1]), ("a", [2, 4, 6]), ("a", [3, 5])]
+
+
 def test_who_left_is_left_out_and_a_batch_for_nobody_stops() -> None:
     async def test(work: Work, batches: Batches[str, int, int]) -> None:
         running = [batches.submit("a", 1)]

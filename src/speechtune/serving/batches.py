@@ -23,13 +23,14 @@ class _Job(Generic[Key, Item, Result]):
     key: Key
     item: Item
     answer: asyncio.Future[Result]
+    size: float
     alone: bool = False
 
 
 class Batches(Generic[Key, Item, Result]):
     """A queue before a model, which works in one thread of its own; made and used inside a running event loop.
 
-    A batch holds requests of one key, the oldest one's, in the order they came. Who cancels the future of a request is
+    A batch holds requests of one key, the oldest one's, of like size. Who cancels the future of a request is
     left out of the next batch. A batch that fails is tried again request by request, so that one that cannot be
     answered spoils no other's answer.
     """
@@ -56,9 +57,9 @@ class Batches(Generic[Key, Item, Result]):
         """Number of requests that wait for a batch."""
         return len(self._jobs)
 
-    def submit(self, key: Key, item: Item) -> asyncio.Future[Result]:
-        """Queue a request; the future holds its answer, or the error that it met."""
-        job = _Job[Key, Item, Result](key, item, asyncio.get_running_loop().create_future())
+    def submit(self, key: Key, item: Item, size: float = 0.0) -> asyncio.Future[Result]:
+        """Queue a request, whose answer takes as long as its `size` says; the future holds it, or the error it met."""
+        job = _Job[Key, Item, Result](key, item, asyncio.get_running_loop().create_future(), size)
         self._jobs.append(job)
         self._arrived.set()
         return job.answer
@@ -97,14 +98,16 @@ class Batches(Generic[Key, Item, Result]):
             self._deliver(batch, running)
 
     def _take(self) -> list[_Job[Key, Item, Result]]:
-        batch: list[_Job[Key, Item, Result]] = []
-        kept: deque[_Job[Key, Item, Result]] = deque()
-        for job in self._jobs:
-            fits = not batch or (job.key == batch[0].key and not job.alone and not batch[0].alone)
-            if job.answer.cancelled():
-                continue
-            (batch if fits and len(batch) < self._batch_size else kept).append(job)
-        self._jobs = kept
+        """The oldest request, and of those that may go with it the ones nearest to its size: a batch is as long as its
+        longest answer.
+        """
+        waiting = [job for job in self._jobs if not job.answer.cancelled()]
+        batch = waiting[:1]
+        if batch and not batch[0].alone:
+            mates = [job for job in waiting[1:] if job.key == batch[0].key and not job.alone]
+            batch += sorted(mates, key=lambda job: abs(job.size - batch[0].size))[: self._batch_size - 1]
+        taken = set(map(id, batch))
+        self._jobs = deque(job for job in waiting if id(job) not in taken)
         return batch
 
     def _deliver(self, batch: list[_Job[Key, Item, Result]], done: asyncio.Future[Sequence[Result]]) -> None:

@@ -214,7 +214,7 @@ class Service:
             while left or waiting:
                 while left and len(waiting) < (AHEAD if reference else 1):
                     speech = self._prompt(left.popleft(), reference, loaded, seed)
-                    waiting.append(self.batches.submit((loaded, options), speech))
+                    waiting.append(self.batches.submit((loaded, options), speech, len(speech.prompt.text)))
                 output = await asyncio.wait_for(waiting[0], deadline - time.monotonic())
                 waiting.popleft()
                 if reference is None and left and output.audio is not None and len(output.audio.samples):
