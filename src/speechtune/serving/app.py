@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
@@ -26,8 +25,6 @@ from speechtune.serving.metrics import MEDIA_TYPE
 from speechtune.serving.service import BASE, Service
 from speechtune.serving.voices import NAME, Voice
 from speechtune.types import AudioRef, GenerationOptions, Output
-
-log = logging.getLogger("speechtune")
 
 MAX_JSON_BYTES = 2**20
 MAX_UPLOAD_BYTES = 32 * 2**20
