@@ -13,6 +13,7 @@ for part in $(seq 0 $((processes - 1))); do
     makers="$makers $!"
 done
 for maker in $makers; do wait "$maker"; done
+python "$scripts/further_voices.py" --piper "$folder/assets/en_US-joe-medium.onnx" --output "$folder/speech"
 python "$scripts/features.py" --speech "$folder/speech" --output "$folder/features"
 [ -e "$folder/codec" ] || python "$scripts/fit_codec.py" --features "$folder/features" --output "$folder/codec" \
     --per-voice 150 --warps 4
