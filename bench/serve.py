@@ -8,7 +8,6 @@ All on the small model that ships with speechtune, on this machine alone.
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
@@ -41,7 +40,7 @@ BOUNDARY = "speechtune"
 def server(folder: Path, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
     """A server of its own on a free port: the port and its process; ended by SIGTERM."""
     command = [sys.executable, "-m", "speechtune", "serve", "--port", "0", "--dir", str(folder), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     log: list[str] = []
     for line in process.stderr:
