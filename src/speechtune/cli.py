@@ -72,7 +72,13 @@ class Verbs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors meant for users become one message and an exit code."""
-    given = vars(build_parser().parse_args(arguments))
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    given = vars(parsed)
+    if rest and ("overrides" not in given or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse finds them in one place alone; they may also stand behind flags
+        given["overrides"] = [*given["overrides"], *rest]
     module, function = given.pop("module"), given.pop("function")
     return guarded(lambda: getattr(importlib.import_module(module), function)(**given))
 

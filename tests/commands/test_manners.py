@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,31 @@ def test_out_is_tested_before_the_model_is_looked_for(tmp_path: Path, capsys: py
     assert "a folder is written" in refused(["generate", "prompts.jsonl", "--out", file], capsys)
     assert "a folder is written" in refused(["evaluate", "data.jsonl", "--out", file], capsys)
     assert below in refused(["score", "a.wav", "--out", file / "scores.jsonl"], capsys)
+
+
+def test_options_may_stand_behind_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were "unrecognized arguments" there: argparse finds a list of words in one place alone."""
+    words = ["prepare", tmp_path, "--out", tmp_path / "out", "--asr", "pocketsphinx", "cut.min_second=3"]
+    assert main([str(word) for word in words]) == 2
+    assert "cut.min_second" in capsys.readouterr().err
+    for unknown in (["validate", "data.jsonl", "a.b=1"], ["train", "recipe.yaml", "--fast", "a.b=1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(unknown)
+        assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "studio"])
+def test_a_port_that_is_taken_and_a_file_in_the_folders_place(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The port was told by the framework in its own words, after the model was loaded."""
+    file = tmp_path / "file"
+    file.write_text("here")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused([verb, "--dir", tmp_path / "new", "--port", str(port)], capsys)
+        assert line.startswith(f"speechtune: ConfigError: --port {port}: cannot be had on 127.0.0.1")
+        assert "--dir" in refused([verb, "--dir", file, "--port", str(port)], capsys)
 
 
 def test_tables_do_not_wrap_in_a_pipe(tmp_path: Path, demo_clips: list[DemoClip]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,8 +44,25 @@ def require_words(flag: str, text: str | None) -> None:
         raise ConfigError(f"{flag} {text!r}: there is nothing to say in it")
 
 
-def check_output(out: Path, *, folder: bool) -> None:
-    """Refuse an --out that cannot be written before work begins.
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket for a server, which does not listen yet.
+
+    Raises ConfigError: the address cannot be had.
+    """
+    from speechtune.errors import ConfigError
+
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"--port {port}: cannot be had on {host} ({error.strerror}): name another") from None
+    return bound
+
+
+def check_output(out: Path, *, folder: bool, flag: str = "--out") -> None:
+    """Refuse the `flag` of an output that cannot be written before work begins.
 
     Raises ConfigError: a file stands where a folder is written, or a folder where a file is; CheckpointError: no
     permission, no space, a file system that is read-only.
@@ -54,7 +72,7 @@ def check_output(out: Path, *, folder: bool) -> None:
 
     if out.exists() and out.is_dir() != folder:
         wanted, there = ("folder", "file") if folder else ("file", "folder")
-        raise ConfigError(f"--out {out}: a {wanted} is written, and a {there} of that name exists; name another")
+        raise ConfigError(f"{flag} {out}: a {wanted} is written, and a {there} of that name exists; name another")
     place = out if folder else out.parent
     while not place.exists() and place != place.parent:
         place = place.parent  # nothing is made yet: work that is refused later leaves no empty folder

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from speechtune.commands import check_output
+from speechtune.commands import bound_socket, check_output
 from speechtune.commands.generate import speaking_base
 from speechtune.errors import ConfigError
 from speechtune.inference.adapter_set import AdapterSet
@@ -51,7 +51,8 @@ def run_serve(
     folders = named_folders(adapter)
     if adapter_root is not None and not adapter_root.is_dir():
         raise ConfigError(f"--adapter-root {adapter_root}: no such folder")
-    check_output(directory, folder=True)
+    check_output(directory, folder=True, flag="--dir")
+    socket = bound_socket(host, port)
     first = open_adapter(next(iter(folders.values()))) if folders and model is None else None
     if model is None and first is None:
         model, model_options = speaking_base(model_options)
@@ -63,8 +64,6 @@ def run_serve(
         app = create_app(lambda: Service(models, directory, limits, folders, adapter_root), api_key)
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             http="h11",
             ws="none",
             log_config=None,
@@ -74,7 +73,6 @@ def run_serve(
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             limit_concurrency=2 * max_requests,
         )
-        socket = config.bind_socket()
         address = f"[{host}]" if ":" in host else host
         log.info("serving %s on http://%s:%d", models.config.model.path, address, socket.getsockname()[1])
         uvicorn.Server(config).run(sockets=[socket])

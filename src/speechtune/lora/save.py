@@ -49,16 +49,14 @@ def save_lora_adapters(
         allow_untrained: accept an adapter whose every lora_B is still zero.
         save_embedding_layers: as PEFT's option; "auto" adds the embeddings of a resized vocabulary.
         state_dict: the model's gathered tensors under its own names, where the model has only shards of them (FSDP2).
-        is_main_process: whether this process writes (default: rank 0 of torch.distributed, if that is in use). The
-            others return at once and do not wait.
+        is_main_process: whether this process writes (default: torch.distributed's rank 0); the others return at once.
 
     Raises AdapterError: no PeftModel or several, sharded, never trained, or NaN; CheckpointError: the place cannot be
     written, or the files read back different; an older folder is untouched.
     """
     directory = Path(output_dir)
-    if is_main_process is None:
-        is_main_process = not distributed.is_initialized() or distributed.get_rank() == 0
-    if not is_main_process:
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not (is_first if is_main_process is None else is_main_process):
         return directory
     log.info("LoRA flag is set, attempting to save LoRA adapters...")
     try:

@@ -46,8 +46,10 @@ def read_script(path: Path) -> list[str]:
     """The lines of a script that hold words; ConfigError where it cannot be read or holds none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--script {path}: cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"--script {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--script {path}: is no UTF-8 text: {error}") from None
     lines = [line for line in lines if any(map(str.isalnum, line))]
     if not lines:
         raise ConfigError(f"--script {path}: holds no words")

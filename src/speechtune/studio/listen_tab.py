@@ -34,43 +34,57 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     say = gr.Button("Speak", variant="primary", elem_id="listen-speak")
     made = gr.State([])
     with gr.Accordion("Blind comparison", open=False):
-        with gr.Row():
-            first = gr.Dropdown(label="Compare", choices=[BASE], value=BASE)
-            second = gr.Dropdown(label="with", choices=[BASE], value=BASE)
-        new_pair = gr.Button("Play a new pair", elem_id="blind-new")
-        pair = gr.State(None)
-        with gr.Row():
-            clip_a = player("A")
-            clip_b = player("B")
-        with gr.Row():
-            votes = {answer: gr.Button(answer) for answer in get_args(Vote)}
-        result = gr.Markdown(elem_id="blind-result")
+        compared = _blind_comparison(workspace, asked)
 
     @gr.render(inputs=made, triggers=[made.change])
     def players(made: list[tuple[str, str]]) -> None:
         for voice, path in made:
             player(voice, path, elem_classes="spoken")
 
-    def request(*answers: Any) -> Request:
-        run, text, reference, spoken, strength, seed, temperature, longest = answers
-        warmth = form.number("temperature", temperature)
-        return Request(run, text, reference, spoken, float(strength), int(seed or 0), warmth, int(longest or 500))
-
     @reported
     def speak(voices: list[str], *answers: Any) -> Iterator[list[tuple[str, str]]]:
         done: list[tuple[str, str]] = []
-        for voice, path in listening.speak(request(*answers), voices, workspace):
+        for voice, path in listening.speak(_request(*answers), voices, workspace):
             done = [*done, (voice, str(path))]
             yield done
 
     @reported
-    def play_pair(first: str, second: str, *answers: Any) -> tuple[Any, ...]:
-        made = listening.blind_pair(request(*answers), first, second, workspace)
-        return made, *map(str, made.clips), "Which one is better?"
+    def offer(run: str | None) -> tuple[Any, ...]:
+        names = listening.voices_of(run, workspace)
+        one, other = choices(names), choices(names, names[min(1, len(names) - 1)])
+        return gr.update(choices=names, value=names[:2]), one, other
+
+    say.click(speak, [voices, *asked], made, concurrency_id=MODEL)
+    run.change(offer, run, [voices, *compared])
+    runs = [run]
+    tab.select(lambda run: choices([*workspace.names("runs", "config.yaml"), SHIPPED], run), runs, runs)
+
+
+def _request(*answers: Any) -> Request:
+    """The answers of the page's fields, in their order."""
+    run, text, reference, spoken, strength, seed, temperature, longest = answers
+    warmth = form.number("temperature", temperature)
+    return Request(run, text, reference, spoken, float(strength), int(seed or 0), warmth, int(longest or 500))
+
+
+def _blind_comparison(workspace: Workspace, asked: list[Any]) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """Lay out the comparison of two voices of a run, and connect it; the fields in which they are chosen."""
+    with gr.Row():
+        first = gr.Dropdown(label="Compare", choices=[BASE], value=BASE)
+        second = gr.Dropdown(label="with", choices=[BASE], value=BASE)
+    new_pair = gr.Button("Play a new pair", elem_id="blind-new")
+    pair = gr.State(None)
+    with gr.Row():
+        clip_a = player("A")
+        clip_b = player("B")
+    with gr.Row():
+        votes = {answer: gr.Button(answer) for answer in get_args(Vote)}
+    result = gr.Markdown(elem_id="blind-result")
 
     @reported
-    def show_tally(run: str, first: str, second: str) -> str:
-        return describe(listening.tally(run, first, second, workspace), first, second)
+    def play_pair(first: str, second: str, *answers: Any) -> tuple[Any, ...]:
+        made = listening.blind_pair(_request(*answers), first, second, workspace)
+        return made, *map(str, made.clips), "Which one is better?"
 
     def vote_for(answer: Vote) -> Any:
         @reported
@@ -84,19 +98,10 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
         return count
 
-    @reported
-    def offer(run: str | None) -> tuple[Any, ...]:
-        names = listening.voices_of(run, workspace)
-        one, other = choices(names), choices(names, names[min(1, len(names) - 1)])
-        return gr.update(choices=names, value=names[:2]), one, other
-
-    say.click(speak, [voices, *asked], made, concurrency_id=MODEL)
     new_pair.click(play_pair, [first, second, *asked], [pair, clip_a, clip_b, result], concurrency_id=MODEL)
     for answer, button in votes.items():
         button.click(vote_for(answer), [pair, first, second], [pair, result])
-    run.change(offer, run, [voices, first, second])
-    runs = [run]
-    tab.select(lambda run: choices([*workspace.names("runs", "config.yaml"), SHIPPED], run), runs, runs)
+    return first, second
 
 
 def describe(tally: listening.Preference, first: str, second: str) -> str:

@@ -23,9 +23,8 @@ CHECK_FOLDER = "checks"  # where the recipes of doctor and fit lie
 def build(workspace: Workspace, tab: gr.Tab) -> None:
     """Lay out the tab and connect it."""
     with gr.Row():
-        start = gr.Dropdown(
-            label="Start from", choices=form.starting_points(), value=SHIPPED, elem_id="train-start-from"
-        )
+        points = form.starting_points()
+        start = gr.Dropdown(label="Start from", choices=points, value=SHIPPED, elem_id="train-start-from")
         name = gr.Textbox(label="Name of the run", placeholder="my_voice", elem_id="train-name")
     started = gr.Textbox(visible=False)
 
@@ -49,7 +48,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
     samples = gr.State([])
     scores = gr.Dataframe(headers=["score of the samples", "base", "last"], label="Scores", wrap=True)
     with gr.Accordion("What the run prints", open=False):
-        log = gr.Code(label="train.log", language=None, max_lines=20, wrap_lines=True)
+        log = gr.Code(label=processes.LOG_NAME, language=None, max_lines=20, wrap_lines=True)
 
     @gr.render(inputs=samples, triggers=[samples.change])
     def players(samples: list[tuple[str, str]]) -> None:
@@ -60,9 +59,7 @@ def build(workspace: Workspace, tab: gr.Tab) -> None:
 
     @reported
     def look(name: str | None) -> tuple[Any, ...]:
-        if not name:
-            return tuple(gr.skip() for _ in shown)
-        return tuple(progress.read_progress(name, workspace))
+        return tuple(progress.read_progress(name, workspace)) if name else tuple(gr.skip() for _ in shown)
 
     @reported
     def stop_run(name: str | None) -> None:
