@@ -19,6 +19,7 @@ from speechtune.storage.verified_folder import (
     check_writable,
     clear_leftovers,
     find_checkpoints,
+    log_saved,
     newest_valid,
     prune,
     read_state,
@@ -355,6 +356,28 @@ def test_a_removal_that_is_interrupted_leaves_no_valid_half(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, 1)
     assert verify_folder(folders[0]) != [] and newest_valid(tmp_path)[0] == folders[1]
+
+
+def test_two_may_remove_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a run that ends because somebody tidied up while it removed an old checkpoint."""
+    folders = [publish(tmp_path, step) for step in (1, 2)]
+    remove = shutil.rmtree
+
+    def lose_the_race(path: Path) -> None:
+        remove(path)
+        remove(path)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lose_the_race)
+    assert prune(tmp_path, 1) == folders[:1]
+    assert find_checkpoints(tmp_path) == [(2, folders[1])]
+
+
+def test_a_checkpoint_that_is_deleted_right_after_its_save_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against a run that ends because the list of what it saved could not be printed."""
+    log_saved(tmp_path / "checkpoint-1", TENSORS)
+    assert f"{tmp_path}/checkpoint-1: deleted right after it was saved" in caplog.text
 
 
 def test_what_interrupted_saves_left_is_cleared(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def prune(output_dir: Path, keep_last: int, protected: Sequence[Path] = (), up_t
     removed = [path for path in checkpoints[:-keep_last] if path not in protected]
     for path in removed:
         (path / MANIFEST_NAME).unlink(missing_ok=True)  # a half-removed folder is no checkpoint
-        shutil.rmtree(path)
+        with suppress(FileNotFoundError):  # somebody else removes it at the same time
+            shutil.rmtree(path)
     return removed
 
 
@@ -165,8 +167,11 @@ def check_place(output_dir: Path, bytes_needed: int) -> None:
 
 def log_saved(directory: Path, tensors: Collection[str]) -> None:
     """Say what a verified save left, file by file."""
-    for path in sorted(directory.iterdir()):
-        saves.info("  %s  %d bytes", path.name, path.stat().st_size)
+    try:
+        for path in sorted(directory.iterdir()):
+            saves.info("  %s  %d bytes", path.name, path.stat().st_size)
+    except FileNotFoundError:
+        saves.error("%s: deleted right after it was saved", directory)
     saves.info("Verified: %d tensors read back equal to those in memory, %s written", len(tensors), MANIFEST_NAME)
 
 

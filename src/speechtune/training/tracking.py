@@ -110,12 +110,8 @@ class Tracker:
         """Write one record everywhere it goes."""
         if not self.accelerator.is_main_process:
             return
-        if not self.path.exists():
-            log.error("%s: deleted while the run goes on; made again, what was in it is lost", self.path.parent)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         values = asdict(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_lines(self.path, [values])
         self.accelerator.log(flatten(values), step=record.step)
         if isinstance(record, EvaluationRecord):
             loss = "" if record.eval_loss is None else f"  loss {record.eval_loss:.4f} ({heads(record.eval_losses)})"
@@ -165,9 +161,22 @@ def mel_picture(audio: Audio) -> np.ndarray:
 
 def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) -> None:
     """Keep warnings, or the error that stopped the run (kind "guard"), for the report."""
-    with (output_dir / WARNINGS_NAME).open("a", encoding="utf-8") as file:
-        for message in messages:
-            file.write(json.dumps({"step": step, "kind": kind, "message": message}) + "\n")
+    append_lines(output_dir / WARNINGS_NAME, [{"step": step, "kind": kind, "message": message} for message in messages])
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """Append records to a file of the run, as JSON lines; a folder that was deleted meanwhile is made again."""
+    for last_try in (False, False, True):  # who deletes a folder may still be at it
+        if not path.exists():
+            log.error("%s: deleted while the run goes on; made again, what was in it is lost", path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            return
+        except FileNotFoundError:
+            if last_try:
+                raise
 
 
 def log_details(every: int | None, step: int, batches: Sequence[Batch]) -> None:
