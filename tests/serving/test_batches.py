@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from speechtune.serving.batches import Batches
+from speechtune.serving.batches import QUIET_SECONDS, Batches
 
 
 class Work:
@@ -29,11 +29,15 @@ class Work:
         return [item**2 for item in items]
 
 
-def run(test: Callable[[Work, Batches[str, int, int]], Coroutine[Any, Any, None]], size: int = 3) -> Work:
+def run(
+    test: Callable[[Work, Batches[str, int, int]], Coroutine[Any, Any, None]],
+    size: int = 3,
+    quiet_seconds: float = QUIET_SECONDS,
+) -> Work:
     work = Work()
 
     async def inside() -> None:
-        batches = Batches(work, size)
+        batches = Batches(work, size, quiet_seconds=quiet_seconds)
         await asyncio.wait_for(test(work, batches), 20)
         work.free.set()
         await batches.close()
@@ -58,6 +62,32 @@ def test_what_arrives_while_a_batch_runs_is_the_next() -> None:
         assert await asyncio.gather(*answers) == [1, 4, 9, 16, 25, 36, 49]
 
     assert run(test).batches == [("a", [1]), ("a", [2, 4, 6]), ("b", [3, 5]), ("a", [7])]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(9, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]])])
+def test_an_idle_one_waits_until_no_more_come_or_a_batch_is_full(size: int, expected: list[list[int]]) -> None:
+    """Requests that come one by one, each sooner than the quiet that it waits for."""
+
+    async def test(work: Work, batches: Batches[str, int, int]) -> None:
+        work.free.set()
+        answers = []
+        for item in range(4):
+            answers.append(batches.submit("a", item))
+            await asyncio.sleep(0.01)
+        assert await asyncio.gather(*answers) == [0, 1, 4, 9]
+
+    assert [items for _, items in run(test, size, quiet_seconds=0.5).batches] == expected
+
+
+def test_who_keeps_coming_does_not_keep_a_batch_waiting() -> None:
+    async def test(work: Work, batches: Batches[str, int, int]) -> None:
+        work.free.set()
+        first = batches.submit("a", 0)
+        while not first.done():
+            batches.submit("a", 1)
+            await asyncio.sleep(0)
+
+    run(test, 10**9, quiet_seconds=0.001)
 
 
 def test_a_batch_is_of_like_size_and_the_oldest_is_in_it() -> None:

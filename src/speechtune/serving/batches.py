@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-GATHER_SECONDS = 0.005  # of an idle server: requests that are sent together go together
+QUIET_SECONDS = 0.005
+MOST_QUIET = 20  # times that long a request waits at the most
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,12 +41,15 @@ class Batches(Generic[Key, Item, Result]):
         work: Callable[[Key, Sequence[Item], Callable[[], bool]], Sequence[Result]],
         batch_size: int,
         observe: Observe = lambda size: None,
+        quiet_seconds: float = QUIET_SECONDS,
     ) -> None:
         """`work` answers the items of a batch; it may stop early where the function it gets says that nobody waits.
 
-        `observe` is told the size of each batch.
+        `observe` is told the size of each batch. When nothing runs, a batch begins after `quiet_seconds` without a new
+        request.
         """
         self._work, self._batch_size, self._observe = work, batch_size, observe
+        self._quiet_seconds = quiet_seconds
         self._jobs: deque[_Job[Key, Item, Result]] = deque()
         self._arrived = asyncio.Event()
         self._closing = False
@@ -85,7 +89,7 @@ class Batches(Generic[Key, Item, Result]):
             if not self._jobs:
                 self._arrived.clear()
                 await self._arrived.wait()
-                await asyncio.sleep(GATHER_SECONDS)
+                await self._gather()
                 continue
             if not (batch := self._take()):
                 continue
@@ -96,6 +100,15 @@ class Batches(Generic[Key, Item, Result]):
             await asyncio.wait([running])
             self._seconds += 0.3 * (time.monotonic() - started - self._seconds)
             self._deliver(batch, running)
+
+    async def _gather(self) -> None:
+        """Wait until no more come: requests that are sent together go together."""
+        seen = 0
+        for _ in range(MOST_QUIET):
+            if not seen < len(self._jobs) < self._batch_size:
+                break
+            seen = len(self._jobs)
+            await asyncio.sleep(self._quiet_seconds)
 
     def _take(self) -> list[_Job[Key, Item, Result]]:
         """The oldest request, and of those that may go with it the ones nearest to its size: a batch is as long as its

@@ -67,6 +67,72 @@ def test_batch_equals_one_by_one(learnt: tuple[HiggsAudioV2Family, Any], cases: 
     assert len({output.num_tokens for output in together}) > 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "texts"),
+    [((1, 0), (None, None)), ((0, 0, 0), (None, "Quite another text, and long.", "Quiet.")), ((0, 0), (None, None))],
+    ids=["other references", "one reference", "twice the same"],
+)
+def test_a_batch_computes_no_more_than_it_needs(
+    learnt: tuple[HiggsAudioV2Family, Any], cases: list[Case], chosen: Sequence[int], texts: Sequence[str | None]
+) -> None:
+    """What prompts begin with in common once, samples that ended no more; the rows are those of plain transformers."""
+    family, model = learnt
+    utterances = [
+        replace(cases[number].utterance, text=text or cases[number].utterance.text)
+        for number, text in zip(chosen, texts, strict=True)
+    ]
+    prompts = [
+        (replace(sample, text=utterance.text), codes)
+        for (sample, codes), utterance in zip(prompts_of([cases[i] for i in chosen]), utterances, strict=True)
+    ]
+    shapes: list[tuple[int, ...]] = []
+    model.model.layers[0].register_forward_hook(lambda module, args, states: shapes.append(states.shape[:2]))
+    found = family.generate_rows(model, prompts, GREEDY)
+    model.model.layers[0]._forward_hooks.clear()
+
+    inputs = native_batch(family.tokenizer, utterances, with_target=False, left=True)
+    options = {"max_new_tokens": 60, "do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
+    native = model.generate(**inputs, **options)[:, inputs["audio_input_ids"].shape[1] :].numpy()
+    np.testing.assert_array_equal(found, native)
+
+    marks = family.tokenizer.convert_tokens_to_ids(["<|AUDIO_OUT|>", "<|reserved_special_token_6|>"])
+    paths = []
+    for ids, mask, rows in zip(*(inputs[n] for n in ("input_ids", "attention_mask", "audio_input_ids")), strict=True):
+        left = iter(rows.tolist())
+        paths.append([(token, next(left) if token in marks else None) for token in ids[mask == 1].tolist()])
+    same = [all(step == steps[0] for step in steps) for steps in zip(*paths, strict=False)]
+    shared = min([*same, False].index(False), len(same) - 1)
+    longest = max(map(len, paths))
+    assert shared > 50 and shapes[:2] == [(1, shared), (len(paths), longest - shared)]
+    ends = [int((rows != STREAM_EOS).any(axis=1).sum()) for rows in native]
+    running = [sum(end >= step for end in ends) for step in range(1, max(ends) + 1)]
+    assert [size for size, _ in shapes[2:]] == running[: len(shapes) - 2]
+
+
+def test_what_breaks_off_leaves_nothing_behind(tiny_family: HiggsAudioV2Family, model: Any, cases: list[Case]) -> None:
+    """A server leaves a batch from within a step; the next answers are the same as before."""
+    options = GenerationOptions(max_new_tokens=6, seeds=(1, 2))
+    before = tiny_family.generate_rows(model, prompts_of(cases[:2]), options)
+    steps: list[object] = []
+
+    def leave(*_: object) -> None:
+        steps.append(None)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    for module in (model, model.model.layers[0]):
+        steps.clear()
+        handle = module.register_forward_pre_hook(leave)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_family.generate_rows(model, prompts_of(cases[:2]), options)
+        handle.remove()
+        three = torch.ones(3, 4)
+        torch.manual_seed(5)
+        drawn = torch.multinomial(three, 1)
+        assert torch.equal(drawn, torch.multinomial(three, 1, generator=torch.Generator().manual_seed(5)))
+        np.testing.assert_array_equal(tiny_family.generate_rows(model, prompts_of(cases[:2]), options), before)
+
+
 def test_a_batch_with_seeds_is_what_each_would_be_alone(
     tiny_family: HiggsAudioV2Family, model: Any, cases: list[Case]
 ) -> None:

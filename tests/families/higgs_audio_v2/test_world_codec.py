@@ -27,6 +27,7 @@ from speechtune.families.higgs_audio_v2.codec_world import (
     scale_pitch,
     synthesise,
 )
+from speechtune.families.higgs_audio_v2.world_synthesis import AT_ONCE, place_pulses, render
 from speechtune.types import Audio, AudioRef, Sample
 
 pytest.importorskip("pyworld", reason="the codec's vocoder: pip install 'speechtune[demo]'")
@@ -105,6 +106,38 @@ def test_features_keep_speech_and_its_pitch(clips: list[Audio]) -> None:
     assert voiced.mean() > 0.3
     semitones = 12 / np.log(2) * np.abs(again.pitch[:, :4] - features.pitch[:, :4])[voiced]
     assert np.median(semitones) < 0.2
+
+
+def world_noise(count: int) -> np.ndarray:
+    """WORLD's own draws: twelve of Marsaglia's xorshift a number."""
+    x, y, z, w, draws = 123456789, 362436069, 521288629, 88675123, []
+    for _ in range(12 * count):
+        t = (x ^ (x << 11)) & 0xFFFFFFFF
+        x, y, z, w = y, z, w, (w ^ (w >> 19)) ^ (t ^ (t >> 8))
+        draws.append(w >> 4)
+    return np.asarray(draws).reshape(count, 12).sum(axis=1) / 2**28 - 6
+
+
+def test_synthesis_is_that_of_world(clips: list[Audio]) -> None:
+    """Given WORLD's noise, its samples: for speech of more pulses than are computed at a time, voiced and unvoiced."""
+    import pyworld
+
+    wave = clips[0].samples[: 50 * FRAME_SAMPLES].astype(np.float64)
+    pitch, power, aperiodicity = pyworld.wav2world(wave, 16_000, frame_period=10.0)
+    values = [values[:200] for values in (pitch, power, aperiodicity)]
+    wanted = pyworld.synthesize(*values, 16_000, 10.0)
+    pulses = place_pulses(values[0], len(wanted), 16_000)
+    assert len(wanted) == 200 * 160 and len(pulses.starts) > AT_ONCE and 0.1 < pulses.voiced.mean() < 0.9
+    noise = np.zeros(len(wanted))
+    noise[pulses.starts[0] :] = world_noise(len(wanted) - pulses.starts[0])
+    found = render(*values, noise, 16_000)
+    assert found.dtype == np.float32 and np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(render(*values, noise[::-1], 16_000) - wanted).max() > 0.01 * np.abs(wanted).max()
+
+
+def test_a_clip_without_pulses_is_silent() -> None:
+    """Two frames at 17 Hz hold none."""
+    assert not render(np.full(2, 17.0), np.ones((2, 513)), np.ones((2, 513)), np.ones(320), 16_000).any()
 
 
 def test_voiced_speech_is_found_voiced(clips: list[Audio]) -> None:

@@ -28,7 +28,7 @@ def generate_rows(
     cap = options.max_new_tokens or max(1, min(MAX_FRAMES, room))
     kept = copy.deepcopy(base.depth_decoder.generation_config)  # transformers leaves the options for it on the model
     try:
-        with seeded(options, base.device):
+        with seeded(options, base):
             return base.generate(
                 inputs_embeds=embed(base, inputs),
                 attention_mask=inputs["attention_mask"],

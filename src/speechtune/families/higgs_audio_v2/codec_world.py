@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 from transformers.utils.hub import cached_file
 
+from speechtune.families.higgs_audio_v2.world_synthesis import render
+from speechtune.families.layers.clips import map_clips
 from speechtune.tasks.voice_cloning.support import need
 from speechtune.types import Audio
 
@@ -99,8 +102,8 @@ def synthesise(features: Features) -> np.ndarray:
     aperiodicity = world.decode_aperiodicity(coded, SAMPLING_RATE, fft_size)
     log_pitch, voicing = features.pitch[:, :PARTS].ravel(), features.pitch[:, PARTS:].ravel()
     pitch = np.where(voicing > 0.5, np.exp(log_pitch), 0.0)
-    wave = world.synthesize(pitch, envelope, aperiodicity, SAMPLING_RATE, PERIOD_MS)
-    return wave[: len(features.envelope) * FRAME_SAMPLES].astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal(len(features.envelope) * FRAME_SAMPLES)
+    return render(pitch, envelope, aperiodicity, noise, SAMPLING_RATE)
 
 
 def nearest(values_FD: np.ndarray, entries_VD: np.ndarray) -> np.ndarray:
@@ -162,7 +165,8 @@ class WorldCodec:
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[Audio]:
         """Audio of codes, each of shape (F, K)."""
-        return [Audio(synthesise(self.features(codes_FK)), SAMPLING_RATE) for codes_FK in codes]
+        waves = map_clips(lambda codes_FK: synthesise(self.features(codes_FK)), codes, torch.device("cpu"))
+        return [Audio(wave, SAMPLING_RATE) for wave in waves]
 
     def quantise(self, features: Features) -> np.ndarray:
         """Codes (F, K) of features."""

@@ -5,9 +5,9 @@ V codebook size.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -273,8 +273,11 @@ class HiggsAudioV2Family(Family):
                 rows.append(rows_RK)
         return np.asarray(ids, np.int32), np.concatenate(rows)
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    @cached_property
+    def _tokenize(self) -> Callable[[str], Sequence[int]]:
+        """Ids of a text. What comes up to a reference's audio is the same for all requests in a voice."""
+        tokenizer = self.tokenizer
+        return lru_cache(1024)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, sample: Sample, features: Sequence[np.ndarray]) -> Encoded:
         """Prompt ids, rows, and the targets with the positions whose hidden states predict them."""

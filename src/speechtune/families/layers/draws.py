@@ -1,11 +1,12 @@
 """Random draws in generation: from one generator for a batch, or from one for each of its rows."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from speechtune.types import GenerationOptions
 
@@ -43,9 +44,25 @@ class RowDraws(TorchFunctionMode):
         return index.ndim == 2 and len(index) == len(self.generators)
 
 
-def seeded(options: GenerationOptions, device: torch.device) -> AbstractContextManager[object]:
-    """Where a batch is generated: its draws start from one seed, or those of each row from its own."""
-    if options.seeds:
-        return RowDraws(options.seeds, device)
-    torch.manual_seed(options.seed)
-    return nullcontext()
+@contextmanager
+def seeded(options: GenerationOptions, model: PreTrainedModel) -> Iterator[None]:
+    """Where a batch is generated: its draws start from one seed, or those of each row from its own.
+
+    The rows' own are drawn between the forward passes of `model`: in them the override would cost time at every call.
+    """
+    if not options.seeds:
+        torch.manual_seed(options.seed)
+        yield
+        return
+    draws = RowDraws(options.seeds, model.device)
+    with ExitStack() as between, ExitStack() as hooks:
+
+        def leave(*_: object) -> None:
+            between.close()
+
+        def enter(*_: object) -> None:
+            between.enter_context(draws)
+
+        hooks.callback(model.register_forward_pre_hook(leave).remove)
+        hooks.callback(model.register_forward_hook(enter).remove)
+        yield
