@@ -86,9 +86,9 @@ def test_a_batch_computes_no_more_than_it_needs(
         for (sample, codes), utterance in zip(prompts_of([cases[i] for i in chosen]), utterances, strict=True)
     ]
     shapes: list[tuple[int, ...]] = []
-    model.model.layers[0].register_forward_hook(lambda module, args, states: shapes.append(states.shape[:2]))
+    count = model.model.layers[0].register_forward_hook(lambda module, args, states: shapes.append(states.shape[:2]))
     found = family.generate_rows(model, prompts, GREEDY)
-    model.model.layers[0]._forward_hooks.clear()
+    count.remove()
 
     inputs = native_batch(family.tokenizer, utterances, with_target=False, left=True)
     options = {"max_new_tokens": 60, "do_sample": False, "ras_win_len": None, "ras_win_max_num_repeat": None}
