@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_sound import HERE, RECORDED_TEXT, ears
+from hearing import HERE, RECORDED_TEXT
 
 from speechtune.families.higgs_audio_v2.tiny import speaking_base
 from speechtune.family import Scorers
@@ -19,7 +19,6 @@ from speechtune.serving.voices import Voice
 from speechtune.tasks.voice_cloning.word_errors import word_errors
 from speechtune.types import Audio, GenerationOptions
 
-__all__ = ["ears"]
 NUM_CHARACTERS = 3000
 MOST_WER = 0.3  # measured: 0.004
 LEAST_IN_ORDER = 0.7  # measured: 0.993
