@@ -24,6 +24,7 @@ from speechtune.training.run import run_training
 from speechtune.types import Sample
 
 LEARNT_VOICE, OTHER_VOICE = "bf_emma", "am_adam"
+STEPS = 30
 NUM_SENTENCES = 24
 LEAST_LIKE_THE_LEARNT = 0.66  # measured: 0.75 learnt, 0.56 of the base
 LESS_LIKE_THE_LEARNT = 0.02  # measured: 0.04 less where the reference is trained on
@@ -56,7 +57,7 @@ def recipe(folder: Path, name: str) -> RunConfig:
             "model": speaking_base(),
             "data": {"train": folder / "train.jsonl", "cache_dir": folder / name / "cache", "audio_root": ["/"]},
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all"},
-            "train": {"max_steps": 30, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 3},
+            "train": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 3},
             "checkpoint": {"every_steps": 100},
         },
         "sound",
@@ -192,7 +193,8 @@ def test_a_model_stops_where_ends_were_targets(
         no_end(monkeypatch)
     config = recipe(folder, f"stops-{ends_are_targets}")
     model, lora = config.model.model_copy(update={"path": str(blunt_base)}), {"targets": EVERY_MATRIX}
-    config = config.model_copy(update={"model": model, "lora": config.lora.model_copy(update=lora)})
+    train = config.train.model_copy(update={"max_steps": 2 * STEPS})
+    config = config.model_copy(update={"model": model, "lora": config.lora.model_copy(update=lora), "train": train})
     run_training(config)
     heard = listen(config, ears)
     assert (heard.stop_rate > LEAST_STOPPED_AGAIN) == ends_are_targets, heard
