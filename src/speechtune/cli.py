@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = Verbs(parser, "VERB")
     demo = verbs.add("demo", "the complete pipeline on a small model, in minutes on a CPU", json=False)
     demo("what", nargs="?", default="voice", help="voice (the default), pronunciation, or a family's name")
+    demo("--asr", help="recogniser of the voice's words, as for evaluate (default: pocketsphinx, where installed)")
     demo("--dir", dest="directory", type=Path, default=Path("speechtune-demo"), help="folder (default: %(default)s)")
     _recipe_verbs(verbs)
     _model_verbs(verbs)

@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from speechtune.commands import demo_pronunciation, demo_voice, wide_console
+from speechtune.commands import demo_adaptation, demo_pronunciation, demo_voice, wide_console
 from speechtune.commands.report import write_report
 from speechtune.commands.validate import print_report, validate
 from speechtune.config import DataConfig
-from speechtune.errors import ManifestError, TrainingError
+from speechtune.errors import ConfigError, ManifestError, TrainingError
 from speechtune.export.merge import merge
 from speechtune.export.verify import verify_adapter
 from speechtune.families import family_part
@@ -21,14 +21,22 @@ from speechtune.lora.files import FOLDER_NAME
 from speechtune.training.run import Outcome, run_training
 
 DEFAULTS = {"voice": "higgs_audio_v2", "pronunciation": "phi4_multimodal"}
-"""Demonstration -> the family it shows; a family's name shows that one."""
+"""Demonstration -> the family it shows; a family's name shows that one, on a base of random weights."""
 
 
-def run_demo(what: str, directory: Path) -> int:
-    """Validate, train, verify, merge and use a model under `directory`; print the table; return the exit code."""
+def run_demo(what: str, directory: Path, asr: str | None = None) -> int:
+    """Validate, train, verify, merge and use a model under `directory`; print the table; return the exit code.
+
+    `asr` is the recogniser of the voice's words.
+
+    Raises ConfigError: a recogniser for a demonstration of something else.
+    """
     started, console = time.monotonic(), Console()
     family = DEFAULTS.get(what, what)
-    demo = demo_voice if "speak" in family_part(family, "family").FAMILY.abilities else demo_pronunciation
+    if asr and what != "voice":
+        raise ConfigError(f"--asr {asr}: only the demonstration `voice` is measured by a recogniser")
+    speaks = "speak" in family_part(family, "family").FAMILY.abilities
+    demo = demo_adaptation if what == "voice" else demo_voice if speaks else demo_pronunciation
     directory = directory if what == "voice" else directory / what
     console.rule("1. validate")
     data = demo.write_data(directory)
@@ -38,6 +46,8 @@ def run_demo(what: str, directory: Path) -> int:
         return ManifestError.exit_code
     console.rule("2. train")
     config = demo.demo_config(family, data, directory)
+    if asr:
+        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"asr": asr})})
     if (config.output_dir / "config.yaml").exists():
         shutil.rmtree(config.output_dir)  # of an earlier demonstration
     outcome = run_training(config)
@@ -74,7 +84,7 @@ def prove_saved(outcome: Outcome, merged: Path) -> list[tuple[str, str]]:
     verified = verify_adapter(adapter, config.model.path)
     if not verified.valid:
         raise TrainingError(f"{adapter}: " + "; ".join(verified.issues))
-    report = merge(config, stored, merged)
+    report = merge(config, stored, merged, dtype="float32")  # in a base's float16 the weights would be rounded
     load_plain = family_part(config.family, "tiny").load_plain
     merged_difference = float((family.probe(load_plain(merged).eval())[0] - trained).abs().max())
     if reload_difference > 1e-5 or merged_difference > 1e-3:

@@ -33,14 +33,14 @@ def write_data(directory: Path) -> Path:
     for speaker in SPEAKERS:
         own = [c for c in clips if c["speaker"] == speaker and c["duration_seconds"] <= LONGEST_SECONDS]
         chosen = own[:CLIPS_PER_SPEAKER]
-        rows += [_chatml_row(chosen[(i + 1) % len(chosen)], target) for i, target in enumerate(chosen)]
+        rows += [chatml_row(chosen[(i + 1) % len(chosen)], target) for i, target in enumerate(chosen)]
     path = directory / "train.json"
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+def chatml_row(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     """One row in the original pipeline's ChatML."""
 
     def audio(clip: dict[str, Any]) -> dict[str, str]:
