@@ -372,9 +372,7 @@ def test_two_may_remove_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.
     assert find_checkpoints(tmp_path) == [(2, folders[1])]
 
 
-def test_a_checkpoint_that_is_deleted_right_after_its_save_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_deleted_right_after_its_save_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Guards against a run that ends because the list of what it saved could not be printed."""
     log_saved(tmp_path / "checkpoint-1", TENSORS)
     assert f"{tmp_path}/checkpoint-1: deleted right after it was saved" in caplog.text

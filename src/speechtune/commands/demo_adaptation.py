@@ -24,8 +24,8 @@ from speechtune.types import Audio, AudioRef, GenerationOptions
 
 FOLDER = VOICES.parent / "demo-adaptation"
 SPEAKER = "allison"
-HELD_OUT_SENTENCES, REFERENCES_PER_SENTENCE = 6, 3
-HELD_OUT_STEP = 5  # clips between two that are held out
+REFERENCES_PER_SENTENCE = 3
+HELD_OUT_STEP = 5  # every fifth clip is held out
 SILENCE, MARGIN_SECONDS = 0.02, 0.03  # of the peak; as in examples/speaking_base/features.py
 BATCH_SIZE = 20
 

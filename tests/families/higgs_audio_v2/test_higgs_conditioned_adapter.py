@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -272,7 +272,8 @@ def test_training_goes_on_from_a_projector(trained: Trained, tmp_path: Path) -> 
     one_step: dict[str, Any] = {"output_dir": tmp_path / "frozen", "train": {"max_steps": 1}}
     values = trained.config.model_dump()
     outcome = run_training(build_config(merged(merged(merged(values, start), frozen), one_step), "test"))
-    assert not any(p.requires_grad for p in outcome.job.model.get_base_model().reference_projector.parameters())  # type: ignore
+    base = cast(Any, outcome.job.model).get_base_model()
+    assert not any(parameter.requires_grad for parameter in base.reference_projector.parameters())
     before, after = (
         load_file(folder / FILE_NAME) for folder in (trained.adapter, tmp_path / "frozen" / "lora_adapters")
     )
