@@ -358,6 +358,21 @@ def test_a_removal_that_is_interrupted_leaves_no_valid_half(tmp_path: Path, monk
     assert verify_folder(folders[0]) != [] and newest_valid(tmp_path)[0] == folders[1]
 
 
+def test_a_folder_deleted_while_its_checkpoints_are_looked_for_holds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a run that ends because somebody tidied up while it looked for old checkpoints."""
+    publish(tmp_path / "run", 1)
+
+    def lose_the_race(path: Path) -> object:
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "run")
+        return os.scandir(path)
+
+    monkeypatch.setattr(os, "scandir", lose_the_race)
+    assert find_checkpoints(tmp_path / "run") == []
+
+
 def test_two_may_remove_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a run that ends because somebody tidied up while it removed an old checkpoint."""
     folders = [publish(tmp_path, step) for step in (1, 2)]

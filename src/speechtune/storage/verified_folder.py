@@ -103,7 +103,9 @@ def verify_folder(directory: Path, names: Collection[str] | None = None, *, size
 
 def find_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders of a run as (step, path), oldest first; verified or not."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    folders = []
+    with suppress(FileNotFoundError):  # somebody removes the run's folder at this moment
+        folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
     return sorted((int(match[1]), path) for path in folders if (match := CHECKPOINT.fullmatch(path.name)))
 
 
@@ -138,8 +140,11 @@ def clear_leftovers(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_writable(output_dir: Path, bytes_needed: int) -> None:
-    """Prove by writing that a folder takes files, and that the disk has room; CheckpointError says what is not so."""
+def check_writable(output_dir: Path, bytes_needed: int) -> int:
+    """Prove by writing that a folder takes files, and that the disk has room; returns the bytes free.
+
+    Raises CheckpointError: what is not so.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir, prefix=".write-test-") as file:
@@ -154,13 +159,13 @@ def check_writable(output_dir: Path, bytes_needed: int) -> None:
             f"{output_dir}: {free / 1e9:.2f} GB free, a save needs {bytes_needed / 1e9:.2f} GB; free space or write "
             "to another disk"
         )
+    return free
 
 
 def check_place(output_dir: Path, bytes_needed: int) -> None:
     """`check_writable` before a save, with log lines."""
     existed = output_dir.is_dir()
-    check_writable(output_dir, bytes_needed)
-    free = shutil.disk_usage(output_dir).free
+    free = check_writable(output_dir, bytes_needed)
     saves.info("Output directory %s: %s", "exists" if existed else "created", output_dir)
     saves.info("Write test passed: %d bytes needed, %.1f GB free", bytes_needed, free / 1e9)
 
