@@ -16,6 +16,7 @@ from speechtune.training.tracking import (
     EvaluationRecord,
     Record,
     Tracker,
+    append_lines,
     duration,
     flatten,
     heads,
@@ -104,6 +105,21 @@ def test_a_folder_deleted_in_mid_run_is_made_again(
     writer.write(record(2), 3)
     assert lines(folder / "metrics.jsonl") == [2]
     assert f"{folder}: deleted while the run goes on" in caplog.text
+
+
+def test_a_folder_made_and_deleted_at_the_same_moment_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save made the folder while somebody removed it: `mkdir` met it, and found none a moment later."""
+    folder = tmp_path / "output"
+
+    def met_and_gone(path: Path, **options: object) -> None:
+        monkeypatch.undo()
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(Path, "mkdir", met_and_gone)
+    append_lines(folder / "metrics.jsonl", [{"step": 1}])
+    assert lines(folder / "metrics.jsonl") == [1]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -167,14 +167,14 @@ def add_warnings(output_dir: Path, step: int, kind: str, messages: list[str]) ->
 def append_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     """Append records to a file of the run, as JSON lines; a folder that was deleted meanwhile is made again."""
     for last_try in (False, False, True):  # who deletes a folder may still be at it
-        if not path.exists():
-            log.error("%s: deleted while the run goes on; made again, what was in it is lost", path.parent)
-            path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if not path.exists():
+                log.error("%s: deleted while the run goes on; made again, what was in it is lost", path.parent)
+                path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
             return
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter: there for `mkdir`, and gone a moment later
             if last_try:
                 raise
 
