@@ -18,7 +18,7 @@ studio: $(INSTALLED)
 
 # One thread per worker: two workers with a thread pool each get in each other's way.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-browser: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/studio $(ARGS)

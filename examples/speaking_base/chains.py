@@ -26,7 +26,8 @@ SPELT_SHARE = 0.04  # of words given as letters
 NEIGHBOUR_SHARE, RANDOM_SHARE = 0.12, 0.03  # of input codes that are replaced: a model must live with its own errors
 DEVELOPMENT_EVERY = 100  # clips
 MOST_HEARD = "af_heart"
-MOST_OTHERS, OTHERS_TIMES, PLAIN_SHARE = 0.6, 6.0, 0.6
+OTHERS_SHARE, PLAIN_SHARE = 0.5, 0.5
+COUNT_POWER = 0.5  # voices are drawn by their number of clips to this power: rare ones often, not by heart
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,8 @@ class Clips:
                     (self.development if held_out else self.by_voice).setdefault(voice, []).append(clip)
         self.by_voice = {voice: clips for voice, clips in self.by_voice.items() if len(clips) > 3}
         self.plain = sorted(voice for voice in self.by_voice if "~" not in voice and voice != MOST_HEARD)
-        others, most_heard = sum(len(self.by_voice[v]) for v in self.plain), len(self.by_voice.get(MOST_HEARD, ()))
-        self.count = others + most_heard
-        # Drawn more often than they have clips, for their voices; not so often that they are learnt by heart.
-        self.others_share = min(MOST_OTHERS, OTHERS_TIMES * others / self.count) if most_heard else 1.0
+        self.weights = [len(self.by_voice[voice]) ** COUNT_POWER for voice in self.plain]
+        self.count = sum(len(clips) for voice, clips in self.by_voice.items() if "~" not in voice)
 
     def ids(self, text: str) -> list[int]:
         """Token ids."""
@@ -106,7 +105,8 @@ class Clips:
 
     def draw_voice(self, draw: random.Random) -> str:
         """A voice: often the one with most clips, and often one made of another by warping."""
-        plain = draw.choice(self.plain) if draw.random() < self.others_share else MOST_HEARD
+        others = MOST_HEARD not in self.by_voice or draw.random() < OTHERS_SHARE
+        plain = draw.choices(self.plain, self.weights)[0] if others else MOST_HEARD
         made = sorted(voice for voice in self.by_voice if voice.startswith(f"{plain}~"))
         return plain if not made or draw.random() < PLAIN_SHARE else draw.choice(made)
 

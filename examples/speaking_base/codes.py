@@ -19,24 +19,25 @@ from warp import Warp, random_warp, warped
 
 from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
 
-WARPS_PER_CLIP = 3
-MANY_WARPS, FEW_WARPS = 96, 4  # of a voice that says most of the clips, and of the others
 MOST_HEARD = "af_heart"
+WARPS = {MOST_HEARD: 96, "flite-awb": 48, "flite-rms": 48, "flite-slt": 48, "joe": 48}
+FEW_WARPS = 12  # of the other voices, which say few clips
+HEARD_WARPS_PER_CLIP, WARPS_PER_CLIP = 3, 6  # of the voice most heard, and of the others
 
 
 @cache
 def warps_of(voice: str) -> tuple[Warp, ...]:
     """The voices that are made of a voice: the same in all of its clips."""
     draw = random.Random(voice)
-    return tuple(random_warp(draw) for _ in range(MANY_WARPS if voice == MOST_HEARD else FEW_WARPS))
+    return tuple(random_warp(draw) for _ in range(WARPS.get(voice, FEW_WARPS)))
 
 
 def variants(row: dict[str, Any], features: Features) -> dict[str, Features]:
     """Features by the name of the voice that they are of."""
     voice, made = row["voice"], {row["voice"]: features}
     if row["split"] == "train":
-        warps = warps_of(voice)
-        for index in random.Random(row["name"]).sample(range(len(warps)), WARPS_PER_CLIP):
+        warps, count = warps_of(voice), HEARD_WARPS_PER_CLIP if voice == MOST_HEARD else WARPS_PER_CLIP
+        for index in random.Random(row["name"]).sample(range(len(warps)), count):
             made[f"{voice}~{index}"] = warped(features, warps[index])
     return made
 
@@ -81,10 +82,12 @@ def main() -> None:
     parser.add_argument("--features", type=Path, required=True)
     parser.add_argument("--codec", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     codec, started, count = WorldCodec(str(arguments.codec)), time.monotonic(), 0
-    for source in sorted(arguments.features.glob("*.npz")):
+    for source in sorted(arguments.features.glob("*.npz"))[arguments.part :: arguments.parts]:
         path = arguments.output / source.name
         if not path.exists():
             count += write_codes(source, path, codec)

@@ -94,15 +94,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--speech", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--pattern", default="*.npz", help="of the shards to take")
-    parser.add_argument("--most-shards", type=int, default=10**9)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     started, seconds = time.monotonic(), 0.0
-    sources = sorted(arguments.speech.glob(arguments.pattern))
-    new = [source for source in sources if not (arguments.output / source.name).exists()]
-    for source in new[: arguments.most_shards]:
+    for source in sorted(arguments.speech.glob("*.npz"))[arguments.part :: arguments.parts]:
         path = arguments.output / source.name
+        if path.exists():
+            continue
         seconds += write_features(path, list(read_speech(source)))
         print(f"{path.name}: {seconds:.0f} s of speech in {time.monotonic() - started:.0f} s", flush=True)
 

@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--flite-clips", type=int, default=600, help="of each voice")
     parser.add_argument("--piper-clips", type=int, default=1_000)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     phonemize = Hibari()
@@ -164,10 +166,11 @@ def main() -> None:
     jobs, started = further_jobs(arguments.flite_clips, arguments.piper_clips), time.monotonic()
     for shard, first in enumerate(range(0, len(jobs), SHARD_CLIPS)):
         path = arguments.output / f"further-{shard:05d}.npz"
-        if not path.exists():
-            part = jobs[first : first + SHARD_CLIPS]
-            write_shard(path, [(job, (piper if job.voice == PIPER_VOICE else flite).say(job)) for job in part])
-            print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
+        if shard % arguments.parts != arguments.part or path.exists():
+            continue
+        own = jobs[first : first + SHARD_CLIPS]
+        write_shard(path, [(job, (piper if job.voice == PIPER_VOICE else flite).say(job)) for job in own])
+        print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,36 @@ set -e
 folder=$1
 processes=${2:-1}
 scripts=$(dirname "$0")
+started=$(date +%s)
 export OMP_NUM_THREADS=1
 mkdir -p "$folder"
+
+made() {
+    echo "$1: made after $((($(date +%s) - started) / 60)) min"
+}
+
+in_parts() {
+    makers=
+    for part in $(seq 0 $((processes - 1))); do
+        python "$@" --part "$part" --parts "$processes" &
+        makers="$makers $!"
+    done
+    for maker in $makers; do wait "$maker"; done
+}
+
 [ -e "$folder/assets/voices" ] || python "$scripts/assets.py" --output "$folder/assets"
-for part in $(seq 0 $((processes - 1))); do
-    python "$scripts/speech.py" --assets "$folder/assets" --output "$folder/speech" --part "$part" --parts "$processes" &
-    makers="$makers $!"
-done
-for maker in $makers; do wait "$maker"; done
-python "$scripts/further_voices.py" --piper "$folder/assets/en_US-joe-medium.onnx" --output "$folder/speech"
-python "$scripts/features.py" --speech "$folder/speech" --output "$folder/features"
+made assets
+in_parts "$scripts/speech.py" --assets "$folder/assets" --output "$folder/speech"
+made speech
+in_parts "$scripts/further_voices.py" --piper "$folder/assets/en_US-joe-medium.onnx" --output "$folder/speech"
+made "further speech"
+in_parts "$scripts/features.py" --speech "$folder/speech" --output "$folder/features"
+made features
 [ -e "$folder/codec" ] || python "$scripts/fit_codec.py" --features "$folder/features" --output "$folder/codec" \
     --per-voice 150 --warps 4
-python "$scripts/codes.py" --features "$folder/features" --codec "$folder/codec" --output "$folder/codes"
+made codec
+in_parts "$scripts/codes.py" --features "$folder/features" --codec "$folder/codec" --output "$folder/codes"
+made codes
 [ -e "$folder/tokenizer" ] || python "$scripts/make_tokenizer.py" --speech "$folder/speech" \
     --texts "$scripts/../../src/speechtune/assets/demo-voices/clips.jsonl" --output "$folder/tokenizer"
+made tokenizer

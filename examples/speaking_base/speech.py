@@ -39,8 +39,9 @@ VOICES = (  # of Kokoro
     "af_sky", "am_adam", "am_echo", "am_eric", "am_fenrir", "am_liam", "am_onyx", "am_puck", "am_santa", "bf_alice",
     "bf_emma", "bf_lily", "bm_daniel", "bm_george", "bm_lewis",
 )  # fmt: skip
-NUM_BLENDS, BLEND_SHARE = 48, 0.45
+NUM_BLENDS, BLEND_SHARE = 96, 0.6
 SHARD_CLIPS = 32
+HELD_OUT_CLIPS = 64  # sentences to measure with, in known voices and in held-out ones
 REFERENCE_CLIPS = 10  # further clips of each held-out voice, to prompt with
 SEED = 7
 
@@ -69,7 +70,7 @@ def jobs(counts: dict[str, int], dictionary: Sequence[str]) -> dict[str, list[Jo
     """All clips by the model that says them: first those to measure with, then the training data."""
     held = held_out_sentences()
     kokoro = []
-    for index, text in enumerate(held):
+    for index, text in enumerate(held[:HELD_OUT_CLIPS]):
         kokoro.append(Job(f"seen-{index}", "held_out", VOICES[index % len(VOICES)], text))
         kokoro.append(Job(f"new-{index}", "held_out", HELD_OUT_VOICES[index % len(HELD_OUT_VOICES)], text))
     references = Grammar(SEED + 1).different(REFERENCE_CLIPS, {text.lower() for text in held})
@@ -191,25 +192,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--kokoro", type=int, default=8_000, help="training clips in Kokoro's voices")
+    parser.add_argument("--kokoro", type=int, default=1_400, help="training clips in Kokoro's voices")
     parser.add_argument("--hibari", type=int, default=12_000, help="training clips in hibari's voice")
-    parser.add_argument("--first-shard", type=int, default=0, help="leave out those before it")
-    parser.add_argument("--most-shards", type=int, default=10**9, help="stop then")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    started, seconds, written = time.monotonic(), 0.0, 0
+    started, seconds = time.monotonic(), 0.0
     counts = {"kokoro": arguments.kokoro, "hibari": arguments.hibari}
     for name, own in jobs(counts, read_dictionary()).items():
         speaker = Heart() if name == "hibari" else Kokoro(arguments.assets)
         for shard, first in enumerate(range(0, len(own), SHARD_CLIPS)):
             path = arguments.output / f"{name}-{shard:05d}.npz"
-            if shard % arguments.parts != arguments.part or shard < arguments.first_shard or path.exists():
+            if shard % arguments.parts != arguments.part or path.exists():
                 continue
-            if written == arguments.most_shards:
-                return
-            written += 1
             made = [(job, speaker.say(job)) for job in own[first : first + SHARD_CLIPS]]
             write_shard(path, made)
             seconds += sum(len(samples) for _, (samples, _, _) in made) / SAMPLING_RATE

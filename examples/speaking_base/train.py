@@ -1,6 +1,6 @@
 """Train the speaking base on chains of clips; stop it at any time, start it again, and it goes on exactly.
 
-    python examples/speaking_base/train.py --codes codes --codec codec --tokenizer tokenizer --output run --steps 40000
+    python examples/speaking_base/train.py --codes codes --codec codec --tokenizer tokenizer --output run --base base
 
 New shards of codes are taken in when the run is started anew; their list is part of what is saved.
 """
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from write_base import write_base
 
 from speechtune.families.higgs_audio_v2.codec_world import WorldCodec
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
@@ -174,10 +175,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("--codes", "--codec", "--tokenizer", "--output"):
         parser.add_argument(name, type=Path, required=True)
-    for name, default in (("--steps", 40_000), ("--chains", 8), ("--chain-positions", 512), ("--hidden", 256),
+    for name, default in (("--steps", 6_500), ("--chains", 6), ("--chain-positions", 320), ("--hidden", 256),
                           ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200),
                           ("--workers", 0)):  # fmt: skip
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--base", type=Path, help="where to write the finished base")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--minutes", type=float, default=math.inf)
@@ -206,6 +208,8 @@ def main() -> None:
             run.save()
             print(f"   development {show(run.development())}", flush=True)
     run.save()
+    if arguments.base and run.step == arguments.steps:
+        write_base(arguments.output, arguments.codec, arguments.tokenizer, arguments.base)
 
 
 if __name__ == "__main__":
