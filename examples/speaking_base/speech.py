@@ -41,7 +41,7 @@ VOICES = (  # of Kokoro
 )  # fmt: skip
 NUM_BLENDS, BLEND_SHARE = 96, 0.6
 SHARD_CLIPS = 32
-HELD_OUT_CLIPS = 64  # sentences to measure with, in known voices and in held-out ones
+MEASURED_SENTENCES = 64  # of those held out, each in a known voice and in a held-out one
 REFERENCE_CLIPS = 10  # further clips of each held-out voice, to prompt with
 SEED = 7
 
@@ -70,7 +70,7 @@ def jobs(counts: dict[str, int], dictionary: Sequence[str]) -> dict[str, list[Jo
     """All clips by the model that says them: first those to measure with, then the training data."""
     held = held_out_sentences()
     kokoro = []
-    for index, text in enumerate(held[:HELD_OUT_CLIPS]):
+    for index, text in enumerate(held[:MEASURED_SENTENCES]):
         kokoro.append(Job(f"seen-{index}", "held_out", VOICES[index % len(VOICES)], text))
         kokoro.append(Job(f"new-{index}", "held_out", HELD_OUT_VOICES[index % len(HELD_OUT_VOICES)], text))
     references = Grammar(SEED + 1).different(REFERENCE_CLIPS, {text.lower() for text in held})

@@ -2,7 +2,7 @@
 
     python examples/speaking_base/train.py --codes codes --codec codec --tokenizer tokenizer --output run --base base
 
-New shards of codes are taken in when the run is started anew; their list is part of what is saved.
+New shards of codes are taken in when the run is started anew.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("--codes", "--codec", "--tokenizer", "--output"):
         parser.add_argument(name, type=Path, required=True)
-    for name, default in (("--steps", 6_500), ("--chains", 6), ("--chain-positions", 320), ("--hidden", 256),
+    for name, default in (("--steps", 4_000), ("--chains", 6), ("--chain-positions", 320), ("--hidden", 256),
                           ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200),
                           ("--workers", 0)):  # fmt: skip
         parser.add_argument(name, type=int, default=default)
