@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from features import NAMES, read_features
 from transformers import PreTrainedTokenizerFast
+from warp import Warp, random_warp, warped
 
+from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
 from speechtune.families.higgs_audio_v2.layout import AUDIO, delay_rows, render_prompt, target_arrays
 from speechtune.types import AudioRef, Batch, Encoded, Sample
@@ -37,14 +40,16 @@ class Spoken:
     Attributes:
         words: token ids of each word, phonemes as far as the tokenizer knows it.
         letters: token ids of each word as letters.
-        codes: (F, K) by voice.
+        codes: (F, K).
+        features: what the codes are of, as they are stored.
         places: (F, 3), the word that each frame belongs to, and which of how many of its symbols.
     """
 
     words: list[list[int]]
     letters: list[list[int]]
-    codes: dict[str, np.ndarray]
+    codes: np.ndarray
     places: np.ndarray
+    features: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -72,27 +77,32 @@ class Guided:
 class Clips:
     """All clips of some shards, by voice."""
 
-    def __init__(self, shards: Sequence[Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, codes: Path, features: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Read the shards of a folder, and what they were made of in shards of the same names in another."""
         self.tokenizer = tokenizer
         self.space = self.ids(" ")[0]
         self.by_voice: dict[str, list[Spoken]] = {}
         self.development: dict[str, list[Spoken]] = {}
-        for index, (row, codes, places) in enumerate(item for shard in shards for item in read_codes(shard)):
-            if row["split"] == "train":
-                clip = self._clip(row, codes, places)
-                held_out = index % DEVELOPMENT_EVERY == 0
-                for voice in row["voices"][:1] if held_out else row["voices"]:
-                    (self.development if held_out else self.by_voice).setdefault(voice, []).append(clip)
+        self.count = 0
+        for shard in sorted(codes.glob("*.npz")):
+            known = stored_features(features / shard.name)
+            for row, codes_FK, places in read_codes(shard):
+                if row["split"] == "train":
+                    clip = self._clip(row, codes_FK, places, known[row["name"]])
+                    group = self.by_voice if self.count % DEVELOPMENT_EVERY else self.development
+                    group.setdefault(row["voice"], []).append(clip)
+                    self.count += 1
         self.by_voice = {voice: clips for voice, clips in self.by_voice.items() if len(clips) > 3}
-        self.plain = sorted(voice for voice in self.by_voice if "~" not in voice and voice != MOST_HEARD)
-        self.weights = [len(self.by_voice[voice]) ** COUNT_POWER for voice in self.plain]
-        self.count = sum(len(clips) for voice, clips in self.by_voice.items() if "~" not in voice)
+        self.others = sorted(self.by_voice.keys() - {MOST_HEARD})
+        self.weights = [len(self.by_voice[voice]) ** COUNT_POWER for voice in self.others]
 
     def ids(self, text: str) -> list[int]:
         """Token ids."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _clip(self, row: dict[str, Any], codes: dict[str, np.ndarray], places: np.ndarray) -> Spoken:
+    def _clip(
+        self, row: dict[str, Any], codes: np.ndarray, places: np.ndarray, features: tuple[np.ndarray, ...]
+    ) -> Spoken:
         words: list[list[int]] = [[]]
         for token in self.ids(row["text"]):
             if token == self.space:
@@ -101,46 +111,51 @@ class Clips:
                 words[-1].append(token)
         known = {token: self.tokenizer.convert_tokens_to_ids(token) for token in set(row["text"].lower())}
         letters = [[known[letter] for letter in word] for word in row["text"].lower().split()]
-        return Spoken(words, letters, codes, places)
+        return Spoken(words, letters, codes, places, features)
 
-    def draw_voice(self, draw: random.Random) -> str:
-        """A voice: often the one with most clips, and often one made of another by warping."""
+    def draw_voice(self, draw: random.Random) -> tuple[str, Warp | None]:
+        """A voice: often the one with most clips; and what makes another one of it, as often as not."""
         others = MOST_HEARD not in self.by_voice or draw.random() < OTHERS_SHARE
-        plain = draw.choices(self.plain, self.weights)[0] if others else MOST_HEARD
-        made = sorted(voice for voice in self.by_voice if voice.startswith(f"{plain}~"))
-        return plain if not made or draw.random() < PLAIN_SHARE else draw.choice(made)
+        voice = draw.choices(self.others, self.weights)[0] if others else MOST_HEARD
+        return voice, None if draw.random() < PLAIN_SHARE else random_warp(draw)
 
 
-def read_codes(path: Path) -> list[tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray]]:
-    """Rows, codes by voice and places of a shard's clips."""
+def stored_features(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
+    """Features of a shard's clips by their names, as they are stored."""
+    kept = ((row["name"], features) for row, features, _ in read_features(path))
+    return {name: tuple(getattr(features, part).astype(np.float16) for part in NAMES) for name, features in kept}
+
+
+def read_codes(path: Path) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Row, codes and places of each clip of a shard."""
     with np.load(path, allow_pickle=False) as shard:
         rows, codes, places = json.loads(shard["rows"].tobytes()), shard["codes"], shard["places"]
-    found, code, place = [], 0, 0
-    for row in rows:
-        own = {}
-        for voice in row["voices"]:
-            own[voice] = codes[code : code + row["frames"]]
-            code += row["frames"]
-        found.append((row, own, places[place : place + row["frames"]]))
-        place += row["frames"]
-    return found
+    ends = np.cumsum([row["frames"] for row in rows])[:-1]
+    return list(zip(rows, np.split(codes, ends), np.split(places, ends), strict=True))
 
 
 class Chains:
     """Makes batches of chains."""
 
     def __init__(
-        self, family: HiggsAudioV2Family, clips: Clips, neighbours: Sequence[np.ndarray], seed: int, most_positions: int
+        self,
+        family: HiggsAudioV2Family,
+        clips: Clips,
+        codec: WorldCodec,
+        neighbours: Sequence[np.ndarray],
+        seed: int,
+        most_positions: int,
     ) -> None:
         """
         Args:
             family: collates, and knows the model's ids.
             clips: what chains are made of.
+            codec: makes the codes of other voices.
             neighbours: of each codebook the nearest other entries of each entry, (V, 3).
             seed: of all draws.
             most_positions: chains end before they are longer.
         """
-        self.family, self.clips, self.neighbours = family, clips, neighbours
+        self.family, self.clips, self.codec, self.neighbours = family, clips, codec, neighbours
         self.seed, self.most_positions = seed, most_positions
         blank = Sample("", "\0", AudioRef(data=b"x"))
         self.head, self.between, self.tail = (
@@ -154,18 +169,18 @@ class Chains:
         draw = random.Random(f"{self.seed} {step}")
         chains = []
         for index in range(num_chains):
-            voice = self.clips.draw_voice(draw)
+            voice, warp = self.clips.draw_voice(draw)
             clips = self.clips.by_voice[voice]
             chosen = draw.sample(clips, min(len(clips), 12))
-            chains.append(self.chain(chosen, voice, draw, np.random.default_rng([self.seed, step, index])))
+            chains.append(self.chain(chosen, draw, np.random.default_rng([self.seed, step, index]), warp))
         return self.collate(chains)
 
     def development_batch(self, most: int) -> tuple[Batch, Guided]:
         """Clips that no chain of training holds, each behind one of its voice that is known."""
         draw, noise = random.Random(self.seed), None
         voices = sorted(voice for voice in self.clips.development if voice in self.clips.by_voice)
-        pairs = [(self.clips.by_voice[v][0], clip, v) for v in voices for clip in self.clips.development[v]][:most]
-        return self.collate([self.chain([first, clip], voice, draw, noise) for first, clip, voice in pairs])
+        pairs = [(self.clips.by_voice[v][0], clip) for v in voices for clip in self.clips.development[v]][:most]
+        return self.collate([self.chain(pair, draw, noise) for pair in pairs])
 
     def collate(self, chains: Sequence[tuple[Encoded, np.ndarray]]) -> tuple[Batch, Guided]:
         """Chains end to end."""
@@ -176,16 +191,23 @@ class Chains:
         return batch, Guided(*torch.from_numpy(guided), counts=tuple(len(g[0]) for _, g in chains))
 
     def chain(
-        self, clips: Sequence[Spoken], voice: str, draw: random.Random, noise: np.random.Generator | None
+        self,
+        clips: Sequence[Spoken],
+        draw: random.Random,
+        noise: np.random.Generator | None,
+        warp: Warp | None = None,
     ) -> tuple[Encoded, np.ndarray]:
-        """Clips of a voice in a row, as many as fit, and what guides their rows, (4, G)."""
+        """Clips of a voice in a row, as many as fit, and what guides their rows, (4, G); `warp` makes another voice."""
         config = self.family.model_config
         ids, rows, parts, guides = list(self.first), [], [], []
         for clip in clips:
             spelt = [noise is not None and draw.random() < SPELT_SHARE for _ in clip.words]
             words = [b if s and b else a for a, b, s in zip(clip.words, clip.letters, spelt, strict=True)]
             tokens = [token for word in words for token in (*word, self.clips.space)][:-1]
-            codes_FK = clip.codes[voice]
+            codes_FK = clip.codes
+            if warp:
+                features = Features(*(part.astype(np.float64) for part in clip.features))
+                codes_FK = self.codec.quantise(warped(features, warp))
             rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
             fillers = config.num_codebooks - 1
             held = [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
@@ -201,7 +223,7 @@ class Chains:
         for name in ("audio_positions", "audio_targets", "text_positions", "text_targets"):
             arrays[name] = np.concatenate([part[name] for part in parts])
         seconds = sum(len(clip.places) for clip in clips[: len(parts)]) / 25
-        return Encoded(voice, arrays, len(ids), seconds), np.concatenate(guides, axis=1)
+        return Encoded("chain", arrays, len(ids), seconds), np.concatenate(guides, axis=1)
 
     def disturbed(self, rows_RK: np.ndarray, noise: np.random.Generator) -> np.ndarray:
         """Rows with some codes replaced, by near ones or by any."""

@@ -1,4 +1,4 @@
-"""Codes of the features, of each clip as it is and in other vocal tracts, with what is spoken in each frame.
+"""Codes of the features, with what is spoken in each frame.
 
 python examples/speaking_base/codes.py --features features --codec codec --output codes
 """
@@ -6,40 +6,15 @@ python examples/speaking_base/codes.py --features features --codec codec --outpu
 import argparse
 import json
 import os
-import random
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from features import read_features
 from text import STRESS, word_groups
-from warp import Warp, random_warp, warped
 
-from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
-
-MOST_HEARD = "af_heart"
-WARPS = {MOST_HEARD: 96, "flite-awb": 48, "flite-rms": 48, "flite-slt": 48, "joe": 48}
-FEW_WARPS = 12  # of the other voices, which say few clips
-HEARD_WARPS_PER_CLIP, WARPS_PER_CLIP = 3, 6  # of the voice most heard, and of the others
-
-
-@cache
-def warps_of(voice: str) -> tuple[Warp, ...]:
-    """The voices that are made of a voice: the same in all of its clips."""
-    draw = random.Random(voice)
-    return tuple(random_warp(draw) for _ in range(WARPS.get(voice, FEW_WARPS)))
-
-
-def variants(row: dict[str, Any], features: Features) -> dict[str, Features]:
-    """Features by the name of the voice that they are of."""
-    voice, made = row["voice"], {row["voice"]: features}
-    if row["split"] == "train":
-        warps, count = warps_of(voice), HEARD_WARPS_PER_CLIP if voice == MOST_HEARD else WARPS_PER_CLIP
-        for index in random.Random(row["name"]).sample(range(len(warps)), count):
-            made[f"{voice}~{index}"] = warped(features, warps[index])
-    return made
+from speechtune.families.higgs_audio_v2.codec_world import WorldCodec
 
 
 def places(phonemes: str) -> list[tuple[int, int, int]]:
@@ -63,10 +38,9 @@ def write_codes(source: Path, path: Path, codec: WorldCodec) -> int:
     for row, features, spoken_F in read_features(source):
         if not word_groups(row["text"], row["phonemes"]):
             continue  # the phonemizer took a name for a number
-        made = variants(row, features)
-        codes += [codec.quantise(one) for one in made.values()]
+        codes.append(codec.quantise(features))
         where.append(np.asarray(places(row["phonemes"]), np.int16)[spoken_F])
-        rows.append({**row, "voices": list(made)})
+        rows.append(row)
     arrays = {"codes": np.concatenate(codes), "places": np.concatenate(where)}
     arrays["rows"] = np.frombuffer(json.dumps(rows).encode(), np.uint8)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

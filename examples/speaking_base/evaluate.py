@@ -51,13 +51,13 @@ def read_prompts(codes: Path, most: int) -> list[Prompt]:
     references: dict[str, list[tuple[str, np.ndarray]]] = {}
     wanted: list[tuple[dict[str, Any], int]] = []
     for shard in sorted(codes.glob("kokoro-*.npz")):
-        for row, own, places in read_codes(shard):
+        for row, codes_FK, places in read_codes(shard):
             if row["split"] == "held_out":
                 wanted.append((row, len(places)))
             if row["split"] == "reference" or (row["split"] == "train" and row["voice"] not in HELD_OUT_VOICES):
-                references.setdefault(row["voice"], []).append((row["text"], own[row["voice"]]))
+                references.setdefault(row["voice"], []).append((row["text"], codes_FK))
             elif row["split"] == "held_out":  # until there are clips of their own
-                references.setdefault(f"held out {row['voice']}", []).append((row["text"], own[row["voice"]]))
+                references.setdefault(f"held out {row['voice']}", []).append((row["text"], codes_FK))
     prompts, counts = [], {"known": 0, "unknown": 0}
     for row, frames in wanted:
         group = "unknown" if row["voice"] in HELD_OUT_VOICES else "known"

@@ -1,6 +1,7 @@
 """Train the speaking base on chains of clips; stop it at any time, start it again, and it goes on exactly.
 
-    python examples/speaking_base/train.py --codes codes --codec codec --tokenizer tokenizer --output run --base base
+    python examples/speaking_base/train.py --features features --codes codes --codec codec \\
+        --tokenizer tokenizer --output run --base base
 
 New shards of codes are taken in when the run is started anew.
 """
@@ -66,11 +67,10 @@ class Run:
         self.step, self.positions, self.seconds = 0, 0, 0.0
         if (self.output / "state.json").is_file():
             self.load()
-        shards = sorted(cast(Path, arguments.codes).glob("*.npz"))
-        self.clips = Clips(shards, self.tokenizer)
+        self.clips = Clips(arguments.codes, arguments.features, self.tokenizer)
         family = TrainingFamily(config, self.tokenizer)
         neighbours = nearest_entries(self.codec)
-        self.chains = Chains(family, self.clips, neighbours, arguments.seed, arguments.chain_positions)
+        self.chains = Chains(family, self.clips, self.codec, neighbours, arguments.seed, arguments.chain_positions)
 
     def save(self) -> None:
         """Write the state; the file that names it comes last."""
@@ -173,9 +173,9 @@ def show(losses: dict[str, float]) -> str:
 def main() -> None:
     """Train until the last step, or until a number of minutes are over."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("--codes", "--codec", "--tokenizer", "--output"):
+    for name in ("--features", "--codes", "--codec", "--tokenizer", "--output"):
         parser.add_argument(name, type=Path, required=True)
-    for name, default in (("--steps", 4_000), ("--chains", 6), ("--chain-positions", 320), ("--hidden", 256),
+    for name, default in (("--steps", 8_200), ("--chains", 6), ("--chain-positions", 320), ("--hidden", 256),
                           ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200),
                           ("--workers", 0)):  # fmt: skip
         parser.add_argument(name, type=int, default=default)

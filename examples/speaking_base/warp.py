@@ -6,7 +6,7 @@ Rooms have noise.
 
 import random
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pyworld
@@ -72,7 +72,7 @@ def stretching(stretch: int) -> tuple[np.ndarray, np.ndarray]:
     return back[1:] - back[0], back[0]
 
 
-@cache
+@lru_cache(64)
 def colouring(curve: tuple[float, ...]) -> np.ndarray:
     """What a gain by frequency adds to a coded envelope, (40,)."""
     power = np.stack([np.ones(_fft_bins() + 1), _gains(curve)])

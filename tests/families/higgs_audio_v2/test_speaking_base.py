@@ -64,20 +64,27 @@ def folder(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
     for index, (text, phonemes) in enumerate(3 * SPOKEN):
         spoken = np.repeat(np.arange(len(phonemes)), 2)
         rows.append({"name": str(index), "split": "train", "voice": "v", "text": text, "phonemes": phonemes})
-        rows[-1] |= {"frames": len(spoken), "voices": ["v"]}
+        rows[-1] |= {"frames": len(spoken)}
         codes.append(draw.integers(SIZE, size=(len(spoken), 8)).astype(np.int16))
         places.append(np.asarray(scripts.codes.places(phonemes), np.int16)[spoken])
     (folder / "codes").mkdir()
     with (folder / "codes" / "shard.npz").open("wb") as file:
         arrays = {"codes": np.concatenate(codes), "places": np.concatenate(places)}
         np.savez(file, rows=np.frombuffer(json.dumps(rows).encode(), np.uint8), **arrays)
+    (folder / "features").mkdir()
+    with (folder / "features" / "shard.npz").open("wb") as file:
+        frames = sum(row["frames"] for row in rows)
+        arrays = {"envelope": draw.normal(size=(frames, 160)), "pitch": draw.normal(size=(frames, 8))}
+        arrays |= {"aperiodicity": draw.normal(size=(frames, 4)), "spoken": np.zeros(frames)}
+        np.savez(file, rows=np.frombuffer(json.dumps(rows).encode(), np.uint8), **arrays)
     return folder
 
 
 def make_run(scripts: SimpleNamespace, folder: Path, output: Path) -> Any:
     arguments = argparse.Namespace(
-        codes=folder / "codes", codec=folder / "codec", tokenizer=folder / "tokenizer", output=output, seed=0, steps=20,
-        chains=2, chain_positions=160, hidden=32, layers=5, learning_rate=2e-3, bf16=False, device="cpu", compile=False,
+        features=folder / "features", codes=folder / "codes", codec=folder / "codec", tokenizer=folder / "tokenizer",
+        output=output, seed=0, steps=20, chains=2, chain_positions=160, hidden=32, layers=5, learning_rate=2e-3,
+        bf16=False, device="cpu", compile=False,
     )  # fmt: skip
     return scripts.train.Run(arguments)
 
@@ -114,17 +121,17 @@ def test_a_chain_is_what_the_family_encodes(scripts: SimpleNamespace, folder: Pa
     chains = make_run(scripts, folder, tmp_path / "run").chains
     (row, codes, _), (row2, codes2, _) = scripts.chains.read_codes(folder / "codes" / "shard.npz")[1:3]
     clips = chains.clips.by_voice["v"][:2]
-    assert clips[0].codes["v"].tolist() == codes["v"].tolist()  # the first of all is kept for development
-    ours, guided = chains.chain(clips, "v", random.Random(0), None)
+    assert clips[0].codes.tolist() == codes.tolist()  # the first of all is kept for development
+    ours, guided = chains.chain(clips, random.Random(0), None)
     clip = AudioRef(data=b"clip")
     sample = Sample("sample", row2["text"], clip, (Clip(clip, row["text"]),))
-    wanted = chains.family.encode(sample, [codes["v"], codes2["v"]])
+    wanted = chains.family.encode(sample, [codes, codes2])
     for name in ("input_ids", "audio_rows"):
         np.testing.assert_array_equal(ours.arrays[name], wanted.arrays[name])
     for name in ("audio_positions", "audio_targets", "text_positions", "text_targets"):
         np.testing.assert_array_equal(ours.arrays[name][-len(wanted.arrays[name]) :], wanted.arrays[name])
         assert len(ours.arrays[name]) > len(wanted.arrays[name])
-    assert len(guided[0]) == len(codes["v"]) + len(codes2["v"])
+    assert len(guided[0]) == len(codes) + len(codes2)
 
 
 def test_rows_look_at_what_is_spoken_in_the_frame_they_predict(
@@ -132,7 +139,7 @@ def test_rows_look_at_what_is_spoken_in_the_frame_they_predict(
 ) -> None:
     chains = make_run(scripts, folder, tmp_path / "run").chains
     encoded, (rows, looked_at, tokens, next_tokens) = chains.chain(
-        chains.clips.by_voice["v"][:1], "v", random.Random(0), None
+        chains.clips.by_voice["v"][:1], random.Random(0), None
     )
     ids = encoded.arrays["input_ids"]
     np.testing.assert_array_equal(ids[looked_at], tokens)
@@ -142,6 +149,18 @@ def test_rows_look_at_what_is_spoken_in_the_frame_they_predict(
     symbols = {character: symbol for symbol, character in scripts.text.CHARACTERS.items()}
     assert "".join(symbols.get(token, token) for token in said) == "ɐ kˈæˈæt, ɐ dˈɔˈɔɡ?"  # a stress takes time too
     assert (next_tokens[:-2] != tokens[:-2]).all()
+
+
+def test_another_voice_says_the_same_in_other_codes(scripts: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    """Guards against warps that are drawn for nothing, or that move what is said."""
+    chains = make_run(scripts, folder, tmp_path / "run").chains
+    clips, warp = chains.clips.by_voice["v"][:2], scripts.warp.random_warp(random.Random(0))
+    (plain, guided), *(other, again) = (chains.chain(clips, random.Random(0), None, one) for one in (None, warp, warp))
+    np.testing.assert_array_equal(guided, other[1])
+    np.testing.assert_array_equal(plain.arrays["input_ids"], other[0].arrays["input_ids"])
+    np.testing.assert_array_equal(other[0].arrays["audio_rows"], again[0].arrays["audio_rows"])
+    assert (plain.arrays["audio_rows"] != other[0].arrays["audio_rows"]).mean() > 0.5
+    assert {chains.clips.draw_voice(random.Random(seed))[1] is None for seed in range(20)} == {True, False}
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(scripts: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
