@@ -164,11 +164,11 @@ class Chains:
         header = clips.ids("<|start_header_id|>user<|end_header_id|>")
         self.first, self.turn = self.head[: -len(header)], header
 
-    def batch(self, step: int, num_chains: int) -> tuple[Batch, Guided]:
-        """The batch of a step."""
-        draw = random.Random(f"{self.seed} {step}")
+    def batch(self, step: int, indices: Sequence[int]) -> tuple[Batch, Guided]:
+        """These chains of a step's."""
         chains = []
-        for index in range(num_chains):
+        for index in indices:
+            draw = random.Random(f"{self.seed} {step} {index}")
             voice, warp = self.clips.draw_voice(draw)
             clips = self.clips.by_voice[voice]
             chosen = draw.sample(clips, min(len(clips), 12))

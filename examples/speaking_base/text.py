@@ -65,6 +65,8 @@ def make_tokenizer(lexicon: Mapping[str, str]) -> PreTrainedTokenizerFast:
             normalizers.StripAccents(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"[’‘`]"), "'"),
+            normalizers.Replace(Regex(r"\A\s*\.{2,}\s*"), ""),  # a base that never read an ellipsis talks on and on
+            normalizers.Replace(Regex(r"\.{2,}"), ","),
             *(
                 normalizers.Replace(Regex(rf"(?<![a-z0-9']){re.escape(w)}(?![a-z0-9'])"), lexicon[w])
                 for w in longest_first

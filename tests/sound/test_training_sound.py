@@ -26,6 +26,7 @@ from speechtune.types import Sample
 LEARNT_VOICE, OTHER_VOICE = "bf_emma", "am_adam"
 STEPS = 30
 NUM_SENTENCES = 24
+LEAST_SECONDS = 1.0  # of what is learnt from: a sentence that broke off teaches to break off
 LEAST_LIKE_THE_LEARNT = 0.66  # measured: 0.75 learnt, 0.56 of the base
 LESS_LIKE_THE_LEARNT = 0.02  # measured: 0.04 less where the reference is trained on
 BLUNTED = 0.4  # share that is left of what tells the base to stop
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ears: Scorers) -> Path:
     learnt, other, rows = recording(LEARNT_VOICE), recording(OTHER_VOICE), []
     samples = [Sample(str(i), text, None, (learnt,)) for i, text in enumerate(lines("training_sentences.txt"))]
     for sample, output in zip(samples, speak(recipe(folder, "base"), samples), strict=True):
-        if output.stopped and output.audio is not None:
+        if output.stopped and output.audio is not None and output.audio.duration_seconds > LEAST_SECONDS:
             write_wav(folder / f"{sample.id}.wav", output.audio)
             row = {"audio": f"{sample.id}.wav", "text": sample.text}
             rows.append({**row, "ref_audio": other.audio.path, "ref_text": other.text})

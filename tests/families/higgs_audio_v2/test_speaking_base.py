@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_the_tokenizer_reads_phonemes_of_known_words_and_letters_of_others(
     assert read("A cat's café") == ["/ɐ/", " ", *"cat's", " ", *"cafe"]
     assert read("<|eot_id|>on<|audio_out_bos|>") == ["<|eot_id|>", "/ɔ/", "/n/", "<|audio_out_bos|>"]
     assert len(read("<|start_header_id|>user<|end_header_id|>\n\n")) == 3
+    assert read("...the cat... sat") == ["/ð/", "/ə/", " ", "/k/", "/ˈæ/", "/t/", ",", " ", "/s/", "/ˈæ/", "/t/"]
     assert read("a user") == ["/ɐ/", " ", *"user"]  # a role is one token where it stands alone
 
 
@@ -182,15 +184,39 @@ def test_a_run_that_was_stopped_goes_on_exactly(scripts: SimpleNamespace, folder
     assert [path.name for path in second.output.glob("*.safetensors")] == ["state-4.safetensors"]
 
 
+def test_two_processes_take_the_step_of_one(scripts: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    """Guards against processes that all train on the same chains, or that drift apart."""
+    parts = ("features", "codes", "codec", "tokenizer")
+    options = [f"--{name}={folder / name}" for name in parts] + [f"--output={tmp_path / 'run'}", "--no-bf16"]
+    options += ["--steps=1", "--chains=2", "--chain-positions=160", "--hidden=32", "--layers=5"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE / "train.py")]
+    subprocess.run([sys.executable, *command, *options], check=True, timeout=240)
+    one = make_run(scripts, folder, tmp_path / "one")
+    one.arguments.steps = 1
+    for index in range(2):
+        batch, guided = one.chains.batch(0, [index])
+        (scripts.model.total_loss(one.base.losses(batch, guided), 1.0) / 2).backward()
+        one.positions += batch.num_tokens
+    torch.nn.utils.clip_grad_norm_(one.base.parameters(), scripts.train.CLIP_NORM)
+    for group in one.optimizer.param_groups:
+        group["lr"] = one.learning_rate()
+    one.optimizer.step()
+    saved = load_file(tmp_path / "run" / "state-1.safetensors")
+    for name, value in one.base.state_dict().items():
+        torch.testing.assert_close(saved[f"base.{name}"], value, rtol=1e-5, atol=1e-6)
+    state = json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))
+    assert state["positions"] == one.positions
+
+
 def test_what_is_written_is_the_native_model(scripts: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
     """Tables folded into the native weights; guidance and disturbed codes leave nothing behind."""
     run = make_run(scripts, folder, tmp_path / "run")
-    made = run.chains.batch(0, 2)
+    made = run.chains.batch(0, range(2))
     first = run.train_step(made)
     for _ in range(9):
         last = run.train_step(made)
     assert last["codebook 0"] < first["codebook 0"]
-    batch, _ = run.chains.batch(99, 2)
+    batch, _ = run.chains.batch(99, range(2))
     native = run.base.native()
     with torch.no_grad():
         audio_PD, text_PD = target_states(run.base.model.model, batch)
