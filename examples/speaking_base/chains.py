@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from features import NAMES, read_features
 from transformers import PreTrainedTokenizerFast
-from warp import Warp, random_warp, warped
+from warp import Room, Warp, in_room, random_room, random_warp, warped
 
 from speechtune.families.higgs_audio_v2.codec_world import Features, WorldCodec
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
@@ -30,6 +30,8 @@ NEIGHBOUR_SHARE, RANDOM_SHARE = 0.12, 0.03  # of input codes that are replaced: 
 DEVELOPMENT_EVERY = 100  # clips
 MOST_HEARD = "af_heart"
 OTHERS_SHARE, PLAIN_SHARE = 0.5, 0.5
+ROOM_SHARE, ROOM_DECIBELS = 0.4, (-50.0, -20.0)
+SPLICED_SHARE = 0.5  # of the clips of all voices but the first
 COUNT_POWER = 0.5  # voices are drawn by their number of clips to this power: rare ones often, not by heart
 
 
@@ -113,11 +115,12 @@ class Clips:
         letters = [[known[letter] for letter in word] for word in row["text"].lower().split()]
         return Spoken(words, letters, codes, places, features)
 
-    def draw_voice(self, draw: random.Random) -> tuple[str, Warp | None]:
-        """A voice: often the one with most clips; and what makes another one of it, as often as not."""
+    def draw_voice(self, draw: random.Random) -> tuple[str, Warp | None, Room | None]:
+        """A voice, often the one with most clips; as often as not what makes another of it; at times noise."""
         others = MOST_HEARD not in self.by_voice or draw.random() < OTHERS_SHARE
         voice = draw.choices(self.others, self.weights)[0] if others else MOST_HEARD
-        return voice, None if draw.random() < PLAIN_SHARE else random_warp(draw)
+        warp = None if draw.random() < PLAIN_SHARE else random_warp(draw)
+        return voice, warp, random_room(draw, *ROOM_DECIBELS) if draw.random() < ROOM_SHARE else None
 
 
 def stored_features(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
@@ -169,10 +172,12 @@ class Chains:
         chains = []
         for index in indices:
             draw = random.Random(f"{self.seed} {step} {index}")
-            voice, warp = self.clips.draw_voice(draw)
+            voice, warp, room = self.clips.draw_voice(draw)
             clips = self.clips.by_voice[voice]
             chosen = draw.sample(clips, min(len(clips), 12))
-            chains.append(self.chain(chosen, draw, np.random.default_rng([self.seed, step, index]), warp))
+            if voice != MOST_HEARD:
+                chosen = [spliced(c, draw.choice(clips), draw) if draw.random() < SPLICED_SHARE else c for c in chosen]
+            chains.append(self.chain(chosen, draw, np.random.default_rng([self.seed, step, index]), warp, room))
         return self.collate(chains)
 
     def development_batch(self, most: int) -> tuple[Batch, Guided]:
@@ -196,8 +201,12 @@ class Chains:
         draw: random.Random,
         noise: np.random.Generator | None,
         warp: Warp | None = None,
+        room: Room | None = None,
     ) -> tuple[Encoded, np.ndarray]:
-        """Clips of a voice in a row, as many as fit, and what guides their rows, (4, G); `warp` makes another voice."""
+        """Clips of a voice in a row, as many as fit, and what guides their rows, (4, G).
+
+        `warp` makes another voice, `room` adds noise.
+        """
         config = self.family.model_config
         ids, rows, parts, guides = list(self.first), [], [], []
         for clip in clips:
@@ -205,9 +214,10 @@ class Chains:
             words = [b if s and b else a for a, b, s in zip(clip.words, clip.letters, spelt, strict=True)]
             tokens = [token for word in words for token in (*word, self.clips.space)][:-1]
             codes_FK = clip.codes
-            if warp:
+            if warp or room:
                 features = Features(*(part.astype(np.float64) for part in clip.features))
-                codes_FK = self.codec.quantise(warped(features, warp))
+                features = warped(features, warp) if warp else features
+                codes_FK = self.codec.quantise(in_room(features, room) if room else features)
             rows_RK = delay_rows(codes_FK, config.audio_stream_bos_id, config.audio_stream_eos_id)
             fillers = config.num_codebooks - 1
             held = [config.audio_token_id] * (len(rows_RK) - fillers) + [config.audio_delay_token_id] * fillers
@@ -236,6 +246,29 @@ class Chains:
             column_R[near_R] = neighbours_V3[column_R[near_R], which]
             column_R[any_R] = noise.integers(len(neighbours_V3), size=any_R.sum())
         return changed_RK
+
+
+def spliced(first: Spoken, second: Spoken, draw: random.Random) -> Spoken:
+    """The beginning of a clip and the end of another, of words, the cuts anywhere between them.
+
+    A voice of which there are few clips is not learnt with its sentences by heart: what comes next has to be read.
+    """
+    if min(len(first.words), len(second.words)) < 2:
+        return first
+    head, tail = (draw.randint(1, len(clip.words) - 1) for clip in (first, second))
+    end, start = np.searchsorted(first.places[:, 0], head), np.searchsorted(second.places[:, 0], tail)
+    moved_F3 = second.places[start:] + np.array([head - tail, 0, 0], second.places.dtype)
+
+    def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.concatenate([a[:end], b[start:]])
+
+    return Spoken(
+        first.words[:head] + second.words[tail:],
+        first.letters[:head] + second.letters[tail:],
+        joined(first.codes, second.codes),
+        np.concatenate([first.places[:end], moved_F3]),
+        tuple(joined(a, b) for a, b in zip(first.features, second.features, strict=True)),
+    )
 
 
 def _guide(

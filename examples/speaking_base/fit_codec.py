@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from features import read_features
 from safetensors.numpy import save_file
-from warp import in_a_room, random_warp, warped
+from warp import in_room, random_room, random_warp, warped
 
 from speechtune.families.higgs_audio_v2.codec_world import MODEL_TYPE, SAMPLING_RATE, Features, scale_pitch
 
 NUM_CODEBOOKS = 8
 COMPONENTS = 64
 ITERATIONS = 15
+NOISE_DECIBELS = (-45.0, -12.0)
 SEED = 0
 
 
@@ -33,7 +34,8 @@ def training_frames(folder: Path, per_voice: int, warps: int) -> Features:
     for clips in by_voice.values():
         for features in draw.sample(clips, min(per_voice, len(clips))):
             others = [warped(features, random_warp(draw)) for _ in range(warps)]
-            chosen += [features, *(in_a_room(o, draw) if index % 2 else o for index, o in enumerate(others))]
+            rooms = [random_room(draw, *NOISE_DECIBELS) if index % 2 else None for index in range(warps)]
+            chosen += [features, *(in_room(o, r) if r else o for o, r in zip(others, rooms, strict=True))]
     print(f"{len(by_voice)} voices, {len(chosen)} clips")
     names = ("envelope", "pitch", "aperiodicity")
     return Features(*(np.concatenate([getattr(clip, name) for clip in chosen]) for name in names))

@@ -36,5 +36,5 @@ made codec
 in_parts "$scripts/codes.py" --features "$folder/features" --codec "$folder/codec" --output "$folder/codes"
 made codes
 [ -e "$folder/tokenizer" ] || python "$scripts/make_tokenizer.py" --speech "$folder/speech" \
-    --texts "$scripts/../../src/speechtune/assets/demo-voices/clips.jsonl" --output "$folder/tokenizer"
+    --texts "$scripts"/../../src/speechtune/assets/demo-*/clips.jsonl --output "$folder/tokenizer"
 made tokenizer

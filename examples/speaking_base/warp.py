@@ -15,7 +15,6 @@ from speechtune.families.higgs_audio_v2.codec_world import ENVELOPE_SIZE, PARTS,
 
 STEPS = 100  # stretches are whole hundredths
 CURVE_POINTS, CURVE_DECIBELS = 7, 4.0
-NOISE_DECIBELS = (-45.0, -12.0)  # of the mean power of the clip
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,19 @@ class Warp:
     curve: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Room:
+    """Noise.
+
+    Attributes:
+        decibels: of its power, against the mean power of a clip.
+        curve: its gain in decibels, as a warp's.
+    """
+
+    decibels: float
+    curve: tuple[float, ...]
+
+
 def random_curve(draw: random.Random) -> tuple[float, ...]:
     """A gain by frequency."""
     return tuple(draw.gauss(0.0, CURVE_DECIBELS) for _ in range(CURVE_POINTS))
@@ -45,6 +57,11 @@ def random_warp(draw: random.Random) -> Warp:
     stretch = draw.choice((draw.randint(86, 96), draw.randint(104, 116)))
     semitones = draw.uniform(-3.0, 3.0) + 14.4 * float(np.log2(stretch / STEPS))
     return Warp(stretch, semitones, draw.uniform(0.6, 1.4), random_curve(draw))
+
+
+def random_room(draw: random.Random, quietest: float, loudest: float) -> Room:
+    """Noise of a power between these, in decibels, and of any colour."""
+    return Room(draw.uniform(quietest, loudest), random_curve(draw))
 
 
 def _fft_bins() -> int:
@@ -95,8 +112,8 @@ def warped(features: Features, warp: Warp) -> Features:
     return replace(features, envelope=envelope.reshape(len(features.envelope), -1), pitch=pitch)
 
 
-def in_a_room(features: Features, draw: random.Random) -> Features:
+def in_room(features: Features, room: Room) -> Features:
     """The same clip with noise."""
     power = _decoded(features.envelope.reshape(-1, ENVELOPE_SIZE))
-    noise = power.mean() * 10 ** (draw.uniform(*NOISE_DECIBELS) / 10) * _gains(random_curve(draw))
+    noise = power.mean() * 10 ** (room.decibels / 10) * _gains(room.curve)
     return replace(features, envelope=_coded(power + noise).reshape(len(features.envelope), -1))
