@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("--features", "--codes", "--codec", "--tokenizer", "--output"):
         parser.add_argument(name, type=Path, required=True)
-    for name, default in (("--steps", 4_200), ("--chains", 12), ("--chain-positions", 320), ("--hidden", 256),
+    for name, default in (("--steps", 4_800), ("--chains", 12), ("--chain-positions", 320), ("--hidden", 256),
                           ("--layers", 6), ("--seed", 0), ("--threads", 1), ("--save-every", 200),
                           ("--workers", 0)):  # fmt: skip
         parser.add_argument(name, type=int, default=default)

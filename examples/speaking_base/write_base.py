@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from speechtune.families.higgs_audio_v2.codec_world import WorldCodec
 
-TEMPERATURE, TOP_K = 0.5, 20
+TEMPERATURE, TOP_K = 0.3, 20
 
 
 def load_average(run: Path, config: Any, codec: WorldCodec) -> Any:
