@@ -20,13 +20,13 @@ from speechtune.precision import PrecisionPlan
 from speechtune.tasks.voice_cloning.word_errors import word_errors
 from speechtune.types import AudioRef, Sample
 
-SPEAKERS = ("af_heart", "af_sarah", "am_adam", "af_nicole", "bf_emma", "am_puck")
+SPEAKERS = ("af_heart", "af_sarah", "am_adam", "bf_emma", "am_puck")
 README_TEXT = "Please hold while we try to connect you."
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    """Sentences, each behind a recording of one of six voices."""
+    """Sentences, each behind a recording of one of five voices."""
     clips = [recording(voice) for voice in SPEAKERS]
     return [Sample(f"{i}", text, None, (clips[i % len(clips)],)) for i, text in enumerate(lines("sentences.txt"))]
 

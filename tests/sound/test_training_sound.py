@@ -27,10 +27,11 @@ LEARNT_VOICE, OTHER_VOICE = "bf_emma", "am_adam"
 STEPS = 30
 NUM_SENTENCES = 24
 LEAST_SECONDS = 1.0  # of what is learnt from: a sentence that broke off teaches to break off
-LEAST_LIKE_THE_LEARNT = 0.66  # measured: 0.75 learnt, 0.56 of the base
-LESS_LIKE_THE_LEARNT = 0.02  # measured: 0.04 less where the reference is trained on
+LEAST_LIKE_THE_LEARNT = 0.66  # measured: 0.77 learnt, 0.54 of the base
+LESS_LIKE_THE_LEARNT = 0.02  # measured: 0.03 less where the reference is trained on
+MOST_WER_LEARNT = 0.65  # measured: 0.41; 0.93 and more where words are lost
 BLUNTED = 0.4  # share that is left of what tells the base to stop
-LEAST_STOPPED_AGAIN = 0.5  # measured of that base: 0.92 after training, 0.0 where ends are no targets
+LEAST_STOPPED_AGAIN = 0.5  # measured of that base: 1.0 after training, 0.0 where ends are no targets
 EVERY_MATRIX = r".*(q|k|v|o|gate|up|down)_proj|audio_lm_head"
 
 
@@ -81,7 +82,7 @@ def test_a_voice_is_learnt(folder: Path, ears: Scorers, monkeypatch: pytest.Monk
     config = recipe(folder, "right")
     run_training(config)
     heard, base = listen(config, ears), listen(config, ears, adapter=False)
-    assert not heard.complaints(LEAST_LIKE_THE_LEARNT), heard
+    assert not heard.complaints(LEAST_LIKE_THE_LEARNT, MOST_WER_LEARNT), heard
     assert "voice" in base.complaints(LEAST_LIKE_THE_LEARNT), base
     reference_trained(monkeypatch)
     config = recipe(folder, "reference_trained")
@@ -168,7 +169,7 @@ def test_a_fault_of_training_is_heard(
     config = recipe(folder, plant.__name__)
     run_training(config)
     heard = listen(config, ears)
-    assert FAULTS[plant] in heard.complaints(LEAST_LIKE_THE_LEARNT), heard
+    assert FAULTS[plant] in heard.complaints(LEAST_LIKE_THE_LEARNT, MOST_WER_LEARNT), heard
 
 
 @pytest.fixture(scope="module")
