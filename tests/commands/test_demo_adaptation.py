@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from speechtune.cli import main
 from speechtune.commands.demo_adaptation import SPEAKER, demo_config, write_data
 from speechtune.commands.validate import validate
 from speechtune.config import DataConfig
 from speechtune.data.prompts import read_seed_list
+from speechtune.families.higgs_audio_v2.tiny import SPEAKING_BASE
 
 CLIPS, HELD_OUT, SENTENCES = 30, 6, 136
 
@@ -38,6 +40,16 @@ def test_the_data_are_without_issues(tmp_path: Path) -> None:
     report = validate(manifest, DataConfig(), deep=True)
     assert not report.issues
     assert {json.loads(manifest.read_text(encoding="utf-8"))[0]["speaker"]} == {SPEAKER}
+
+
+def test_the_base_knows_the_sound_of_every_word(tmp_path: Path) -> None:
+    """Guards against words that the base can only spell: an adapter that learns from those forgets how to read."""
+    manifest = write_data(tmp_path)
+    prompts = [prompt.text for prompt in read_seed_list(tmp_path / "prompts.lst")]
+    tokenizer = AutoTokenizer.from_pretrained(SPEAKING_BASE / "model")
+    for text in [*texts_of(manifest), *prompts]:
+        tokens = tokenizer.tokenize(text)
+        assert tokens and not [token for token in tokens if token.isascii() and token.isalnum()], text
 
 
 def test_a_recogniser_is_for_the_voice_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from speechtune.precision import PrecisionPlan
 from speechtune.tasks.voice_cloning.word_errors import word_errors
 from speechtune.types import AudioRef, Sample
 
+# Not af_nicole, who whispers: the base does not speak that voice, see its card.
 SPEAKERS = ("af_heart", "af_sarah", "am_adam", "bf_emma", "am_puck")
 README_TEXT = "Please hold while we try to connect you."
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,16 +158,32 @@ def test_rows_look_at_what_is_spoken_in_the_frame_they_predict(
 def test_another_voice_or_room_says_the_same_in_other_codes(
     scripts: SimpleNamespace, folder: Path, tmp_path: Path, drawn: int
 ) -> None:
-    """Guards against warps and rooms that are drawn for nothing, or that move what is said."""
+    """Guards against warps that are drawn for nothing, rooms without noise, and either that moves what is said."""
     chains, draw = make_run(scripts, folder, tmp_path / "run").chains, random.Random(0)
-    change = {1: (scripts.warp.random_warp(draw),), 2: (None, scripts.warp.random_room(draw, -10, -5))}[drawn]
+    room = scripts.warp.random_room(draw, 10, 10)
+    silent = replace(room, decibels=-300.0)  # reading made-up envelopes as power changes them by itself
+    without, change = {1: ((), (scripts.warp.random_warp(draw),)), 2: ((None, silent), (None, room))}[drawn]
     clips = chains.clips.by_voice["v"][:2]
-    (plain, guided), *(other, again) = (chains.chain(clips, random.Random(0), None, *c) for c in ((), change, change))
-    np.testing.assert_array_equal(guided, other[1])
-    np.testing.assert_array_equal(plain.arrays["input_ids"], other[0].arrays["input_ids"])
-    np.testing.assert_array_equal(other[0].arrays["audio_rows"], again[0].arrays["audio_rows"])
-    assert (plain.arrays["audio_rows"] != other[0].arrays["audio_rows"]).mean() > 0.25
+    made = [chains.chain(clips, random.Random(0), None, *c) for c in (without, change, change)]
+    (plain, guided), (other, other_guided), (again, _) = made
+    np.testing.assert_array_equal(guided, other_guided)
+    np.testing.assert_array_equal(plain.arrays["input_ids"], other.arrays["input_ids"])
+    np.testing.assert_array_equal(other.arrays["audio_rows"], again.arrays["audio_rows"])
+    assert (plain.arrays["audio_rows"] != other.arrays["audio_rows"]).mean() > (0.5, 0.1)[drawn - 1]
     assert {chains.clips.draw_voice(random.Random(seed))[drawn] is None for seed in range(20)} == {True, False}
+
+
+def test_noise_adds_to_the_power_of_the_clip(scripts: SimpleNamespace) -> None:
+    """Even noise as strong as an even clip doubles its power: log 2 more at every frequency."""
+    warp, pyworld = scripts.warp, scripts.warp.pyworld
+    bins = pyworld.get_cheaptrick_fft_size(warp.SAMPLING_RATE) // 2 + 1
+    one, two = (
+        pyworld.code_spectral_envelope(np.full((4, bins), power), warp.SAMPLING_RATE, warp.ENVELOPE_SIZE)
+        for power in (1.0, 2.0)
+    )
+    features = warp.Features(one.reshape(1, -1), np.zeros((1, 8)), np.zeros((1, 4)))
+    made = warp.in_room(features, warp.Room(0.0, (0.0,) * warp.CURVE_POINTS))
+    np.testing.assert_allclose(made.envelope, two.reshape(1, -1), atol=1e-6)
 
 
 def test_a_spliced_clip_has_the_words_that_its_frames_say(
