@@ -24,6 +24,10 @@ INSTALL_FASTER_WHISPER = "pip install 'speechtune[asr,faster-whisper]'"
 BATCH_SIZE = 8
 WINDOW_SECONDS = 30
 """What Whisper takes at once; longer clips go through it in pieces."""
+FASTEST = 30
+"""Characters a second: nobody speaks as fast (read English has about 15)."""
+REPETITION_PENALTY = 1.3
+GREEDY = f"greedy; texts too long for their clips once more at repetition penalty {REPETITION_PENALTY}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,15 @@ class TimedWord:
     start: float
     end: float
     probability: float
+
+
+def _too_long(audio: Audio, text: str) -> bool:
+    """Whether a clip cannot hold its transcript: at times Whisper hears no end and repeats a word some hundred times.
+
+    One such clip, 222 errors in 7 words, made a WER of 29 % out of 18 % over 284 sentences.
+    """
+    seconds = max(1.0, audio.duration_seconds)
+    return seconds <= WINDOW_SECONDS and len(text) > FASTEST * seconds
 
 
 class FasterWhisper:
@@ -53,7 +66,7 @@ class FasterWhisper:
         except LOAD_ERRORS as error:
             raise ConfigError(f"{spec}: does not load as a CTranslate2 Whisper: {error}") from None
         self._known = set(self._model.supported_languages)
-        self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, greedy")
+        self.name = identity("faster-whisper", folder / "model.bin", f"Whisper {place}, {GREEDY}")
 
     def transcribe(self, audios: Sequence[Audio], languages: Sequence[str | None]) -> list[str]:
         """Texts of clips, one at a time, for the library batches only pieces of one recording."""
@@ -71,9 +84,10 @@ class FasterWhisper:
         return str(code), float(probability)
 
     def _transcribe(
-        self, audio: Audio, language: str | None, word_timestamps: bool = False
+        self, audio: Audio, language: str | None, word_timestamps: bool = False, penalty: float = 1.0
     ) -> tuple[str, list[TimedWord]]:
         options = {"beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False}
+        options |= {"repetition_penalty": penalty}
         code = language_code(language)
         known = code if code in self._known else None
         found, _ = self._model.transcribe(waveform(audio), language=known, word_timestamps=word_timestamps, **options)
@@ -83,7 +97,10 @@ class FasterWhisper:
             for segment in segments
             for word in segment.words or ()
         ]
-        return "".join(segment.text for segment in segments).strip(), words
+        text = "".join(segment.text for segment in segments).strip()
+        if penalty == 1.0 and _too_long(audio, text):
+            return self._transcribe(audio, language, word_timestamps, REPETITION_PENALTY)
+        return text, words
 
 
 class Whisper:
@@ -95,7 +112,7 @@ class Whisper:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
         types = WhisperProcessor, WhisperForConditionalGeneration
-        loaded = load_pretrained(*types, spec, device, kind="Whisper", label="Whisper {}, greedy")
+        loaded = load_pretrained(*types, spec, device, kind="Whisper", label=f"Whisper {{}}, {GREEDY}")
         self._processor, self._model, self.name = loaded
         tokens = getattr(self._model.generation_config, "lang_to_id", None) or {}
         self._known = {token.strip("<|>") for token in tokens}
@@ -116,7 +133,7 @@ class Whisper:
                     texts[index] = text
         return texts
 
-    def _generate(self, audios: Sequence[Audio], code: str | None) -> list[str]:
+    def _generate(self, audios: Sequence[Audio], code: str | None, penalty: float = 1.0) -> list[str]:
         long = audios[0].duration_seconds > WINDOW_SECONDS
         inputs = self._processor(
             [waveform(audio) for audio in audios],
@@ -128,11 +145,15 @@ class Whisper:
         )
         features = inputs["input_features"].to(self._model.device, self._model.dtype)
         mask = inputs["attention_mask"].to(self._model.device)
-        named = {"language": code, "task": "transcribe"} if code else {}
-        ids = self._model.generate(
-            features, attention_mask=mask, do_sample=False, num_beams=1, return_timestamps=long, **named
-        )
-        return [text.strip() for text in self._processor.batch_decode(ids, skip_special_tokens=True)]
+        options = {"do_sample": False, "num_beams": 1, "return_timestamps": long, "repetition_penalty": penalty}
+        options |= {"language": code, "task": "transcribe"} if code else {}
+        ids = self._model.generate(features, attention_mask=mask, **options)
+        texts = [text.strip() for text in self._processor.batch_decode(ids, skip_special_tokens=True)]
+        if penalty == 1.0:
+            for index, (audio, text) in enumerate(zip(audios, texts, strict=True)):
+                if _too_long(audio, text):
+                    texts[index] = self._generate([audio], code, REPETITION_PENALTY)[0]
+        return texts
 
 
 class PocketSphinx:
