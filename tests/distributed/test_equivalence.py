@@ -147,7 +147,10 @@ def test_stopped_and_resumed_is_the_straight_run(configure: Configure, straight:
     assert_same_to_the_bit(output, straight, STEPS)
 
 
-@pytest.mark.parametrize("way", [PLAIN, BUDGET], ids=["padded and native", "budgets"])
+WITH_NOISE = {"data": {"code_noise": 0.2}}
+
+
+@pytest.mark.parametrize("way", [PLAIN, BUDGET, WITH_NOISE], ids=["padded and native", "budgets", "noise in the codes"])
 def test_a_resume_is_exact_whichever_way_it_is_computed(
     way: dict[str, Any], configure: Configure, tmp_path: Path
 ) -> None:

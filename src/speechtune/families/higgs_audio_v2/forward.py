@@ -33,6 +33,15 @@ def target_states(decoder: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     return audio_PD, text_PD
 
 
+def with_noise(rows_AK: torch.Tensor, share: float, num_codes: int) -> torch.Tensor:
+    """Rows with this share of their codes, drawn from torch's generator, replaced by any of `num_codes`.
+
+    Ids of `num_codes` and above, which mark beginning and end, stay.
+    """
+    replaced_AK = (torch.rand(rows_AK.shape, device=rows_AK.device) < share) & (rows_AK < num_codes)
+    return torch.where(replaced_AK, torch.randint_like(rows_AK, num_codes), rows_AK)
+
+
 class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
     """Dual-FFN layer on (audio, text) tensors; the native one finds the audio by boolean masks six times a layer."""
 
