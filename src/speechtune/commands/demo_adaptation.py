@@ -29,7 +29,7 @@ HELD_OUT_STEP = 5  # every fifth clip is held out
 SILENCE, MARGIN_SECONDS = 0.02, 0.03  # of the peak; as in examples/speaking_base/features.py
 BATCH_SIZE = 48
 CODE_NOISE = 0.4  # without it the adapter is half as near to the voice for the words that it loses (decision 0014)
-STRENGTH = 0.5  # of the adapter where it is measured: whole, it is nearer to the voice and loses words (decision 0014)
+STRENGTH = 0.4  # of the adapter where it is measured: whole, it is nearer to the voice and loses words (decision 0014)
 
 
 def _clips() -> list[dict[str, str]]:
@@ -106,8 +106,8 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
             },
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.3, "targets": "all"},
             "train": {"max_steps": 90, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 10},
-            "evaluate": {"every_steps": 30, "batch_size": 8, "prompts": 6, **scorers},
-            "checkpoint": {"every_steps": 30, "keep_last": 2},
+            "evaluate": {"every_steps": 45, "batch_size": 8, "prompts": 6, **scorers},
+            "checkpoint": {"every_steps": 45, "keep_last": 2},
             "tracking": {"log_every_steps": 10},
         },
         "demo",
