@@ -3,10 +3,12 @@
 Shapes: B samples, S positions, P positions that carry a target, D hidden size.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import HiggsAudioV2Config
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
 
 from speechtune.families.layers.decoder import FastLayer, Routes, Sorting, is_fast, native_inputs, run_layers
@@ -40,6 +42,13 @@ def with_noise(rows_AK: torch.Tensor, share: float, num_codes: int) -> torch.Ten
     """
     replaced_AK = (torch.rand(rows_AK.shape, device=rows_AK.device) < share) & (rows_AK < num_codes)
     return torch.where(replaced_AK, torch.randint_like(rows_AK, num_codes), rows_AK)
+
+
+def with_noisy_codes(batch: Batch, share: float, config: HiggsAudioV2Config) -> Batch:
+    """The batch with this share of noise among its input codes; its targets stay."""
+    num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
+    rows_AK = with_noise(batch.inputs["audio_rows"], share, num_codes)
+    return replace(batch, inputs={**batch.inputs, "audio_rows": rows_AK})
 
 
 class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
