@@ -40,6 +40,7 @@ from speechtune.families.higgs_audio_v2 import tiny
 from speechtune.storage.verified_folder import find_checkpoints, newest_valid
 
 WITH_DROPOUT = {"lora": {"dropout": 0.1}, "train": {"batch_size": 4, "accumulation": 2}}
+WITH_NOISE = {"data": {"code_noise": 0.2}}
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +146,6 @@ def test_stopped_and_resumed_is_the_straight_run(configure: Configure, straight:
     resumed = train(configure(output))
     assert resumed.result.signal is None and resumed.result.state.step == STEPS
     assert_same_to_the_bit(output, straight, STEPS)
-
-
-WITH_NOISE = {"data": {"code_noise": 0.2}}
 
 
 @pytest.mark.parametrize("way", [PLAIN, BUDGET, WITH_NOISE], ids=["padded and native", "budgets", "noise in the codes"])

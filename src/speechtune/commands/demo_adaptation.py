@@ -28,7 +28,7 @@ REFERENCES_PER_SENTENCE = 3
 HELD_OUT_STEP = 5  # every fifth clip is held out
 SILENCE, MARGIN_SECONDS = 0.02, 0.03  # of the peak; as in examples/speaking_base/features.py
 BATCH_SIZE = 48
-CODE_NOISE = 0.4  # twice the likeness for a point of word errors (decision 0014)
+CODE_NOISE = 0.4  # decision 0014
 STRENGTH = 0.4  # of the adapter where it is measured: whole, it is nearer to the voice and loses words (decision 0014)
 
 

@@ -227,9 +227,10 @@ def audio_loss(family: HiggsAudioV2Family, model: nn.Module, batch: Batch) -> fl
 
 def test_noise_takes_its_share_of_the_codes_and_no_mark(family: HiggsAudioV2Family, cases: list[Case]) -> None:
     """Beginning and end of a clip stay; of the codes a fifth is drawn anew, within 5 standard errors."""
-    rows_AK = collated(family, cases).inputs["audio_rows"]
+    batch = collated(family, cases)
+    rows_AK = batch.inputs["audio_rows"]
     torch.manual_seed(0)
-    draws = torch.stack([with_noise(rows_AK, 0.2, STREAM_BOS) for _ in range(50)])
+    draws = torch.stack([with_noise(batch, 0.2, family.model_config).inputs["audio_rows"] for _ in range(50)])
     codes = rows_AK < STREAM_BOS
     assert int((~codes).sum()) > 0 and torch.equal(draws[:, ~codes], rows_AK[~codes].expand(50, -1))
     changed, share = (draws != rows_AK)[:, codes].double(), 0.2 * (1 - 1 / STREAM_BOS)
@@ -248,9 +249,8 @@ def test_training_hears_the_noise_and_its_targets_do_not(tiny_base: Path, cases:
     loss = audio_loss(noisy, model, batch)
     assert torch.equal(batch.inputs["audio_rows"], rows_AK)
     torch.manual_seed(1)
-    batch.inputs["audio_rows"] = with_noise(rows_AK, 0.3, STREAM_BOS)
-    assert loss == audio_loss(clean, model, batch)
-    assert loss != audio_loss(clean, model, collated(clean, cases))
+    assert loss == audio_loss(clean, model, with_noise(batch, 0.3, clean.model_config))
+    assert loss != audio_loss(clean, model, batch)
 
 
 def test_evaluation_has_no_noise_and_takes_no_chance(tiny_base: Path, cases: list[Case]) -> None:

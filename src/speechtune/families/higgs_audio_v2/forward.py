@@ -35,20 +35,15 @@ def target_states(decoder: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     return audio_PD, text_PD
 
 
-def with_noise(rows_AK: torch.Tensor, share: float, num_codes: int) -> torch.Tensor:
-    """Rows with this share of their codes, drawn from torch's generator, replaced by any of `num_codes`.
+def with_noise(batch: Batch, share: float, config: HiggsAudioV2Config) -> Batch:
+    """The batch with this share of its input codes, drawn from torch's generator, replaced by random ones.
 
-    Ids of `num_codes` and above, which mark beginning and end, stay.
+    Marks of beginning and end stay, and so do the targets.
     """
+    num_codes, rows_AK = min(config.audio_stream_bos_id, config.audio_stream_eos_id), batch.inputs["audio_rows"]
     replaced_AK = (torch.rand(rows_AK.shape, device=rows_AK.device) < share) & (rows_AK < num_codes)
-    return torch.where(replaced_AK, torch.randint_like(rows_AK, num_codes), rows_AK)
-
-
-def with_noisy_codes(batch: Batch, share: float, config: HiggsAudioV2Config) -> Batch:
-    """The batch with this share of noise among its input codes; its targets stay."""
-    num_codes = min(config.audio_stream_bos_id, config.audio_stream_eos_id)
-    rows_AK = with_noise(batch.inputs["audio_rows"], share, num_codes)
-    return replace(batch, inputs={**batch.inputs, "audio_rows": rows_AK})
+    noisy_AK = torch.where(replaced_AK, torch.randint_like(rows_AK, num_codes), rows_AK)
+    return replace(batch, inputs={**batch.inputs, "audio_rows": noisy_AK})
 
 
 class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):
