@@ -34,11 +34,11 @@ class Case:
 
 
 def family_on(
-    model: Path, codec: Path | None = None, batch: Any = None, speed: Any = None, data: Any = None, **values: Any
+    model: Path, codec: Path | None = None, batch: Any = None, speed: Any = None, **values: Any
 ) -> HiggsAudioV2Family:
-    """The family on a model folder, without a run directory; `batch`, `speed` and `data` are sections of a recipe."""
+    """The family on a model folder, without a run directory; `batch` and `speed` are sections of the configuration."""
     section = {"path": str(model), "codec_path": str(codec) if codec else None, **values}
-    sections = {"model": section, "batch": batch or {}, "speed": speed or {}, "data": data or {}}
+    sections = {"model": section, "batch": batch or {}, "speed": speed or {}}
     return HiggsAudioV2Family(build_config({"family": "higgs_audio_v2", **sections}, "test"))
 
 

@@ -28,8 +28,7 @@ REFERENCES_PER_SENTENCE = 3
 HELD_OUT_STEP = 5  # every fifth clip is held out
 SILENCE, MARGIN_SECONDS = 0.02, 0.03  # of the peak; as in examples/speaking_base/features.py
 BATCH_SIZE = 48
-CODE_NOISE = 0.4  # decision 0014
-STRENGTH = 0.4  # of the adapter where it is measured: whole, it is nearer to the voice and loses words (decision 0014)
+STRENGTH = 0.3  # of the adapter where it is measured: whole, it is nearer to the voice and loses words (decision 0014)
 
 
 def _clips() -> list[dict[str, str]]:
@@ -98,12 +97,7 @@ def demo_config(family: str, manifest: Path, directory: Path) -> RunConfig:
             "family": family,
             "output_dir": directory / "run",
             "model": family_part(family, "tiny").speaking_base(),
-            "data": {
-                "train": manifest,
-                "eval": directory / "eval.json",
-                "cache_dir": directory / "cache",
-                "code_noise": CODE_NOISE,
-            },
+            "data": {"train": manifest, "eval": directory / "eval.json", "cache_dir": directory / "cache"},
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.3, "targets": "all"},
             "train": {"max_steps": 90, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 10},
             "evaluate": {"every_steps": 45, "batch_size": 8, "prompts": 6, **scorers},

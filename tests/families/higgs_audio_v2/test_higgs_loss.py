@@ -18,7 +18,7 @@ from helpers import CODEBOOKS, STREAM_BOS, STREAM_EOS, WAYS, Utterance, native_b
 from higgs_cases import FP32, Case, collated, family_on
 from speechtune.errors import ManifestError
 from speechtune.families.higgs_audio_v2.family import HiggsAudioV2Family
-from speechtune.families.higgs_audio_v2.forward import target_states, with_noise
+from speechtune.families.higgs_audio_v2.forward import target_states
 from speechtune.types import Batch
 
 
@@ -215,47 +215,3 @@ def test_padding_does_not_matter(
         assert float((audio[first : first + count] - plain[places]).abs().max()) <= 1e-5
         first += count
     assert first == len(audio)
-
-
-# -- noise in the input codes --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def audio_loss(family: HiggsAudioV2Family, model: nn.Module, batch: Batch) -> float:
-    return float(family.losses(model, batch).sums["audio"])
-
-
-def test_noise_takes_its_share_of_the_codes_and_no_mark(family: HiggsAudioV2Family, cases: list[Case]) -> None:
-    """Beginning and end of a clip stay; of the codes a fifth is drawn anew, within 5 standard errors."""
-    batch = collated(family, cases)
-    rows_AK = batch.inputs["audio_rows"]
-    torch.manual_seed(0)
-    draws = torch.stack([with_noise(batch, 0.2, family.model_config).inputs["audio_rows"] for _ in range(50)])
-    codes = rows_AK < STREAM_BOS
-    assert int((~codes).sum()) > 0 and torch.equal(draws[:, ~codes], rows_AK[~codes].expand(50, -1))
-    changed, share = (draws != rows_AK)[:, codes].double(), 0.2 * (1 - 1 / STREAM_BOS)
-    assert abs(float(changed.mean()) - share) < 5 * math.sqrt(share * (1 - share) / changed.numel())
-    drawn = draws[draws != rows_AK]
-    assert 0 <= int(drawn.min()) < 100 and STREAM_BOS - 100 < int(drawn.max()) < STREAM_BOS
-
-
-def test_training_hears_the_noise_and_its_targets_do_not(tiny_base: Path, cases: list[Case]) -> None:
-    """The loss is that of the rows drawn, on the clean targets; the batch stays as it is."""
-    folders = tiny_base / "model", tiny_base / "codec"
-    clean, noisy = family_on(*folders), family_on(*folders, data={"code_noise": 0.3})
-    model, batch = clean.load(FP32).train(), collated(clean, cases)
-    rows_AK = batch.inputs["audio_rows"].clone()
-    torch.manual_seed(1)
-    loss = audio_loss(noisy, model, batch)
-    assert torch.equal(batch.inputs["audio_rows"], rows_AK)
-    torch.manual_seed(1)
-    assert loss == audio_loss(clean, model, with_noise(batch, 0.3, clean.model_config))
-    assert loss != audio_loss(clean, model, batch)
-
-
-def test_evaluation_has_no_noise_and_takes_no_chance(tiny_base: Path, cases: list[Case]) -> None:
-    folders = tiny_base / "model", tiny_base / "codec"
-    clean, noisy = family_on(*folders), family_on(*folders, data={"code_noise": 0.3})
-    model, batch, before = clean.load(FP32).eval(), collated(clean, cases), torch.get_rng_state()
-    assert audio_loss(noisy, model, batch) == audio_loss(clean, model, batch)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -25,7 +25,7 @@ from speechtune.families.higgs_audio_v2 import layout
 from speechtune.families.higgs_audio_v2.boson import BOSON, is_legacy, legacy_config, load_legacy
 from speechtune.families.higgs_audio_v2.codec import Codec, layers_of, load_codec, sampling_rate_of
 from speechtune.families.higgs_audio_v2.conditioning import Conditioning, batch_rows, conditioned, folder_issue
-from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states, with_noise
+from speechtune.families.higgs_audio_v2.forward import FAST_LAYERS, target_states
 from speechtune.families.higgs_audio_v2.generation import new_rows
 from speechtune.families.higgs_audio_v2.options import Config
 from speechtune.families.higgs_audio_v2.scores import SCORE_NAMES, count_correct_codes
@@ -311,9 +311,7 @@ class HiggsAudioV2Family(Family):
 
     def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """Summed cross-entropy per head, with the heads applied only where a target is."""
-        base, share = cast(Any, plain_model(model)), self.config.data.code_noise
-        if share and model.training:
-            batch = with_noise(batch, share, self.model_config)
+        base = cast(Any, plain_model(model))
         audio_PD, text_PD = self._target_states(base, batch)
         sums = {"audio": head_loss(base.audio_lm_head, audio_PD, batch.inputs["audio_targets"])}
         if base.text_lm_head is not None:

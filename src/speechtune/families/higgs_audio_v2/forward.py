@@ -3,12 +3,10 @@
 Shapes: B samples, S positions, P positions that carry a target, D hidden size.
 """
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import HiggsAudioV2Config
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
 
 from speechtune.families.layers.decoder import FastLayer, Routes, Sorting, is_fast, native_inputs, run_layers
@@ -33,17 +31,6 @@ def target_states(decoder: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
         states_PD = hidden_BSD.flatten(0, 1)[inputs["kept"]]
     audio_PD, text_PD = states_PD.split((len(inputs["audio_targets"]), len(inputs["text_targets"])))
     return audio_PD, text_PD
-
-
-def with_noise(batch: Batch, share: float, config: HiggsAudioV2Config) -> Batch:
-    """The batch with this share of its input codes, drawn from torch's generator, replaced by random ones.
-
-    Marks of beginning and end stay, and so do the targets.
-    """
-    num_codes, rows_AK = min(config.audio_stream_bos_id, config.audio_stream_eos_id), batch.inputs["audio_rows"]
-    replaced_AK = (torch.rand(rows_AK.shape, device=rows_AK.device) < share) & (rows_AK < num_codes)
-    noisy_AK = torch.where(replaced_AK, torch.randint_like(rows_AK, num_codes), rows_AK)
-    return replace(batch, inputs={**batch.inputs, "audio_rows": noisy_AK})
 
 
 class FastHiggsLayer(FastLayer, HiggsAudioV2DecoderLayer):

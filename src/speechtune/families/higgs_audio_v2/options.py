@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from speechtune.config import DataConfig, ModelConfig, RunConfig
+from speechtune.config import ModelConfig, RunConfig
 
 CONDITIONING = ("whisper_path", "reference_positions", "freeze_reference_projector")
 
@@ -38,16 +38,7 @@ class HiggsModelConfig(ModelConfig, frozen=True):
         return self
 
 
-class HiggsDataConfig(DataConfig, frozen=True):
-    """Speech, and what is done to it in training."""
-
-    code_noise: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the input codes that each training step replaces by random ones; the targets stay. With few clips, .2
-    or more keeps a model from relying on its own history instead of the text; evaluation has none."""
-
-
 class Config(RunConfig, frozen=True):
     """A run with Higgs Audio v2."""
 
     model: HiggsModelConfig
-    data: HiggsDataConfig = HiggsDataConfig()
